@@ -1,0 +1,38 @@
+/* Batched generation over prompts and adapters, with KV caches. Continuous batching: a finished sequence's place is taken by the
+ * next request. Each request's tokens depend on it alone (prompt, adapter, sampler), not on the batch. */
+#ifndef KS_GENERATE_H
+#define KS_GENERATE_H
+
+#include "core/model/forward.h"
+
+typedef struct {
+  const int32_t *prompt; /* at least one token */
+  int64_t n_prompt;
+  int32_t adapter; /* index into adapters, -1: none */
+  ks_sampler sampler; /* counter: the index of the new token is added to it */
+  int64_t max_new_tokens;
+  const int32_t *stop_ids; /* generation ends after one of these (not part of the result) */
+  int64_t n_stop;
+  /* results; tokens is allocated, free() it */
+  int32_t *tokens;
+  int64_t n_tokens;
+  bool stopped; /* by a stop id (else by length or context) */
+} ks_request;
+
+typedef struct {
+  int64_t max_batch;  /* sequences at a time; 0: 64 */
+  int64_t cache_bytes; /* bound on the KV cache; 0: 512 MB */
+} ks_generate_params;
+#define KS_GENERATE_DEFAULT ((ks_generate_params){0, 0})
+
+typedef struct {
+  int64_t prompt_tokens, new_tokens;
+  double prefill_seconds, decode_seconds, sample_seconds;
+} ks_generate_stats;
+
+/* A prompt of max_seq_len tokens or more is KS_EINVAL (the caller cuts it). A request whose prompt plus
+ * new tokens pass max_seq_len ends there. stats (may be NULL) is added to. */
+ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests, const ks_adapter_view *adapters, int64_t n_adapters,
+                      const ks_generate_params *params, const ks_progress *progress, ks_generate_stats *stats);
+
+#endif

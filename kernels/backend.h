@@ -1,0 +1,71 @@
+/* What a backend provides; one constant table each. Arguments reach these functions checked (kernels/ops.c). */
+#ifndef KS_BACKEND_H
+#define KS_BACKEND_H
+
+#include "kernels/ops.h"
+
+struct ks_ctx {
+  const ks_backend *backend;
+  void *impl; /* the backend's own state */
+  int n_threads;
+  const char *isa_name;
+  char device_name[256];
+  size_t mem_used, mem_peak;
+};
+
+struct ks_weight {
+  int64_t n_out, n_in;
+  ks_dtype dtype;
+  size_t bytes;
+  void *impl; /* the backend's packed layouts */
+};
+
+struct ks_backend {
+  const char *name;
+  const char *what;
+  /* KS_OK when it can run here, else KS_EENV with the reason. */
+  ks_status (*probe)(void);
+  ks_status (*ctx_init)(ks_ctx *ctx, const ks_ctx_params *params);
+  void (*ctx_exit)(ks_ctx *ctx);
+  ks_status (*mem_alloc)(ks_ctx *ctx, size_t bytes, void **out); /* accounting is the caller's */
+  void (*mem_free)(ks_ctx *ctx, void *p);
+  ks_status (*mem_upload)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
+  ks_status (*mem_download)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
+  ks_status (*mem_zero)(ks_ctx *ctx, void *p, size_t bytes);
+  ks_status (*mem_copy)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
+  ks_status (*weight_create)(ks_ctx *ctx, const ks_weight_params *params, ks_weight *w);
+  void (*weight_destroy)(ks_ctx *ctx, ks_weight *w);
+  ks_status (*weight_prepare_backward)(ks_ctx *ctx, ks_weight *w);
+  size_t (*head_loss_workspace)(const ks_weight *w, int64_t n_rows);
+
+  ks_status (*embed_forward)(ks_ctx *, const ks_embed_args *);
+  ks_status (*linear_forward)(ks_ctx *, const ks_linear_args *);
+  ks_status (*linear_backward)(ks_ctx *, const ks_linear_args *);
+  ks_status (*rmsnorm_forward)(ks_ctx *, const ks_rmsnorm_args *);
+  ks_status (*rmsnorm_backward)(ks_ctx *, const ks_rmsnorm_args *);
+  ks_status (*rope)(ks_ctx *, const ks_rope_args *);
+  ks_status (*swiglu_forward)(ks_ctx *, const ks_swiglu_args *);
+  ks_status (*swiglu_backward)(ks_ctx *, const ks_swiglu_args *);
+  ks_status (*rows_gather)(ks_ctx *, const ks_rows_args *);
+  ks_status (*rows_scatter)(ks_ctx *, const ks_rows_args *);
+  ks_status (*attention_forward)(ks_ctx *, const ks_attention_args *);
+  ks_status (*attention_backward)(ks_ctx *, const ks_attention_args *);
+  ks_status (*head_loss)(ks_ctx *, const ks_head_loss_args *);
+  ks_status (*sample)(ks_ctx *, const ks_sample_args *);
+  ks_status (*sum_squares)(ks_ctx *, const float *x, int64_t n, double *out);
+  ks_status (*adamw)(ks_ctx *, const ks_adamw_args *);
+  ks_status (*pool)(ks_ctx *, const ks_pool_args *);
+  ks_status (*entropy)(ks_ctx *, const ks_entropy_args *);
+  ks_status (*similarity)(ks_ctx *, const ks_similarity_args *, float *s);
+  ks_status (*similarity_top)(ks_ctx *, const ks_similarity_args *, int64_t best_k, float *scores, int64_t *index);
+  ks_status (*similarity_mean)(ks_ctx *, const ks_similarity_args *, const int32_t *groups,
+                               const int32_t *query_groups, double *mean, int64_t *count);
+  ks_status (*similarity_farthest_first)(ks_ctx *, const ks_similarity_args *, int64_t n_pick, int64_t first,
+                                         int64_t *picked);
+};
+
+extern const ks_backend ks_backend_cpu;
+/* NULL-terminated, in the order of preference of "auto". */
+extern const ks_backend *const ks_backends[];
+
+#endif
