@@ -13,12 +13,13 @@ typedef enum { KS_LOG_DEBUG, KS_LOG_INFO, KS_LOG_WARN, KS_LOG_ERROR } ks_log_lev
 typedef void (*ks_log_sink)(void *user, ks_log_level level, const char *module, const char *text);
 /* Set once at start, before threads. NULL: silent. */
 void ks_log_set_sink(ks_log_sink sink, void *user);
-void ks_log(ks_log_level level, const char *module, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void ks_log(ks_log_level level, const char *module, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 /* Warnings and errors logged since start. */
 int64_t ks_log_count(ks_log_level level);
 
-/* Progress of long work, for whoever shows it. Called at most some times a second per stage; `total` may be 0 (unknown).
- * Returns false when the user wants the work to stop: the caller unwinds with KS_EINTERRUPTED. */
+/* Progress of long work, for whoever shows it. Called at most some times a second per stage; `total` may be 0
+ * (unknown). Returns false when the user wants the work to stop: the caller unwinds with KS_EINTERRUPTED. */
 typedef struct {
   bool (*report)(void *user, const char *stage, double done, double total);
   void *user;
@@ -28,7 +29,8 @@ ks_status ks_progress_report(const ks_progress *p, const char *stage, double don
 
 /* ---------------------------------------------------------------- text */
 
-/* A growing string; zero-initialise, free with ks_text_free. data is always NUL-terminated once anything was added. */
+/* A growing string; zero-initialise, free with ks_text_free. data is always NUL-terminated once anything was
+ * added. */
 typedef struct {
   char *data;
   size_t len, cap;

@@ -24,11 +24,11 @@ typedef enum {
   KS_RNG_ADAPTER_INIT = 3, /* LoRA A */
   KS_RNG_DROPOUT = 4,
   KS_RNG_POLICY = 5,
-  KS_RNG_SAMPLE = 6,   /* token sampling at evaluation */
+  KS_RNG_SAMPLE = 6,    /* token sampling at evaluation */
   KS_RNG_SYNTHESIS = 7, /* token sampling and choices in synthesis */
-  KS_RNG_BATCH = 8,    /* order of training examples */
+  KS_RNG_BATCH = 8,     /* order of training examples */
   KS_RNG_ANNOTATOR = 9, /* noise and refusal */
-  KS_RNG_DATA = 10,    /* persona generator */
+  KS_RNG_DATA = 10,     /* persona generator */
   KS_RNG_BOOTSTRAP = 11,
   KS_RNG_TEST = 12
 } ks_rng_purpose;
@@ -68,8 +68,10 @@ KS_HOST_DEVICE static inline ks_rng ks_rng_make(uint64_t seed, ks_rng_purpose pu
   return r;
 }
 
-/* A key derived from (seed, purpose, id, sub): for operations that take a 64-bit key and count for themselves. */
-KS_HOST_DEVICE static inline uint64_t ks_rng_key(uint64_t seed, ks_rng_purpose purpose, uint64_t id, uint64_t sub) {
+/* A key derived from (seed, purpose, id, sub): for operations that take a 64-bit key and count for
+ * themselves. */
+KS_HOST_DEVICE static inline uint64_t ks_rng_key(uint64_t seed, ks_rng_purpose purpose, uint64_t id,
+                                                 uint64_t sub) {
   ks_philox_block b = ks_philox(seed, ((uint64_t)purpose << 56) ^ id, sub);
   return ((uint64_t)b.v[1] << 32) | b.v[0];
 }
@@ -80,7 +82,9 @@ KS_HOST_DEVICE static inline uint64_t ks_rng_u64(ks_rng *r) {
 }
 
 /* Uniform in [0, 1), 53 bits. */
-KS_HOST_DEVICE static inline double ks_rng_uniform(ks_rng *r) { return (double)(ks_rng_u64(r) >> 11) * 0x1p-53; }
+KS_HOST_DEVICE static inline double ks_rng_uniform(ks_rng *r) {
+  return (double)(ks_rng_u64(r) >> 11) * 0x1p-53;
+}
 
 /* Uniform in {0 .. n-1}, unbiased (Lemire's multiply and reject); 0 when n is 0. */
 static inline uint64_t ks_rng_below(ks_rng *r, uint64_t n) {

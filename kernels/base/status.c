@@ -67,8 +67,12 @@ ks_status ks_fail_context(ks_status s, const char *fmt, ...) {
   return s;
 }
 
-const char *ks_error_message(void) { return message[0] ? message : "no error"; }
-const char *ks_error_origin(void) { return origin; }
+const char *ks_error_message(void) {
+  return message[0] ? message : "no error";
+}
+const char *ks_error_origin(void) {
+  return origin;
+}
 
 void ks_error_clear(void) {
   message[0] = 0;

@@ -5,8 +5,8 @@
  *   KS_TRY_AS(ks_json_parse(&j, bytes), "while reading %s", path);   // and says where it happened
  *
  * The library never prints, exits or aborts on a user, data or device error: a function returns a status, and
- * the reason lies in the thread's message until the next failure. A message says where (file:line of the input
- * or byte offset), what, and what to do. KS_ASSERT is for our own bugs only; it prints and aborts.
+ * the reason lies in the thread's message until the next failure. A message says where (file:line of the
+ * input or byte offset), what, and what to do. KS_ASSERT is for our own bugs only; it prints and aborts.
  */
 #ifndef KS_STATUS_H
 #define KS_STATUS_H
@@ -58,7 +58,8 @@ const char *ks_error_origin(void);
 void ks_error_clear(void);
 
 /* Prints both sides of a broken invariant of our own and aborts; stays in release builds. */
-__attribute__((noreturn)) void ks_assert_fail(const char *file, int line, const char *expr, long long a, long long b);
+__attribute__((noreturn)) void ks_assert_fail(const char *file, int line, const char *expr, long long a,
+                                              long long b);
 
 #ifdef __cplusplus
 }
