@@ -4,16 +4,27 @@
 
 #include "kernels/ops.h"
 
+/* One allocation of ks_mem_alloc, for the accounting. */
+typedef struct {
+  void *p;
+  size_t bytes;
+} ks_mem_block;
+
 struct ks_ctx {
-  const ks_backend *backend;
+  const ks_backend *backend; /* ctx_init may put a more special table here */
   void *impl; /* the backend's own state */
   int n_threads;
   const char *isa_name;
   char device_name[256];
   size_t mem_used, mem_peak;
+  ks_mem_block *blocks;
+  size_t n_blocks, cap_blocks;
 };
+/* Adds to (or takes from) the bytes this context holds. */
+void ks_mem_account(ks_ctx *ctx, size_t add, size_t remove);
 
 struct ks_weight {
+  const ks_backend *backend; /* whose layout this is */
   int64_t n_out, n_in;
   ks_dtype dtype;
   size_t bytes;
@@ -26,13 +37,14 @@ struct ks_backend {
   /* KS_OK when it can run here, else KS_EENV with the reason. */
   ks_status (*probe)(void);
   ks_status (*ctx_init)(ks_ctx *ctx, const ks_ctx_params *params);
-  void (*ctx_exit)(ks_ctx *ctx);
+  void (*ctx_exit)(ks_ctx *ctx); /* also after a failed ctx_init */
   ks_status (*mem_alloc)(ks_ctx *ctx, size_t bytes, void **out); /* accounting is the caller's */
   void (*mem_free)(ks_ctx *ctx, void *p);
   ks_status (*mem_upload)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
   ks_status (*mem_download)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
   ks_status (*mem_zero)(ks_ctx *ctx, void *p, size_t bytes);
   ks_status (*mem_copy)(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
+  /* Fills w->impl and w->bytes; accounting of w->bytes is the caller's. */
   ks_status (*weight_create)(ks_ctx *ctx, const ks_weight_params *params, ks_weight *w);
   void (*weight_destroy)(ks_ctx *ctx, ks_weight *w);
   ks_status (*weight_prepare_backward)(ks_ctx *ctx, ks_weight *w);

@@ -1,0 +1,22 @@
+/* Every operation of the CPU backend for one instruction set. Compiled several times: kernels/kernels.cmake.
+ */
+#include "kernels/cpu/cpu.h"
+
+#define KS_ISA_CAT2(a, b) a##b
+#define KS_ISA_CAT(a, b)  KS_ISA_CAT2(a, b)
+#define KS_ISA_TABLE      KS_ISA_CAT(ks_cpu_, KS_ISA)
+
+extern const ks_backend KS_ISA_TABLE;
+const ks_backend KS_ISA_TABLE = {
+    .name = "cpu",
+    .what = "portable C with vector instructions and OpenMP",
+    .probe = ks_cpu_probe,
+    .ctx_init = ks_cpu_ctx_init,
+    .ctx_exit = ks_cpu_ctx_exit,
+    .mem_alloc = ks_cpu_mem_alloc,
+    .mem_free = ks_cpu_mem_free,
+    .mem_upload = ks_cpu_mem_copy_in,
+    .mem_download = ks_cpu_mem_copy_in,
+    .mem_zero = ks_cpu_mem_zero,
+    .mem_copy = ks_cpu_mem_copy_in,
+};
