@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MESSAGE_BYTES = 2048, ORIGIN_BYTES = 128 };
+enum { MESSAGE_BYTES = 16384, ORIGIN_BYTES = 128 };
 static _Thread_local char message[MESSAGE_BYTES];
 static _Thread_local char origin[ORIGIN_BYTES];
 
