@@ -20,7 +20,10 @@ typedef struct {
   int64_t n;
 } ks_interval;
 /* Mean and bootstrap interval (Efron; percentile) over a table of groups (seeds) of values (questions): groups are drawn with replacement, then values within each
- * (two-level); one group: values alone. values: group by group; group_sizes: [n_groups]. level e.g. 0.95. A NaN value makes the mean and bounds NaN. n = 0: all NaN. */
+ * (two-level); one group: values alone. values: group by group; group_sizes: [n_groups]. level e.g. 0.95. A NaN value makes the mean and bounds NaN. n = 0: all NaN.
+ * Groups without values are left out. Resample i draws from its own stream (KS_RNG_BOOTSTRAP, i). Few groups make the interval too narrow, as every bootstrap's:
+ * where groups differ as much as values within them, 95 % holds the truth in 92 % of cases with 12 groups and in 85 % with 5 (tests/core/score/test_stats.c).
+ * KS_EINVAL: level outside (0, 1), no resamples, a negative size, a missing array. */
 ks_status ks_bootstrap(const double *values, const int64_t *group_sizes, int64_t n_groups, double level, int64_t n_resamples, uint64_t seed, ks_interval *out);
 /* Interval of mean(a - b) for paired values (same groups, same questions). */
 ks_status ks_bootstrap_paired(const double *a, const double *b, const int64_t *group_sizes, int64_t n_groups, double level, int64_t n_resamples, uint64_t seed, ks_interval *out);
