@@ -18,6 +18,7 @@ typedef struct {
   const char *preferred; /* the user's own answer: only the annotator and the referee see it (file importers: the reference) */
   int32_t topic;         /* the true topic, for bursts and reports, never for a policy; -1: none */
   bool uninformative;    /* persona: chit-chat or a repeat, for reports only */
+  int32_t fact;          /* persona: number of the user's own fact on which preferred rests, for reports only; -1: none (style alone) */
 } ks_set;
 
 typedef struct {
@@ -52,7 +53,9 @@ extern const ks_importer ks_importers[]; /* ends with name NULL */
 /* KS_EDATA: path:line (JSON: line and column), what, what to do. */
 ks_status ks_dataset_import(const ks_import_params *params, ks_dataset **out);
 void ks_dataset_destroy(ks_dataset *d); /* NULL-safe */
-/* For importers and tests: adds one set, copying the strings. */
+/* For importers and tests: an empty dataset; `name` is cut at 63 bytes. */
+ks_status ks_dataset_create(const char *name, ks_dataset **out);
+/* Adds one set, copying the strings; response may be empty, topic NULL. KS_EDATA when a text is empty or not UTF-8. fact is -1. */
 ks_status ks_dataset_add(ks_dataset *d, const char *question, const char *response, const char *preferred, const char *topic, bool uninformative);
 
 typedef struct {
