@@ -93,7 +93,7 @@
   X(f64, synthesize, "seconds")                                                                              \
   X(f64, train, "seconds")                                                                                   \
   X(f64, evaluate, "seconds")                                                                                \
-  X(f64, record, "seconds")
+  X(f64, record, "seconds; of the checkpoint before this one, whose own writing is not over")
 
 /* X(path in the file, row type, columns) */
 #define KS_TABLE_MAP(X)                                                                                      \

@@ -1,0 +1,329 @@
+#include "experiments/report.h"
+
+#include "core/select/select.h"
+
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+
+/* ---------------------------------------------------------------- one cell's file */
+
+typedef struct {
+  char *path, *name, *policy, *settings;
+  int64_t seed;
+  bool complete;
+  ks_row_checkpoint last; /* zero when there is none yet */
+  double *rouge1;
+  int64_t n_values;
+  double loss_sum;
+  int64_t loss_tokens;
+  double seconds[KS_N_STAGES];
+  char digest[65];
+} cell_result;
+
+static void cell_result_free(cell_result *c) {
+  free(c->path);
+  free(c->name);
+  free(c->policy);
+  free(c->settings);
+  free(c->rouge1);
+}
+
+/* The configuration without its line "seed = N;". */
+static ks_status without_seed(const char *config, char **out) {
+  ks_text t = {0};
+  ks_status status = KS_OK;
+  for (const char *line = config; *line && status == KS_OK;) {
+    size_t n = strcspn(line, "\n");
+    if (strncmp(line, "seed ", 5) != 0 && strncmp(line, "seed=", 5) != 0)
+      status = ks_text_add(&t, line, n + (line[n] != 0));
+    line += n + (line[n] != 0);
+  }
+  if (status == KS_OK) status = ks_text_add(&t, "", 0);
+  if (status != KS_OK) ks_text_free(&t);
+  *out = t.data;
+  return status;
+}
+
+static ks_status read_facts(cell_result *c) {
+  ks_record_info info = {0};
+  KS_TRY(ks_record_read_info(c->path, &info));
+  const char *name = ks_record_info_meta(&info, "cell"), *policy = ks_record_info_meta(&info, "policy"),
+             *seed = ks_record_info_meta(&info, "seed");
+  ks_status status;
+  if (!name || !policy || !seed) {
+    status = KS_FAIL(KS_EDATA, "%s: lacks the cell's name, policy or seed; run the cell again", c->path);
+    goto out;
+  }
+  c->seed = strtoll(seed, NULL, 10);
+  c->complete = info.status == KS_RUN_COMPLETE;
+  KS_TRY_OUT(ks_strdup(name, &c->name));
+  KS_TRY_OUT(ks_strdup(policy, &c->policy));
+  KS_TRY_OUT(without_seed(info.config_text, &c->settings));
+out:
+  ks_record_info_free(&info);
+  return status;
+}
+
+static ks_status read_answers(cell_result *c) {
+  ks_row_answer *rows;
+  int64_t n, last = -1;
+  KS_TRY(ks_record_read_rows(c->path, KS_TABLE_answer, (void **)&rows, &n));
+  for (int64_t i = 0; i < n; i++)
+    last = ks_max_i64(last, rows[i].window);
+  ks_status status = ks_alloc_array(&c->rouge1, (size_t)n, sizeof *c->rouge1, "answers");
+  for (int64_t i = 0; i < n && status == KS_OK; i++) {
+    if (rows[i].window != last) continue;
+    c->rouge1[c->n_values++] = rows[i].rouge1_f1;
+    c->loss_sum += rows[i].loss_sum;
+    c->loss_tokens += rows[i].loss_tokens;
+  }
+  ks_rows_free(KS_TABLE_answer, rows, n);
+  return status;
+}
+
+static ks_status read_counts(cell_result *c) {
+  ks_row_checkpoint *checkpoints;
+  ks_row_time *times;
+  int64_t n;
+  KS_TRY(ks_record_read_rows(c->path, KS_TABLE_checkpoint, (void **)&checkpoints, &n));
+  if (n > 0) c->last = checkpoints[n - 1];
+  ks_rows_free(KS_TABLE_checkpoint, checkpoints, n);
+  KS_TRY(ks_record_read_rows(c->path, KS_TABLE_time, (void **)&times, &n));
+  for (int64_t i = 0; i < n; i++) {
+    const double stage[KS_N_STAGES] = {times[i].embed,      times[i].select, times[i].annotate,
+                                       times[i].synthesize, times[i].train,  times[i].evaluate,
+                                       times[i].record};
+    for (int j = 0; j < KS_N_STAGES; j++)
+      c->seconds[j] += stage[j];
+  }
+  ks_rows_free(KS_TABLE_time, times, n);
+  return KS_OK;
+}
+
+static ks_status read_cell(cell_result *c) {
+  KS_TRY(read_facts(c));
+  KS_TRY(read_answers(c));
+  KS_TRY(read_counts(c));
+  return ks_record_digest(c->path, c->digest);
+}
+
+/* ---------------------------------------------------------------- all cells of a folder */
+
+typedef struct {
+  cell_result *cells;
+  int64_t n, cap;
+} cell_list;
+
+static ks_status add_cell(cell_list *l, char *path) {
+  if (l->n == l->cap) {
+    int64_t cap = l->cap ? 2 * l->cap : 32;
+    cell_result *grown = realloc(l->cells, (size_t)cap * sizeof *grown);
+    if (!grown) {
+      free(path);
+      return KS_FAIL(KS_ENOMEM, "report: no memory for %lld cells", (long long)cap);
+    }
+    l->cells = grown;
+    l->cap = cap;
+  }
+  cell_result *c = &l->cells[l->n++];
+  memset(c, 0, sizeof *c);
+  c->path = path;
+  return read_cell(c);
+}
+
+static ks_status list_cells(const char *folder, cell_list *l) {
+  if (ks_file_exists(folder)) {
+    char *path;
+    KS_TRY(ks_strdup(folder, &path));
+    return add_cell(l, path);
+  }
+  char *cells = NULL;
+  KS_TRY(ks_path_join(folder, "cells", &cells));
+  DIR *dir = opendir(cells);
+  ks_status status = KS_OK;
+  for (struct dirent *e; dir && status == KS_OK && (e = readdir(dir)) != NULL;) {
+    size_t n = strlen(e->d_name);
+    char *path;
+    if (n < 3 || strcmp(e->d_name + n - 3, ".h5") != 0) continue;
+    status = ks_path_join(cells, e->d_name, &path);
+    if (status == KS_OK) status = add_cell(l, path);
+  }
+  if (dir) closedir(dir);
+  free(cells);
+  if (status == KS_OK && l->n == 0)
+    status = KS_FAIL(KS_EDATA, "%s: holds no results (cells/*.h5); name the folder that keepsake run wrote",
+                     folder);
+  return status;
+}
+
+/* Floor first, ceiling last, the policies in the order of their table between, then by name and seed. */
+static int policy_rank(const char *policy) {
+  if (strcmp(policy, "none") == 0) return -1;
+  if (strcmp(policy, "all") == 0) return 1000;
+  int i = 0;
+  while (ks_policies[i] && strcmp(ks_policies[i]->name, policy) != 0)
+    i++;
+  return i;
+}
+
+static int compare_cells(const void *a, const void *b) {
+  const cell_result *x = a, *y = b;
+  int rank = policy_rank(x->policy) - policy_rank(y->policy);
+  if (rank == 0) rank = strcmp(x->policy, y->policy);
+  if (rank == 0) rank = strcmp(x->settings, y->settings);
+  if (rank == 0) rank = (x->seed > y->seed) - (x->seed < y->seed);
+  return rank ? rank : strcmp(x->name, y->name);
+}
+
+/* ---------------------------------------------------------------- groups */
+
+/* "sdss-s1-b64" without "-s1" for seed 1. */
+static ks_status label_of(const cell_result *c, char **out) {
+  char mark[32];
+  snprintf(mark, sizeof mark, "-s%lld", (long long)c->seed);
+  size_t n = strlen(mark);
+  ks_text t = {0};
+  const char *at = strstr(c->name, mark);
+  while (at && at[n] != 0 && at[n] != '-')
+    at = strstr(at + 1, mark);
+  ks_status status =
+      at ? ks_text_addf(&t, "%.*s%s", (int)(at - c->name), c->name, at + n) : ks_text_add_str(&t, c->name);
+  if (status != KS_OK) ks_text_free(&t);
+  *out = t.data;
+  return status;
+}
+
+static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r) {
+  KS_TRY(label_of(&cells[0], &r->label));
+  KS_TRY(ks_strdup(cells[0].policy, &r->policy));
+  KS_TRY(ks_strdup(cells[0].settings, &r->settings));
+  r->n_cells = n;
+  for (int64_t i = 0; i < n; i++)
+    r->n_values += cells[i].n_values;
+  KS_TRY(ks_alloc_array(&r->rouge1, (size_t)r->n_values, sizeof *r->rouge1, "report"));
+  KS_TRY(ks_alloc_array(&r->group_sizes, (size_t)n, sizeof *r->group_sizes, "report"));
+  KS_TRY(ks_alloc_array(&r->seeds, (size_t)n, sizeof *r->seeds, "report"));
+  double loss = 0;
+  int64_t at = 0, tokens = 0;
+  ks_sha256 h;
+  ks_sha256_init(&h);
+  for (int64_t i = 0; i < n; i++) {
+    const cell_result *c = &cells[i];
+    if (c->n_values) memcpy(r->rouge1 + at, c->rouge1, (size_t)c->n_values * sizeof *r->rouge1);
+    at += c->n_values;
+    r->group_sizes[i] = c->n_values;
+    r->seeds[i] = c->seed;
+    r->n_complete += c->complete;
+    loss += c->loss_sum;
+    tokens += c->loss_tokens;
+    r->sets_kept += (double)c->last.sets_kept / (double)n;
+    r->bytes_used += (double)c->last.bytes_used / (double)n;
+    r->annotations += (double)c->last.annotations_asked / (double)n;
+    r->acceptance += (double)c->last.admissions / (double)ks_max_i64(c->last.arrivals, 1) / (double)n;
+    for (int j = 0; j < KS_N_STAGES; j++)
+      r->seconds[j] += c->seconds[j] / (double)n;
+    ks_sha256_add(&h, c->digest, 64);
+  }
+  ks_sha256_finish(&h, r->digest);
+  r->loss = tokens > 0 ? loss / (double)tokens : NAN;
+  r->gap = NAN;
+  return KS_OK;
+}
+
+static const ks_report_row *find_policy(const ks_report *r, const char *policy) {
+  for (int64_t i = 0; i < r->n_rows; i++)
+    if (strcmp(r->rows[i].policy, policy) == 0) return &r->rows[i];
+  return NULL;
+}
+
+/* The baseline row beside which `row` differs in the policy alone, when the matrix has several settings. */
+static const ks_report_row *find_baseline(const ks_report *r, const ks_report_row *row, const char *policy) {
+  const ks_report_row *found = NULL;
+  size_t own = strlen(row->policy), base = strlen(policy);
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    const ks_report_row *b = &r->rows[i];
+    if (strcmp(b->policy, policy) != 0) continue;
+    if (!found) found = b;
+    if (strncmp(row->label, row->policy, own) == 0 && strncmp(b->label, policy, base) == 0 &&
+        strcmp(row->label + own, b->label + base) == 0)
+      return b;
+  }
+  return found;
+}
+
+static bool pairs_with(const ks_report_row *a, const ks_report_row *b) {
+  if (a == b || a->n_cells != b->n_cells) return false;
+  for (int64_t i = 0; i < a->n_cells; i++)
+    if (a->seeds[i] != b->seeds[i] || a->group_sizes[i] != b->group_sizes[i]) return false;
+  return true;
+}
+
+static ks_status add_statistics(ks_report *r) {
+  const ks_report_params *p = &r->params;
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    ks_report_row *row = &r->rows[i];
+    KS_TRY(ks_bootstrap(row->rouge1, row->group_sizes, row->n_cells, p->level, p->n_resamples, p->seed,
+                        &row->rouge1_ci));
+  }
+  const ks_report_row *floor = find_policy(r, "none"), *ceiling = find_policy(r, "all");
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    ks_report_row *row = &r->rows[i];
+    if (floor && ceiling)
+      row->gap =
+          (row->rouge1_ci.mean - floor->rouge1_ci.mean) / (ceiling->rouge1_ci.mean - floor->rouge1_ci.mean);
+    const ks_report_row *base = find_baseline(r, row, p->baseline);
+    if (base && pairs_with(row, base))
+      KS_TRY(ks_bootstrap_paired(row->rouge1, base->rouge1, row->group_sizes, row->n_cells, p->level,
+                                 p->n_resamples, p->seed, &row->difference));
+  }
+  return KS_OK;
+}
+
+ks_status ks_report_load(const char *folder, const ks_report_params *params, ks_report **out) {
+  ks_report *r = NULL;
+  cell_list list = {0};
+  ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&r, 1, sizeof *r, "report"));
+  r->params = *params;
+  if (!r->params.baseline) r->params.baseline = "random";
+  KS_TRY_OUT(list_cells(folder, &list));
+  qsort(list.cells, (size_t)list.n, sizeof *list.cells, compare_cells);
+  KS_TRY_OUT(ks_alloc_array(&r->rows, (size_t)list.n, sizeof *r->rows, "report"));
+  r->complete = true;
+  for (int64_t i = 0; i < list.n;) {
+    int64_t n = 1;
+    while (i + n < list.n && strcmp(list.cells[i].policy, list.cells[i + n].policy) == 0 &&
+           strcmp(list.cells[i].settings, list.cells[i + n].settings) == 0)
+      n++;
+    KS_TRY_OUT(make_row(&list.cells[i], n, &r->rows[r->n_rows++]));
+    r->complete = r->complete && r->rows[r->n_rows - 1].n_complete == n;
+    i += n;
+  }
+  r->n_arrivals = list.cells[0].last.arrivals;
+  r->n_windows = list.cells[0].last.window + 1;
+  r->n_questions = list.cells[0].n_values;
+  KS_TRY_OUT(add_statistics(r));
+  *out = r;
+  r = NULL;
+out:
+  for (int64_t i = 0; i < list.n; i++)
+    cell_result_free(&list.cells[i]);
+  free(list.cells);
+  ks_report_destroy(r);
+  return status;
+}
+
+void ks_report_destroy(ks_report *r) {
+  if (!r) return;
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    free(r->rows[i].label);
+    free(r->rows[i].policy);
+    free(r->rows[i].settings);
+    free(r->rows[i].rouge1);
+    free(r->rows[i].group_sizes);
+    free(r->rows[i].seeds);
+  }
+  free(r->rows);
+  free(r);
+}

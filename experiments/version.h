@@ -1,0 +1,15 @@
+/* What was built, from CMake. */
+#ifndef KS_VERSION_H
+#define KS_VERSION_H
+
+#ifndef KS_VERSION
+#define KS_VERSION "0.1.0"
+#endif
+#ifndef KS_COMMIT /* commit of the sources, "-dirty" with changes, "unknown" without git */
+#define KS_COMMIT "unknown"
+#endif
+#ifndef KS_BUILD /* compiler and build type */
+#define KS_BUILD "unknown"
+#endif
+
+#endif
