@@ -42,9 +42,9 @@ ks_status ks_targets_parse(const char *list, uint32_t *bits);
 typedef enum { KS_SCHEDULE_CONSTANT = 0, KS_SCHEDULE_LINEAR, KS_SCHEDULE_COSINE } ks_schedule;
 typedef struct {
   double learning_rate, weight_decay, beta1, beta2, eps;
-  double max_grad_norm;  /* 0: no clipping */
-  double warmup;         /* share of the steps with linearly rising rate, [0, 1) */
-  ks_schedule schedule;  /* after warm-up: constant, or falling to 0 */
+  double max_grad_norm;  /* 0: no clipping; else the gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), as torch's clip_grad_norm_ */
+  double warmup;         /* share of the steps with linearly rising rate, [0, 1); ceil(warmup * steps) steps, the first at rate 0 */
+  ks_schedule schedule;  /* after warm-up: constant, or falling to 0; with warm-up as transformers' get_*_schedule_with_warmup */
   float dropout;
   int64_t batch_size;    /* examples per optimizer step */
   int64_t micro_batch;   /* examples per pass; gradients accumulate; 0: batch_size */
@@ -54,7 +54,7 @@ typedef struct {
   uint64_t round;        /* the trigger's number: a different order each time */
 } ks_train_params;
 
-/* One training text: loss on tokens[i] for i >= loss_begin (predicted from i - 1); loss_begin >= 1. */
+/* One training text, of at most max_seq_len + 1 tokens (the last is only predicted): loss on tokens[i] for i >= loss_begin (predicted from i - 1); loss_begin >= 1. */
 typedef struct {
   const int32_t *tokens;
   int64_t n_tokens, loss_begin;
@@ -73,13 +73,15 @@ typedef struct {
 } ks_train_job;
 
 /* The loss of a step is the mean over its target tokens (Hugging Face's default). Jobs may differ in everything. max_rows bounds a pass
- * (0: 4096); jobs that do not fit share by groups, with the same bits. A gradient that is not finite: KS_ENUMERIC naming job and step.
- * A job without examples does nothing. */
+ * (0: 4096); jobs that do not fit share by groups, with the same bits; a single micro-batch of more rows gets a pass of its own. A step
+ * without any target token changes nothing and reports loss 0. A loss or gradient that is not finite: KS_ENUMERIC naming job and step.
+ * A job without examples does nothing. Two jobs may not share an adapter. On failure (KS_EINTERRUPTED too) results are freed, adapters are
+ * left as they are after the last whole step of each, gradients undefined; the next ks_train clears them. */
 ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, int64_t max_rows, const ks_progress *progress);
 /* Optimizer steps that a job will take. */
 int64_t ks_train_n_steps(const ks_train_params *p, int64_t n_examples);
 
-/* Summed loss and number of target tokens of each example under its adapter (-1: none): host out [n]. */
+/* Summed loss and number of target tokens of each example under its adapter (-1 or adapter_index NULL: none): host out [n]. */
 ks_status ks_evaluate_loss(ks_model *model, const ks_example *examples, const int32_t *adapter_index, int64_t n, const ks_adapter_view *adapters,
                            int64_t n_adapters, int64_t max_rows, const ks_progress *progress, double *loss, int64_t *n_targets);
 

@@ -25,15 +25,22 @@ typedef struct {
   const ks_adapter_view *adapters; /* [n_adapters], indexed by segment.adapter */
   int64_t n_adapters;
   float dropout;         /* of LoRA, training only */
-  uint64_t dropout_step; /* forms the dropout site with layer and target */
+  uint64_t dropout_step; /* forms the dropout site with layer and target: (dropout_step * n_layers + layer) * 7 + target */
 } ks_batch;
 
-/* Reusable memory for passes of up to max_rows rows. */
+/* Reusable memory for passes of up to max_rows rows: one arena, sized before the run, nothing is allocated inside a pass.
+ *
+ * With `backward` each layer keeps, per row, 2 hidden (residual stream before attention and MLP) + 2 query + 2 key width (q, k, v,
+ * attention output; key width for each of k and v) + 2 intermediate (gate, up) + 2 (norms' factors) + heads (log-sum-exp)
+ * + 7 max_rank (LoRA's x A^T) floats. Recomputed in the backward pass because they are cheap: the outputs of the norms and of
+ * SwiGLU, attention's probabilities, and with q/k norm also q and k after rotary. Gradients of gate and up take the place of gate
+ * and up. Without `backward` one layer's memory serves all. */
 typedef struct ks_run ks_run;
 typedef struct {
   int64_t max_rows, max_seqs;
   int32_t max_rank;
   bool backward;      /* keep what the backward pass reads */
+  bool no_loss;       /* no ks_forward_loss on this run: saves the head's workspace */
 } ks_run_params;
 /* Bytes that such a run will hold, before it is made. */
 ks_status ks_run_bytes(const ks_model *model, const ks_run_params *params, size_t *bytes);
@@ -43,7 +50,7 @@ void ks_run_destroy(ks_run *run); /* NULL-safe */
 /* Runs all layers and the final norm. *hidden: [n_rows, hidden_size], backend memory, valid until the next call. */
 ks_status ks_forward(ks_run *run, const ks_batch *batch, const float **hidden);
 
-/* Forward, then cross-entropy at rows[i] against targets[i] (predicting the token after rows[i]); loss host [n_targets]. */
+/* Forward, then cross-entropy at rows[i] (strictly rising) against targets[i] (predicting the token after rows[i]); loss host [n_targets]. */
 ks_status ks_forward_loss(ks_run *run, const ks_batch *batch, const int64_t *rows, const int32_t *targets, int64_t n_targets,
                           float *loss);
 /* The same, then the backward pass of sum_i scale[i] * loss[i] into the adapters' grad_a and grad_b_t (added). Nothing that only a frozen
@@ -58,8 +65,8 @@ typedef struct {
   const int32_t *tokens;
   int64_t n_tokens;
 } ks_tokens;
-/* Embeds each text with the frozen model (no adapter): final hidden state, after the last norm, pooled. Sorted into batches
- * inside. Texts longer than max_tokens are cut. out: backend memory [n, hidden_size]. */
+/* Embeds each text with the frozen model (no adapter): final hidden state, after the last norm, pooled. Packed into batches
+ * inside, in order. Texts longer than max_tokens are cut. out: backend memory [n, hidden_size]. */
 typedef struct {
   ks_pooling pooling;
   int64_t max_tokens;

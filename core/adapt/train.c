@@ -1,0 +1,324 @@
+/* Fine-tuning of many adapters in lockstep. A round: every active job gives its next micro-batch, packed with
+ * the others' into passes of at most max_rows; jobs whose optimizer step is complete take it. */
+#include "core/adapt/packing.h"
+
+enum { DEFAULT_ROWS = 4096 };
+#define REPORT_SECONDS 0.1
+
+typedef struct {
+  ks_train_job *job;
+  int64_t index;           /* of the job, for messages */
+  int64_t *order;          /* [n_examples] permutation of this epoch */
+  int64_t epoch;           /* that order was made for; -1: none yet */
+  int64_t batch, end;      /* examples order[batch .. end) form this optimizer step */
+  int64_t next, micro_end; /* order[next ..) comes next; the micro-batch in the pass ends here */
+  int64_t step;            /* steps done */
+  int64_t n_passes;        /* micro-batches done, for dropout keys */
+  int64_t n_targets;       /* of this step's batch */
+  double loss;             /* summed over this step's targets so far */
+  ks_adapter_view view;
+} trainee;
+
+typedef struct {
+  ks_model *model;
+  trainee *trainees;
+  int64_t n;
+  int64_t max_rows; /* of a pass, as asked for */
+  ks_run *run;
+  ks_packing packing;
+  int64_t *members; /* [n] trainees in the pass being packed */
+  int64_t n_members;
+  int64_t steps_done, steps_all;
+  const ks_progress *progress;
+  double reported;
+} trainer;
+
+/* ---------------------------------------------------------------- sizes and schedule */
+
+static int64_t micro_size(const ks_train_params *p) {
+  return p->micro_batch > 0 ? ks_min_i64(p->micro_batch, p->batch_size) : p->batch_size;
+}
+
+int64_t ks_train_n_steps(const ks_train_params *p, int64_t n_examples) {
+  if (n_examples <= 0) return 0;
+  if (p->steps > 0) return p->steps;
+  return p->epochs * ((n_examples - 1) / p->batch_size + 1);
+}
+
+/* As transformers' get_{constant,linear,cosine}_schedule_with_warmup: the factor of step `step` (0, 1, ...)
+ * of n. */
+static double schedule_factor(const ks_train_params *p, int64_t step, int64_t n) {
+  int64_t warmup = (int64_t)ceil(p->warmup * (double)n);
+  if (step < warmup) return (double)step / (double)ks_max_i64(warmup, 1);
+  double left = (double)(n - step) / (double)ks_max_i64(n - warmup, 1);
+  switch (p->schedule) {
+  case KS_SCHEDULE_LINEAR:
+    return left > 0 ? left : 0;
+  case KS_SCHEDULE_COSINE:
+    return 0.5 * (1.0 + cos(3.141592653589793 * (1.0 - left)));
+  case KS_SCHEDULE_CONSTANT:
+    break;
+  }
+  return 1;
+}
+
+static ks_status check_params(const ks_train_params *p, int64_t index) {
+  bool sizes = p->batch_size >= 1 && p->micro_batch >= 0 && p->epochs >= 0 && p->steps >= 0 &&
+               p->epochs <= INT32_MAX && p->round < (uint64_t)1 << 56;
+  bool rates = p->learning_rate >= 0 && isfinite(p->learning_rate) && p->weight_decay >= 0 && p->beta1 >= 0 &&
+               p->beta1 < 1 && p->beta2 >= 0 && p->beta2 < 1 && p->eps > 0 && p->max_grad_norm >= 0 &&
+               p->warmup >= 0 && p->warmup < 1 && p->dropout >= 0 && p->dropout < 1;
+  if (sizes && rates && (unsigned)p->schedule <= KS_SCHEDULE_COSINE) return KS_OK;
+  return KS_FAIL(
+      KS_EINVAL,
+      "train: job %lld has parameters out of range; need batch_size >= 1, micro_batch, epochs, steps, "
+      "learning_rate, weight_decay, max_grad_norm >= 0, beta1, beta2, warmup, dropout in [0, 1), eps > 0",
+      (long long)index);
+}
+
+static ks_status check_adapter(const trainer *t, int64_t index) {
+  const ks_adapter *a = t->trainees[index].job->adapter;
+  const ks_model_config *m = &t->model->config, *c;
+  if (!a) return KS_FAIL(KS_EINVAL, "train: job %lld has no adapter", (long long)index);
+  c = &a->config;
+  if (a->ctx != t->model->ctx || c->n_layers != m->n_layers || c->hidden_size != m->hidden_size ||
+      c->intermediate_size != m->intermediate_size || c->n_heads != m->n_heads ||
+      c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim)
+    return KS_FAIL(KS_EINVAL, "train: the adapter of job %lld was made for another model", (long long)index);
+  for (int64_t i = 0; i < index; i++) {
+    if (t->trainees[i].job->adapter == a)
+      return KS_FAIL(KS_EINVAL, "train: jobs %lld and %lld share an adapter", (long long)i, (long long)index);
+  }
+  return KS_OK;
+}
+
+static int compare_falling(const void *a, const void *b) {
+  int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+  return (x < y) - (x > y);
+}
+
+/* Rows of the largest micro-batch that any order can give. */
+static ks_status largest_micro(const ks_train_job *job, int64_t *rows) {
+  int64_t *sizes = NULL;
+  KS_TRY(ks_alloc_array(&sizes, (size_t)job->n_examples, sizeof *sizes, "training"));
+  for (int64_t i = 0; i < job->n_examples; i++)
+    sizes[i] = ks_example_n_rows(&job->examples[i]);
+  qsort(sizes, (size_t)job->n_examples, sizeof *sizes, compare_falling);
+  *rows = 0;
+  for (int64_t i = 0; i < ks_min_i64(micro_size(&job->params), job->n_examples); i++)
+    *rows += sizes[i];
+  free(sizes);
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- order of examples */
+
+static void shuffle(trainee *t) {
+  const ks_train_params *p = &t->job->params;
+  ks_rng rng = ks_rng_make(p->seed, KS_RNG_BATCH, p->round);
+  rng.next = (uint64_t)t->epoch << 32;
+  for (int64_t i = 0; i < t->job->n_examples; i++)
+    t->order[i] = i;
+  for (int64_t i = t->job->n_examples - 1; i > 0; i--) {
+    int64_t j = (int64_t)ks_rng_below(&rng, (uint64_t)i + 1), kept = t->order[i];
+    t->order[i] = t->order[j];
+    t->order[j] = kept;
+  }
+}
+
+/* Examples of the next optimizer step; a new order when an epoch begins. */
+static void begin_step(trainee *t) {
+  if (t->epoch < 0 || t->end == t->job->n_examples) {
+    t->epoch++;
+    t->end = 0;
+    shuffle(t);
+  }
+  t->batch = t->next = t->end;
+  t->end = ks_min_i64(t->job->n_examples, t->batch + t->job->params.batch_size);
+  t->n_targets = 0;
+  t->loss = 0;
+  for (int64_t i = t->batch; i < t->end; i++)
+    t->n_targets += ks_example_n_targets(&t->job->examples[t->order[i]]);
+}
+
+static bool is_active(const trainee *t) {
+  return t->step < t->job->n_steps;
+}
+
+/* ---------------------------------------------------------------- one pass */
+
+static ks_status fail_numeric(const trainee *t, const char *what, double value) {
+  return KS_FAIL(KS_ENUMERIC, "train: job %lld, step %lld: %s is %g; lower the learning rate",
+                 (long long)t->index, (long long)(t->step + 1), what, value);
+}
+
+static ks_status optimizer_step(trainer *tr, trainee *t) {
+  ks_adapter *a = t->job->adapter;
+  const ks_train_params *p = &t->job->params;
+  ks_ctx *ctx = tr->model->ctx;
+  double squares = 0;
+  if (t->n_targets == 0) return KS_OK;
+  KS_TRY(ks_sum_squares(ctx, a->grads, a->n_params, &squares));
+  double norm = sqrt(squares), mean = t->loss / (double)t->n_targets;
+  if (!isfinite(mean)) return fail_numeric(t, "the loss", mean);
+  if (!isfinite(norm)) return fail_numeric(t, "the gradient's norm", norm);
+  double clip = p->max_grad_norm > 0 ? p->max_grad_norm / (norm + 1e-6) : 1; /* as clip_grad_norm_ */
+  KS_TRY(ks_adamw(ctx, &(ks_adamw_args){.p = a->weights,
+                                        .m = a->m,
+                                        .v = a->v,
+                                        .grad = a->grads,
+                                        .n = a->n_params,
+                                        .lr = p->learning_rate * schedule_factor(p, t->step, t->job->n_steps),
+                                        .beta1 = p->beta1,
+                                        .beta2 = p->beta2,
+                                        .eps = p->eps,
+                                        .weight_decay = p->weight_decay,
+                                        .grad_scale = clip < 1 ? clip : 1,
+                                        .step = a->step + 1}));
+  a->step++;
+  t->job->step_loss[t->step] = (float)mean;
+  t->job->step_grad_norm[t->step] = (float)norm;
+  return ks_mem_zero(ctx, a->grads, (size_t)a->n_params * sizeof *a->grads);
+}
+
+/* Runs what is packed and hands each member its losses; in the order of the members. */
+static ks_status run_pass(trainer *tr) {
+  ks_packing *p = &tr->packing;
+  const float *loss = p->loss;
+  KS_TRY(ks_forward_backward(tr->run, &p->batch, p->rows, p->targets, p->scale, p->n_targets, p->loss));
+  for (int64_t m = 0; m < tr->n_members; m++) {
+    trainee *t = &tr->trainees[tr->members[m]];
+    for (; t->next < t->micro_end; t->next++) {
+      const ks_example *e = &t->job->examples[t->order[t->next]];
+      for (int64_t i = ks_example_n_targets(e); i > 0; i--)
+        t->loss += *loss++;
+      t->job->n_tokens += ks_example_n_rows(e);
+    }
+    t->n_passes++;
+    if (t->next < t->end) continue;
+    KS_TRY(optimizer_step(tr, t));
+    t->step++;
+    tr->steps_done++;
+    if (is_active(t)) begin_step(t);
+  }
+  ks_packing_clear(p);
+  tr->n_members = 0;
+  return KS_OK;
+}
+
+/* Adds a job's next micro-batch, after running what is packed when it does not fit beside it. */
+static ks_status add_micro(trainer *tr, int64_t index) {
+  trainee *t = &tr->trainees[index];
+  const ks_train_params *p = &t->job->params;
+  ks_batch *b = &tr->packing.batch;
+  int64_t n_rows = 0;
+  t->micro_end = ks_min_i64(t->end, t->next + micro_size(p));
+  for (int64_t i = t->next; i < t->micro_end; i++)
+    n_rows += ks_example_n_rows(&t->job->examples[t->order[i]]);
+  bool fits = b->n_rows + n_rows <= tr->max_rows && (b->n_rows == 0 || b->dropout == p->dropout);
+  if (!fits && tr->n_members > 0) KS_TRY(run_pass(tr));
+  tr->members[tr->n_members++] = index;
+  if (n_rows == 0) return KS_OK;
+  b->dropout = p->dropout;
+  ks_packing_begin_segment(&tr->packing, &t->view,
+                           ks_rng_key(p->seed, KS_RNG_DROPOUT, p->round, (uint64_t)t->n_passes));
+  for (int64_t i = t->next; i < t->micro_end; i++)
+    ks_packing_add(&tr->packing, &t->job->examples[t->order[i]], (float)(1.0 / (double)t->n_targets));
+  return KS_OK;
+}
+
+static ks_status report(trainer *tr, bool always) {
+  double now = ks_clock_seconds();
+  if (!always && now - tr->reported < REPORT_SECONDS) return KS_OK;
+  tr->reported = now;
+  return ks_progress_report(tr->progress, "train", (double)tr->steps_done, (double)tr->steps_all);
+}
+
+static ks_status train_all(trainer *tr) {
+  KS_TRY(report(tr, true));
+  while (tr->steps_done < tr->steps_all) {
+    for (int64_t i = 0; i < tr->n; i++) {
+      if (is_active(&tr->trainees[i])) KS_TRY(add_micro(tr, i));
+    }
+    KS_TRY(run_pass(tr));
+    KS_TRY(report(tr, false));
+  }
+  return report(tr, true);
+}
+
+/* ---------------------------------------------------------------- begin, end */
+
+static ks_status begin_job(trainer *tr, int64_t index, ks_run_params *run, int64_t *all_rows) {
+  trainee *t = &tr->trainees[index];
+  ks_train_job *job = t->job;
+  int64_t rows = 0;
+  KS_TRY(check_params(&job->params, index));
+  KS_TRY(check_adapter(tr, index));
+  if (job->n_examples < 0 || (job->n_examples > 0 && !job->examples))
+    return KS_FAIL(KS_EINVAL, "train: job %lld has %lld examples at a NULL pointer", (long long)index,
+                   (long long)job->n_examples);
+  for (int64_t i = 0; i < job->n_examples; i++)
+    KS_TRY_AS(ks_example_check(tr->model, &job->examples[i], i), "train: job %lld", (long long)index);
+  job->n_steps = ks_train_n_steps(&job->params, job->n_examples);
+  KS_TRY(ks_alloc_array(&job->step_loss, (size_t)job->n_steps, sizeof(float), "training"));
+  KS_TRY(ks_alloc_array(&job->step_grad_norm, (size_t)job->n_steps, sizeof(float), "training"));
+  KS_TRY(ks_alloc_array(&t->order, (size_t)job->n_examples, sizeof *t->order, "training"));
+  KS_TRY(largest_micro(job, &rows));
+  KS_TRY(ks_mem_zero(tr->model->ctx, job->adapter->grads, (size_t)job->adapter->n_params * sizeof(float)));
+  t->epoch = -1;
+  t->view = ks_adapter_view_of(job->adapter);
+  tr->steps_all += job->n_steps;
+  if (job->n_steps > 0) begin_step(t);
+  if (t->view.max_rank > run->max_rank) run->max_rank = t->view.max_rank;
+  run->max_rows = ks_max_i64(run->max_rows, rows);
+  *all_rows += rows;
+  return KS_OK;
+}
+
+static ks_status begin_training(trainer *tr) {
+  ks_run_params run = {.max_rows = 1, .backward = true};
+  int64_t all_rows = 0;
+  for (int64_t i = 0; i < tr->n; i++)
+    KS_TRY(begin_job(tr, i, &run, &all_rows));
+  if (tr->steps_all == 0) return KS_OK;
+  run.max_rows = ks_max_i64(run.max_rows, ks_min_i64(all_rows, tr->max_rows));
+  run.max_seqs = run.max_rows;
+  KS_TRY(ks_alloc_array(&tr->members, (size_t)tr->n, sizeof *tr->members, "training"));
+  KS_TRY(ks_packing_create(&tr->packing, run.max_rows, run.max_seqs));
+  return ks_run_create(tr->model, &run, &tr->run);
+}
+
+static void end_training(trainer *tr, bool failed) {
+  ks_run_destroy(tr->run);
+  ks_packing_destroy(&tr->packing);
+  free(tr->members);
+  for (int64_t i = 0; i < tr->n; i++) {
+    ks_train_job *job = tr->trainees[i].job;
+    free(tr->trainees[i].order);
+    if (!failed) continue;
+    free(job->step_loss);
+    free(job->step_grad_norm);
+    job->step_loss = job->step_grad_norm = NULL;
+    job->n_steps = 0;
+  }
+  free(tr->trainees);
+}
+
+ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, int64_t max_rows,
+                   const ks_progress *progress) {
+  if (!model || n_jobs < 0 || (n_jobs > 0 && !jobs) || max_rows < 0)
+    return KS_FAIL(KS_EINVAL, "ks_train: NULL argument, n_jobs %lld or max_rows %lld", (long long)n_jobs,
+                   (long long)max_rows);
+  trainer tr = {
+      .model = model, .n = n_jobs, .max_rows = max_rows > 0 ? max_rows : DEFAULT_ROWS, .progress = progress};
+  KS_TRY(ks_alloc_array(&tr.trainees, (size_t)n_jobs, sizeof *tr.trainees, "training"));
+  for (int64_t i = 0; i < n_jobs; i++) {
+    tr.trainees[i] = (trainee){.job = &jobs[i], .index = i};
+    jobs[i].step_loss = jobs[i].step_grad_norm = NULL;
+    jobs[i].n_steps = jobs[i].n_tokens = 0;
+  }
+  ks_status status = begin_training(&tr);
+  if (status == KS_OK && tr.steps_all > 0) status = train_all(&tr);
+  end_training(&tr, status != KS_OK);
+  return status;
+}

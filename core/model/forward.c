@@ -1,0 +1,302 @@
+/* Layers upwards, and what is read off the last one. */
+#include "core/model/run.h"
+
+/* ---------------------------------------------------------------- one layer */
+
+typedef struct {
+  ks_run *run;
+  const ks_pass *pass;
+  const ks_model_config *m;
+  const ks_model_layer *weights;
+  ks_layer_acts acts;
+  int64_t layer;
+  const ks_row_set *rows; /* of the query side and the MLP */
+  bool cut;               /* those rows are not all */
+  float *h_next;          /* where the layer's result goes */
+} layer_state;
+
+static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, const float *x, float *y,
+                        bool accumulate) {
+  ks_linear_args a;
+  ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, &a);
+  a.x = x;
+  a.y = y;
+  a.accumulate = accumulate;
+  a.u = s->acts.u[t];
+  return ks_linear_forward(s->run->model->ctx, &a);
+}
+
+static ks_status norm(const layer_state *s, const float *x, const float *w, float *y, float *rstd,
+                      int64_t n_rows, int64_t n_cols) {
+  return ks_rmsnorm_forward(
+      s->run->model->ctx,
+      &(ks_rmsnorm_args){
+          .x = x, .w = w, .y = y, .rstd = rstd, .n_rows = n_rows, .n_cols = n_cols, .eps = s->m->rms_eps});
+}
+
+static ks_status gather_out_rows(const layer_state *s, const float *x, float *y) {
+  return ks_rows_gather(s->run->model->ctx, &(ks_rows_args){.x = x,
+                                                            .y = y,
+                                                            .index = s->pass->out_index,
+                                                            .n_rows = s->pass->out.n_rows,
+                                                            .n_x_rows = s->pass->all.n_rows,
+                                                            .n_cols = s->m->hidden_size});
+}
+
+ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_layer_acts *acts) {
+  const ks_model_config *m = &run->model->config;
+  const ks_model_layer *w = &run->model->layers[layer];
+  const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
+  const struct {
+    const ks_row_set *rows;
+    const float *pre, *w;
+    float *x, *rstd;
+    int64_t n_heads;
+  } sides[2] = {{rows, acts->q_pre, w->q_norm, acts->q, acts->rstd_q, m->n_heads},
+                {&pass->all, acts->k_pre, w->k_norm, acts->k, acts->rstd_k, m->n_kv_heads}};
+  for (int i = 0; i < 2; i++) {
+    if (m->qk_norm)
+      KS_TRY(ks_rmsnorm_forward(run->model->ctx,
+                                &(ks_rmsnorm_args){.x = sides[i].pre,
+                                                   .w = sides[i].w,
+                                                   .y = sides[i].x,
+                                                   .rstd = sides[i].rstd,
+                                                   .n_rows = sides[i].rows->n_rows * sides[i].n_heads,
+                                                   .n_cols = m->head_dim,
+                                                   .eps = m->rms_eps}));
+    KS_TRY(ks_rope(run->model->ctx, &(ks_rope_args){.x = sides[i].x,
+                                                    .positions = sides[i].rows->positions,
+                                                    .inv_freq = run->model->inv_freq,
+                                                    .n_rows = sides[i].rows->n_rows,
+                                                    .n_heads = sides[i].n_heads,
+                                                    .head_dim = m->head_dim}));
+  }
+  return KS_OK;
+}
+
+static ks_status store_keys(const layer_state *s) {
+  const ks_kv_cache *cache = s->pass->cache;
+  int64_t kv = s->m->n_kv_heads * s->m->head_dim;
+  size_t begin = (size_t)s->layer * (size_t)cache->n_rows * (size_t)kv;
+  ks_rows_args a = {
+      .index = s->pass->cache_rows, .n_rows = s->pass->all.n_rows, .n_x_rows = cache->n_rows, .n_cols = kv};
+  a.x = s->acts.k;
+  a.y = cache->k + begin;
+  KS_TRY(ks_rows_scatter(s->run->model->ctx, &a));
+  a.x = s->acts.v;
+  a.y = cache->v + begin;
+  return ks_rows_scatter(s->run->model->ctx, &a);
+}
+
+static ks_status copy_rows(const layer_state *s, float *dst, const float *src) {
+  if (dst == src) return KS_OK;
+  size_t bytes = (size_t)s->rows->n_rows * (size_t)s->m->hidden_size * sizeof *dst;
+  return ks_mem_copy(s->run->model->ctx, dst, src, bytes);
+}
+
+static ks_status attention(layer_state *s) {
+  ks_run *run = s->run;
+  ks_layer_acts *acts = &s->acts;
+  const float *xq = run->xn;
+  KS_TRY(norm(s, acts->h_in, s->weights->attn_norm, run->xn, acts->rstd_attn, s->pass->all.n_rows,
+              s->m->hidden_size));
+  if (s->cut) {
+    KS_TRY(gather_out_rows(s, run->xn, run->xt));
+    xq = run->xt;
+  }
+  KS_TRY(linear(s, KS_TARGET_q, s->rows, xq, acts->q_pre, false));
+  KS_TRY(linear(s, KS_TARGET_k, &s->pass->all, run->xn, acts->k_pre, false));
+  KS_TRY(linear(s, KS_TARGET_v, &s->pass->all, run->xn, acts->v, false));
+  KS_TRY(ks_run_qk(run, s->pass, s->layer, acts));
+  if (s->pass->cache) KS_TRY(store_keys(s));
+  ks_attention_args a = ks_run_attention_args(run, s->pass, s->layer, acts);
+  KS_TRY(ks_attention_forward(run->model->ctx, &a));
+  if (s->cut)
+    KS_TRY(gather_out_rows(s, acts->h_in, acts->h_mid));
+  else
+    KS_TRY(copy_rows(s, acts->h_mid, acts->h_in));
+  return linear(s, KS_TARGET_o, s->rows, acts->attn, acts->h_mid, true);
+}
+
+static ks_status mlp(layer_state *s) {
+  ks_run *run = s->run;
+  ks_layer_acts *acts = &s->acts;
+  float *h = run->params.backward ? run->ff : acts->gate;
+  KS_TRY(norm(s, acts->h_mid, s->weights->mlp_norm, run->xn, acts->rstd_mlp, s->rows->n_rows,
+              s->m->hidden_size));
+  KS_TRY(linear(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, false));
+  KS_TRY(linear(s, KS_TARGET_up, s->rows, run->xn, acts->up, false));
+  KS_TRY(ks_swiglu_forward(
+      run->model->ctx,
+      &(ks_swiglu_args){
+          .gate = acts->gate, .up = acts->up, .h = h, .n = s->rows->n_rows * s->m->intermediate_size}));
+  KS_TRY(copy_rows(s, s->h_next, acts->h_mid));
+  return linear(s, KS_TARGET_down, s->rows, h, s->h_next, true);
+}
+
+ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, float **h) {
+  const ks_model_config *m = &run->model->config;
+  layer_state s = {.run = run, .pass = pass, .m = m, .rows = &pass->all, .acts = ks_run_acts(run, 0)};
+  *h = run->h_out;
+  KS_TRY(ks_embed_forward(run->model->ctx, &(ks_embed_args){.w = run->model->embedding,
+                                                            .tokens = pass->tokens,
+                                                            .y = s.acts.h_in,
+                                                            .n_rows = pass->all.n_rows}));
+  for (s.layer = 0; s.layer < m->n_layers; s.layer++) {
+    bool last = s.layer == m->n_layers - 1;
+    s.weights = &run->model->layers[s.layer];
+    s.acts = ks_run_acts(run, s.layer);
+    s.h_next = last ? run->h_out : ks_run_acts(run, s.layer + 1).h_in;
+    if (last && pass->cut) {
+      s.cut = true;
+      s.rows = &pass->out;
+      if (!run->params.backward) s.acts.h_mid = s.h_next = run->xt;
+    }
+    KS_TRY(attention(&s));
+    KS_TRY(mlp(&s));
+    *h = s.h_next;
+  }
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- reading off */
+
+static ks_status final_norm(ks_run *run, const float *h, float *y, float *rstd, int64_t n_rows) {
+  return ks_rmsnorm_forward(run->model->ctx, &(ks_rmsnorm_args){.x = h,
+                                                                .w = run->model->final_norm,
+                                                                .y = y,
+                                                                .rstd = rstd,
+                                                                .n_rows = n_rows,
+                                                                .n_cols = run->model->config.hidden_size,
+                                                                .eps = run->model->config.rms_eps});
+}
+
+ks_status ks_forward(ks_run *run, const ks_batch *batch, const float **hidden) {
+  return ks_forward_tails(run, batch, NULL, hidden);
+}
+
+ks_status ks_forward_tails(ks_run *run, const ks_batch *batch, const int64_t *tails, const float **hidden) {
+  ks_pass pass;
+  float *h = NULL;
+  if (!hidden) return KS_FAIL(KS_EINVAL, "ks_forward: hidden is NULL");
+  KS_TRY(ks_run_begin(run, batch, tails, &pass));
+  KS_TRY(ks_pass_forward(run, &pass, &h));
+  KS_TRY(final_norm(run, h, run->xn, NULL, pass.out.n_rows));
+  *hidden = run->xn;
+  return KS_OK;
+}
+
+/* How many last rows of each sequence the targets need (at least 1), and where target i lies among those
+ * rows. */
+static ks_status place_targets(ks_run *run, const ks_batch *batch, const ks_loss_spec *spec) {
+  int64_t i = 0, begin = 0;
+  for (int64_t s = 0; s < batch->n_seqs; s++) {
+    int64_t end = batch->seq_offsets[s + 1], first = i;
+    while (i < spec->n_targets && spec->rows[i] < end) {
+      if (spec->rows[i] < (i > 0 ? spec->rows[i - 1] + 1 : 0))
+        return KS_FAIL(KS_EINVAL, "loss: target rows must rise; row %lld comes after row %lld",
+                       (long long)spec->rows[i], i > 0 ? (long long)spec->rows[i - 1] : -1);
+      i++;
+    }
+    run->tails[s] = i > first ? end - spec->rows[first] : 1;
+    begin += run->tails[s];
+    for (int64_t j = first; j < i; j++)
+      run->target_index[j] = begin - (end - spec->rows[j]);
+  }
+  if (i < spec->n_targets)
+    return KS_FAIL(KS_EINVAL, "loss: target row %lld of %lld", (long long)spec->rows[i],
+                   (long long)batch->n_rows);
+  return KS_OK;
+}
+
+/* Loss of the target rows and, for a backward pass, the gradient of the out rows' residual stream. */
+static ks_status head(ks_run *run, const ks_pass *pass, const float *h, const ks_loss_spec *spec,
+                      float *loss) {
+  ks_ctx *ctx = run->model->ctx;
+  int64_t n = spec->n_targets, n_cols = run->model->config.hidden_size;
+  bool all = n == pass->out.n_rows, backward = spec->scale != NULL;
+  const float *x = h;
+  if (!all) { /* forward only: h may be xt, which dxn's place is not */
+    float *picked = backward ? run->xt : run->xn;
+    KS_TRY(ks_rows_gather(ctx, &(ks_rows_args){.x = h,
+                                               .y = picked,
+                                               .index = run->target_index,
+                                               .n_rows = n,
+                                               .n_x_rows = pass->out.n_rows,
+                                               .n_cols = n_cols}));
+    x = picked;
+  }
+  KS_TRY(final_norm(run, x, run->xn, backward ? run->rstd : NULL, n));
+  KS_TRY(ks_head_loss(ctx, &(ks_head_loss_args){.w = run->model->head,
+                                                .x = run->xn,
+                                                .targets = spec->targets,
+                                                .row_scale = spec->scale,
+                                                .loss = loss,
+                                                .dx = backward ? run->dxn : NULL,
+                                                .n_rows = n,
+                                                .workspace = run->head_workspace}));
+  if (!backward) return KS_OK;
+  float *dh = pass->cut ? run->dcut : run->dres;
+  KS_TRY(ks_rmsnorm_backward(ctx, &(ks_rmsnorm_args){.x = x,
+                                                     .w = run->model->final_norm,
+                                                     .rstd = run->rstd,
+                                                     .dy = run->dxn,
+                                                     .dx = all ? dh : run->dxn,
+                                                     .n_rows = n,
+                                                     .n_cols = n_cols}));
+  if (all) return KS_OK;
+  KS_TRY(ks_mem_zero(ctx, dh, (size_t)pass->out.n_rows * (size_t)n_cols * sizeof *dh));
+  return ks_rows_scatter(ctx, &(ks_rows_args){.x = run->dxn,
+                                              .y = dh,
+                                              .index = run->target_index,
+                                              .n_rows = n,
+                                              .n_x_rows = pass->out.n_rows,
+                                              .n_cols = n_cols});
+}
+
+ks_status ks_forward_head(ks_run *run, const ks_batch *batch, const ks_loss_spec *spec, float *loss,
+                          ks_pass *pass) {
+  float *h = NULL;
+  if (!run || !batch) return KS_FAIL(KS_EINVAL, "loss: run or batch is NULL");
+  if (run->params.no_loss) return KS_FAIL(KS_EINVAL, "loss: this run was made with no_loss");
+  if (spec->n_targets < 0 || (spec->n_targets > 0 && (!spec->rows || !spec->targets || !loss)))
+    return KS_FAIL(KS_EINVAL, "loss: %lld targets at a NULL pointer", (long long)spec->n_targets);
+  KS_TRY(ks_run_begin(run, batch, NULL, pass));
+  KS_TRY(place_targets(run, batch, spec));
+  if (spec->n_targets == 0) return KS_OK;
+  ks_run_cut(run, run->tails, pass);
+  KS_TRY(ks_pass_forward(run, pass, &h));
+  return head(run, pass, h, spec, loss);
+}
+
+ks_status ks_forward_loss(ks_run *run, const ks_batch *batch, const int64_t *rows, const int32_t *targets,
+                          int64_t n_targets, float *loss) {
+  ks_pass pass;
+  ks_loss_spec spec = {.rows = rows, .targets = targets, .n_targets = n_targets};
+  return ks_forward_head(run, batch, &spec, loss, &pass);
+}
+
+ks_status ks_forward_logits(ks_run *run, const ks_batch *batch, float *host_logits) {
+  enum { BLOCK = 64 };
+  const float *hidden = NULL;
+  if (!run || !batch || (batch->n_rows > 0 && !host_logits))
+    return KS_FAIL(KS_EINVAL, "ks_forward_logits: NULL argument");
+  KS_TRY(ks_forward(run, batch, &hidden));
+  ks_ctx *ctx = run->model->ctx;
+  int64_t n_vocab = run->model->config.vocab_size, n_cols = run->model->config.hidden_size;
+  ks_status status = KS_OK;
+  void *block = NULL;
+  size_t bytes;
+  if (!ks_mul_size((size_t)n_vocab, BLOCK * sizeof(float), &bytes))
+    return KS_FAIL(KS_EOVERFLOW, "ks_forward_logits: vocabulary of %lld", (long long)n_vocab);
+  KS_TRY(ks_mem_alloc(ctx, bytes, &block));
+  for (int64_t i = 0; i < batch->n_rows && status == KS_OK; i += BLOCK) {
+    int64_t n = ks_min_i64(BLOCK, batch->n_rows - i);
+    status = ks_linear_forward(
+        ctx, &(ks_linear_args){.w = run->model->head, .x = hidden + i * n_cols, .y = block, .n_rows = n});
+    if (status == KS_OK)
+      status = ks_mem_download(ctx, host_logits + i * n_vocab, block, (size_t)(n * n_vocab) * sizeof(float));
+  }
+  ks_mem_free(ctx, block);
+  return status;
+}

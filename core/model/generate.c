@@ -1,0 +1,413 @@
+/* Continuous batching: each pass takes the next token of every running sequence and, in the rows that are
+ * left, pieces of the prompts of those that are starting. */
+#include "core/model/generate.h"
+#include "core/model/run.h"
+
+enum { DEFAULT_BATCH = 64, PROMPT_ROWS = 512, DEFAULT_CACHE_MB = 512 };
+#define REPORT_SECONDS 0.1
+
+typedef struct {
+  ks_request *request;
+  int64_t limit;      /* tokens that it may bring */
+  int64_t cache_base; /* its rows of the cache */
+  int64_t cache_need;
+  int64_t n_cached; /* of which filled */
+  int64_t n_rows;   /* in this pass */
+} sequence;
+
+typedef struct {
+  ks_model *model;
+  ks_request *requests;
+  int64_t n_requests, next; /* next to be admitted */
+  const ks_adapter_view *adapters;
+  int64_t n_adapters;
+  const ks_progress *progress;
+  ks_generate_stats stats;
+  ks_run *run;
+  ks_kv_cache cache;
+  sequence *active; /* [max_batch], sorted by adapter */
+  int64_t n_active, max_batch, n_finished;
+  int32_t *tokens;      /* [max_rows] of a pass */
+  int64_t *cache_rows;  /* [max_rows] */
+  int64_t *ends;        /* [max_batch] out rows whose logits are wanted */
+  sequence **ending;    /* [max_batch] their sequences */
+  ks_sampler *samplers; /* [max_batch] */
+  int32_t *sampled;     /* [max_batch] */
+  float *logits;        /* backend memory [max_batch, vocab] */
+  double reported;      /* when */
+} generator;
+
+static int64_t new_token_limit(const ks_model *model, const ks_request *r) {
+  return ks_min_i64(r->max_new_tokens, model->config.max_seq_len - r->n_prompt);
+}
+/* The last new token is never fed back. */
+static int64_t cache_rows_of(const ks_model *model, const ks_request *r) {
+  return r->n_prompt + ks_max_i64(new_token_limit(model, r) - 1, 0);
+}
+
+/* ---------------------------------------------------------------- checks, sizes */
+
+static ks_status check_request(const generator *g, int64_t i) {
+  const ks_request *r = &g->requests[i];
+  const ks_model_config *m = &g->model->config;
+  if (r->n_prompt < 1 || !r->prompt)
+    return KS_FAIL(KS_EINVAL, "generate: request %lld has no prompt; give at least one token", (long long)i);
+  if (r->n_prompt >= m->max_seq_len)
+    return KS_FAIL(KS_EINVAL,
+                   "generate: request %lld has a prompt of %lld tokens; the model's context is %lld: cut it",
+                   (long long)i, (long long)r->n_prompt, (long long)m->max_seq_len);
+  for (int64_t j = 0; j < r->n_prompt; j++) {
+    if (r->prompt[j] < 0 || r->prompt[j] >= m->vocab_size)
+      return KS_FAIL(KS_EINVAL, "generate: request %lld has token %d at %lld; the model has %lld tokens",
+                     (long long)i, r->prompt[j], (long long)j, (long long)m->vocab_size);
+  }
+  if (r->adapter < -1 || r->adapter >= g->n_adapters)
+    return KS_FAIL(KS_EINVAL, "generate: request %lld names adapter %d of %lld", (long long)i, r->adapter,
+                   (long long)g->n_adapters);
+  if (r->max_new_tokens < 0 || r->n_stop < 0 || (r->n_stop > 0 && !r->stop_ids))
+    return KS_FAIL(KS_EINVAL, "generate: request %lld asks for %lld tokens with %lld stop ids", (long long)i,
+                   (long long)r->max_new_tokens, (long long)r->n_stop);
+  return KS_OK;
+}
+
+static int compare_falling(const void *a, const void *b) {
+  int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+  return (x < y) - (x > y);
+}
+
+/* Rows that the cache gets: what the largest max_batch requests need, within the bound. */
+static ks_status size_cache(generator *g, int64_t cache_bytes) {
+  const ks_model_config *m = &g->model->config;
+  int64_t *needs = NULL, row_bytes, sum = 0;
+  int64_t kv = m->n_kv_heads * m->head_dim;
+  if (!ks_mul_i64(m->n_layers * 2 * (int64_t)sizeof(float), kv, &row_bytes))
+    return KS_FAIL(KS_EOVERFLOW, "generate: a cache row does not fit an address space");
+  KS_TRY(ks_alloc_array(&needs, (size_t)g->n_requests, sizeof *needs, "generation"));
+  for (int64_t i = 0; i < g->n_requests; i++)
+    needs[i] = cache_rows_of(g->model, &g->requests[i]);
+  qsort(needs, (size_t)g->n_requests, sizeof *needs, compare_falling);
+  for (int64_t i = 0; i < g->max_batch; i++)
+    sum += needs[i];
+  int64_t largest = needs[0];
+  int64_t bound = (cache_bytes > 0 ? cache_bytes : (int64_t)DEFAULT_CACHE_MB << 20) / row_bytes;
+  free(needs);
+  if (cache_bytes > 0 && largest > bound)
+    return KS_FAIL(
+        KS_EBUDGET,
+        "generate: a request needs %lld rows of KV cache of %lld bytes each; cache_bytes %lld holds %lld",
+        (long long)largest, (long long)row_bytes, (long long)cache_bytes, (long long)bound);
+  g->cache.n_rows = ks_max_i64(largest, ks_min_i64(sum, bound));
+  return KS_OK;
+}
+
+static ks_status create_run(generator *g) {
+  ks_run_params p = {.max_seqs = g->max_batch, .no_loss = true};
+  int64_t prompt_rows = 0;
+  for (int64_t i = 0; i < g->n_requests; i++) {
+    int32_t adapter = g->requests[i].adapter;
+    if (prompt_rows < PROMPT_ROWS)
+      prompt_rows = ks_min_i64(prompt_rows + g->requests[i].n_prompt, PROMPT_ROWS);
+    if (adapter >= 0 && g->adapters[adapter].max_rank > p.max_rank)
+      p.max_rank = g->adapters[adapter].max_rank;
+  }
+  p.max_rows = prompt_rows + g->max_batch;
+  return ks_run_create(g->model, &p, &g->run);
+}
+
+static ks_status allocate(generator *g, int64_t cache_bytes) {
+  const ks_model_config *m = &g->model->config;
+  size_t batch = (size_t)g->max_batch, bytes;
+  void *p = NULL;
+  KS_TRY(size_cache(g, cache_bytes));
+  KS_TRY(create_run(g));
+  size_t rows = (size_t)g->run->params.max_rows;
+  if (!ks_mul_size((size_t)(m->n_layers * m->n_kv_heads * m->head_dim) * sizeof(float),
+                   (size_t)g->cache.n_rows, &bytes))
+    return KS_FAIL(KS_EOVERFLOW, "generate: KV cache of %lld rows does not fit an address space",
+                   (long long)g->cache.n_rows);
+  KS_TRY_AS(ks_mem_alloc(g->model->ctx, bytes, &p), "KV cache");
+  g->cache.k = p;
+  KS_TRY_AS(ks_mem_alloc(g->model->ctx, bytes, &p), "KV cache");
+  g->cache.v = p;
+  KS_TRY_AS(ks_mem_alloc(g->model->ctx, batch * (size_t)m->vocab_size * sizeof(float), &p), "logits");
+  g->logits = p;
+  KS_TRY(ks_alloc_array(&g->active, batch, sizeof *g->active, "generation"));
+  KS_TRY(ks_alloc_array(&g->tokens, rows, sizeof *g->tokens, "generation"));
+  KS_TRY(ks_alloc_array(&g->cache_rows, rows, sizeof *g->cache_rows, "generation"));
+  KS_TRY(ks_alloc_array(&g->ends, batch, sizeof *g->ends, "generation"));
+  KS_TRY(ks_alloc_array(&g->ending, batch, sizeof(sequence *), "generation"));
+  KS_TRY(ks_alloc_array(&g->samplers, batch, sizeof *g->samplers, "generation"));
+  KS_TRY(ks_alloc_array(&g->sampled, batch, sizeof *g->sampled, "generation"));
+  return ks_run_reserve_loras(g->run, g->n_adapters);
+}
+
+static void release(generator *g) {
+  free(g->sampled);
+  free(g->samplers);
+  free(g->ending);
+  free(g->ends);
+  free(g->cache_rows);
+  free(g->tokens);
+  free(g->active);
+  ks_mem_free(g->model->ctx, g->logits);
+  ks_mem_free(g->model->ctx, g->cache.v);
+  ks_mem_free(g->model->ctx, g->cache.k);
+  ks_run_destroy(g->run);
+}
+
+/* ---------------------------------------------------------------- admitting */
+
+/* First free place for `need` rows of the cache: 0 or the end of a running sequence; -1: none. */
+static int64_t find_place(const generator *g, int64_t need) {
+  int64_t best = -1;
+  for (int64_t i = -1; i < g->n_active; i++) {
+    int64_t begin = i < 0 ? 0 : g->active[i].cache_base + g->active[i].cache_need;
+    bool is_free = begin + need <= g->cache.n_rows && (best < 0 || begin < best);
+    for (int64_t j = 0; is_free && j < g->n_active; j++) {
+      const sequence *s = &g->active[j];
+      is_free = s->cache_base >= begin + need || s->cache_base + s->cache_need <= begin;
+    }
+    if (is_free) best = begin;
+  }
+  return best;
+}
+
+static void insert_active(generator *g, sequence s) {
+  int64_t i = g->n_active++;
+  for (; i > 0 && g->active[i - 1].request->adapter > s.request->adapter; i--)
+    g->active[i] = g->active[i - 1];
+  g->active[i] = s;
+}
+
+/* Requests in their order, as long as there are places and cache. */
+static ks_status admit(generator *g) {
+  while (g->next < g->n_requests && g->n_active < g->max_batch) {
+    ks_request *r = &g->requests[g->next];
+    sequence s = {
+        .request = r, .limit = new_token_limit(g->model, r), .cache_need = cache_rows_of(g->model, r)};
+    if (s.limit > 0 && (s.cache_base = find_place(g, s.cache_need)) < 0) return KS_OK;
+    KS_TRY(ks_alloc_array(&r->tokens, (size_t)s.limit, sizeof *r->tokens, "generated tokens"));
+    g->next++;
+    if (s.limit > 0)
+      insert_active(g, s);
+    else
+      g->n_finished++;
+  }
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- one pass */
+
+static int64_t n_pending(const sequence *s) {
+  return s->request->n_prompt + s->request->n_tokens - s->n_cached;
+}
+
+/* Gives each sequence its rows of this pass; those that decode come first. Returns the prompts' rows. */
+static int64_t share_rows(generator *g) {
+  int64_t room = g->run->params.max_rows, n_prompt_rows = 0;
+  for (int64_t i = 0; i < g->n_active; i++) {
+    sequence *s = &g->active[i];
+    s->n_rows = s->request->n_tokens > 0 ? 1 : 0;
+    room -= s->n_rows;
+  }
+  for (int64_t i = 0; i < g->n_active; i++) {
+    sequence *s = &g->active[i];
+    if (s->request->n_tokens > 0) continue;
+    s->n_rows = ks_min_i64(n_pending(s), room);
+    room -= s->n_rows;
+    n_prompt_rows += s->n_rows;
+  }
+  return n_prompt_rows;
+}
+
+static void add_to_segment(ks_run *run, ks_pass *pass, const sequence *s, int64_t row) {
+  if (s->request->adapter < 0) return;
+  ks_segment *last = pass->all.n_segments > 0 ? &run->segments[pass->all.n_segments - 1] : NULL;
+  if (last && last->adapter == s->request->adapter)
+    last->n_rows += s->n_rows;
+  else
+    run->segments[pass->all.n_segments++] =
+        (ks_segment){.row_begin = row, .n_rows = s->n_rows, .adapter = s->request->adapter};
+}
+
+static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
+  ks_run *run = g->run;
+  int64_t row = 0, n_seqs = 0;
+  *pass = (ks_pass){.tokens = g->tokens,
+                    .key_begin = run->key_begin,
+                    .adapters = g->adapters,
+                    .n_adapters = g->n_adapters,
+                    .cache = &g->cache,
+                    .cache_rows = g->cache_rows};
+  pass->all = (ks_row_set){.positions = run->positions, .seqs = run->seqs, .segments = run->segments};
+  *n_ends = 0;
+  for (int64_t i = 0; i < g->n_active; i++) {
+    sequence *s = &g->active[i];
+    const ks_request *r = s->request;
+    if (s->n_rows == 0) continue;
+    add_to_segment(run, pass, s, row);
+    if (s->n_rows == n_pending(s)) {
+      g->ends[*n_ends] = n_seqs;
+      g->ending[(*n_ends)++] = s;
+    }
+    run->seqs[n_seqs] = (ks_attention_seq){.q_begin = row, .n_q = s->n_rows, .n_k = s->n_cached + s->n_rows};
+    run->key_begin[n_seqs] = s->cache_base;
+    run->tails[n_seqs++] = 1;
+    for (int64_t p = s->n_cached; p < s->n_cached + s->n_rows; p++, row++) {
+      g->tokens[row] = p < r->n_prompt ? r->prompt[p] : r->tokens[p - r->n_prompt];
+      run->positions[row] = (int32_t)p;
+      g->cache_rows[row] = s->cache_base + p;
+    }
+    s->n_cached += s->n_rows;
+  }
+  pass->n_seqs = n_seqs;
+  pass->all.n_rows = row;
+  ks_run_cut(run, run->tails, pass);
+}
+
+/* Logits of the sequences whose next token is due: the last rows, which are the out rows' norms. */
+static ks_status compute_logits(generator *g, const ks_pass *pass, float *h, int64_t n_ends) {
+  ks_run *run = g->run;
+  const ks_model *m = g->model;
+  float *x = run->xn;
+  if (n_ends < pass->out.n_rows) {
+    x = h == run->h_out ? run->xt : run->h_out;
+    KS_TRY(ks_rows_gather(m->ctx, &(ks_rows_args){.x = h,
+                                                  .y = x,
+                                                  .index = g->ends,
+                                                  .n_rows = n_ends,
+                                                  .n_x_rows = pass->out.n_rows,
+                                                  .n_cols = m->config.hidden_size}));
+    h = x;
+  }
+  KS_TRY(ks_rmsnorm_forward(m->ctx, &(ks_rmsnorm_args){.x = h,
+                                                       .w = m->final_norm,
+                                                       .y = x,
+                                                       .n_rows = n_ends,
+                                                       .n_cols = m->config.hidden_size,
+                                                       .eps = m->config.rms_eps}));
+  return ks_linear_forward(m->ctx, &(ks_linear_args){.w = m->head, .x = x, .y = g->logits, .n_rows = n_ends});
+}
+
+static ks_status sample(generator *g, int64_t n_ends) {
+  for (int64_t i = 0; i < n_ends; i++) {
+    const ks_request *r = g->ending[i]->request;
+    g->samplers[i] = r->sampler;
+    g->samplers[i].counter += (uint64_t)r->n_tokens;
+  }
+  KS_TRY(ks_sample(g->model->ctx, &(ks_sample_args){.logits = g->logits,
+                                                    .n_rows = n_ends,
+                                                    .n_vocab = g->model->config.vocab_size,
+                                                    .samplers = g->samplers,
+                                                    .tokens = g->sampled}));
+  g->stats.new_tokens += n_ends;
+  return KS_OK;
+}
+
+static bool is_stop(const ks_request *r, int32_t token) {
+  for (int64_t i = 0; i < r->n_stop; i++) {
+    if (r->stop_ids[i] == token) return true;
+  }
+  return false;
+}
+
+/* Takes the new tokens and drops the sequences that end. */
+static void collect(generator *g, int64_t n_ends) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n_ends; i++) {
+    sequence *s = g->ending[i];
+    ks_request *r = s->request;
+    r->stopped = is_stop(r, g->sampled[i]);
+    if (!r->stopped) r->tokens[r->n_tokens++] = g->sampled[i];
+    if (r->stopped || r->n_tokens == s->limit) s->request = NULL;
+  }
+  for (int64_t i = 0; i < g->n_active; i++) {
+    if (g->active[i].request) g->active[kept++] = g->active[i];
+  }
+  g->n_finished += g->n_active - kept;
+  g->n_active = kept;
+}
+
+static ks_status step(generator *g) {
+  ks_pass pass;
+  float *h = NULL;
+  int64_t n_ends = 0;
+  double start = ks_clock_seconds();
+  int64_t n_prompt_rows = share_rows(g);
+  describe_pass(g, &pass, &n_ends);
+  KS_TRY(ks_pass_forward(g->run, &pass, &h));
+  if (n_ends > 0) KS_TRY(compute_logits(g, &pass, h, n_ends));
+  double sampling = ks_clock_seconds();
+  if (n_ends > 0) KS_TRY(sample(g, n_ends));
+  double share = (double)n_prompt_rows / (double)pass.all.n_rows;
+  g->stats.prompt_tokens += n_prompt_rows;
+  g->stats.prefill_seconds += (sampling - start) * share;
+  g->stats.decode_seconds += (sampling - start) * (1 - share);
+  g->stats.sample_seconds += ks_clock_seconds() - sampling;
+  collect(g, n_ends);
+  return KS_OK;
+}
+
+static ks_status report(generator *g, bool always) {
+  double now = ks_clock_seconds();
+  if (!always && now - g->reported < REPORT_SECONDS) return KS_OK;
+  g->reported = now;
+  return ks_progress_report(g->progress, "generate", (double)g->n_finished, (double)g->n_requests);
+}
+
+static ks_status run_all(generator *g) {
+  KS_TRY(report(g, true));
+  for (;;) {
+    KS_TRY(admit(g));
+    if (g->n_active == 0) break;
+    KS_TRY(step(g));
+    KS_TRY(report(g, false));
+  }
+  return report(g, true);
+}
+
+static void add_stats(ks_generate_stats *to, const ks_generate_stats *s) {
+  to->prompt_tokens += s->prompt_tokens;
+  to->new_tokens += s->new_tokens;
+  to->prefill_seconds += s->prefill_seconds;
+  to->decode_seconds += s->decode_seconds;
+  to->sample_seconds += s->sample_seconds;
+}
+
+ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
+                      const ks_adapter_view *adapters, int64_t n_adapters, const ks_generate_params *params,
+                      const ks_progress *progress, ks_generate_stats *stats) {
+  ks_generate_params p = params ? *params : KS_GENERATE_DEFAULT;
+  if (!model || n_requests < 0 || (n_requests > 0 && !requests) || n_adapters < 0 ||
+      (n_adapters > 0 && !adapters))
+    return KS_FAIL(KS_EINVAL, "ks_generate: NULL argument");
+  if (p.max_batch < 0 || p.cache_bytes < 0)
+    return KS_FAIL(KS_EINVAL, "ks_generate: max_batch %lld, cache_bytes %lld; give 0 or more",
+                   (long long)p.max_batch, (long long)p.cache_bytes);
+  generator g = {.model = model,
+                 .requests = requests,
+                 .n_requests = n_requests,
+                 .adapters = adapters,
+                 .n_adapters = n_adapters,
+                 .progress = progress,
+                 .max_batch = ks_min_i64(p.max_batch > 0 ? p.max_batch : DEFAULT_BATCH, n_requests)};
+  for (int64_t i = 0; i < n_requests; i++) {
+    requests[i].tokens = NULL;
+    requests[i].n_tokens = 0;
+    requests[i].stopped = false;
+  }
+  for (int64_t i = 0; i < n_requests; i++)
+    KS_TRY(check_request(&g, i));
+  if (n_requests == 0) return KS_OK;
+  ks_status status = allocate(&g, p.cache_bytes);
+  if (status == KS_OK) status = run_all(&g);
+  release(&g);
+  if (stats) add_stats(stats, &g.stats);
+  for (int64_t i = 0; status != KS_OK && i < n_requests; i++) {
+    free(requests[i].tokens);
+    requests[i].tokens = NULL;
+    requests[i].n_tokens = 0;
+    requests[i].stopped = false;
+  }
+  return status;
+}

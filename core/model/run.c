@@ -1,0 +1,471 @@
+/* Memory of a pass and the description of its rows. */
+#include "core/model/run.h"
+
+/* ---------------------------------------------------------------- layout */
+
+/* Hands out places in the arena; with base NULL it only counts. */
+typedef struct {
+  float *base;
+  size_t n, top; /* floats handed out now, and at most */
+  bool overflow;
+} cursor;
+
+static float *take(cursor *c, int64_t rows, int64_t cols) {
+  size_t n, end;
+  if (rows <= 0 || cols <= 0) return NULL;
+  if (!ks_mul_size((size_t)rows, (size_t)cols, &n) || !ks_add_size(n, 15, &n) ||
+      !ks_add_size(c->n, n & ~(size_t)15, &end)) {
+    c->overflow = true;
+    return NULL;
+  }
+  float *p = c->base ? c->base + c->n : NULL;
+  c->n = end;
+  if (end > c->top) c->top = end;
+  return p;
+}
+
+static void take_lora_u(const ks_run *run, cursor *c, ks_layer_acts *a) {
+  for (int t = 0; t < KS_N_TARGETS; t++)
+    a->u[t] = take(c, run->params.max_rows, run->params.max_rank);
+}
+
+/* One layer's activations, all kept. */
+static void place_kept_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
+  const ks_model_config *m = &run->model->config;
+  int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+  a->h_in = take(c, rows, m->hidden_size);
+  a->h_mid = take(c, rows, m->hidden_size);
+  a->q_pre = take(c, rows, q);
+  a->k_pre = take(c, rows, kv);
+  a->v = take(c, rows, kv);
+  a->attn = take(c, rows, q);
+  a->lse = take(c, rows, m->n_heads);
+  a->gate = take(c, rows, m->intermediate_size);
+  a->up = take(c, rows, m->intermediate_size);
+  a->rstd_attn = take(c, rows, 1);
+  a->rstd_mlp = take(c, rows, 1);
+  if (m->qk_norm) {
+    a->rstd_q = take(c, rows, m->n_heads);
+    a->rstd_k = take(c, rows, m->n_kv_heads);
+  }
+  take_lora_u(run, c, a);
+  a->q = m->qk_norm ? run->q : a->q_pre;
+  a->k = m->qk_norm ? run->k : a->k_pre;
+}
+
+/* One layer's activations when nothing is kept: attention's and the MLP's share their place. */
+static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
+  const ks_model_config *m = &run->model->config;
+  int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+  a->h_in = a->h_mid = run->h_out;
+  float *u = take(c, rows, run->params.max_rank);
+  for (int t = 0; t < KS_N_TARGETS; t++)
+    a->u[t] = u;
+  size_t mark = c->n;
+  a->q = a->q_pre = take(c, rows, q);
+  a->k = a->k_pre = take(c, rows, kv);
+  a->v = take(c, rows, kv);
+  a->attn = take(c, rows, q);
+  c->n = mark;
+  a->gate = take(c, rows, m->intermediate_size);
+  a->up = take(c, rows, m->intermediate_size);
+  c->n = c->top;
+}
+
+ks_layer_acts ks_run_acts(const ks_run *run, int64_t layer) {
+  ks_layer_acts a = {0};
+  cursor c = {.base = run->arena, .n = run->layer_begin + (size_t)layer * run->layer_floats};
+  c.top = c.n;
+  if (run->params.backward)
+    place_kept_layer(run, &c, &a);
+  else
+    place_shared_layer(run, &c, &a);
+  return a;
+}
+
+static void place_backward_scratch(ks_run *run, cursor *c) {
+  const ks_model_config *m = &run->model->config;
+  int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+  run->dxn = take(c, rows, m->hidden_size);
+  run->dres = take(c, rows, m->hidden_size);
+  run->dcut = take(c, rows, m->hidden_size);
+  run->lora_v = take(c, rows, run->params.max_rank);
+  run->rstd = take(c, rows, 1);
+  if (m->qk_norm) {
+    run->q = take(c, rows, q);
+    run->k = take(c, rows, kv);
+  }
+}
+
+/* What never lives at the same time as one another. */
+static void place_phases(ks_run *run, cursor *c) {
+  const ks_model_config *m = &run->model->config;
+  int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+  size_t mark = c->n;
+  if (!run->params.no_loss) {
+    size_t workspace = ks_head_loss_workspace(run->model->head, rows);
+    run->head_workspace = take(c, (int64_t)((workspace + sizeof(float) - 1) / sizeof(float)), 1);
+  }
+  c->n = mark;
+  if (!run->params.backward) return; /* the shared layer takes this place too */
+  run->ff = take(c, rows, m->intermediate_size);
+  run->dff = take(c, rows, m->intermediate_size);
+  c->n = mark;
+  run->d_attn = take(c, rows, q);
+  run->dq = take(c, rows, q);
+  run->dk = take(c, rows, kv);
+  run->dv = take(c, rows, kv);
+  c->n = c->top;
+}
+
+/* Sets every pointer into the arena (all NULL before there is one) and counts it. */
+static ks_status place_all(ks_run *run) {
+  const ks_model_config *m = &run->model->config;
+  int64_t rows = run->params.max_rows;
+  ks_layer_acts acts = {0};
+  cursor c = {.base = run->arena};
+  run->h_out = take(&c, rows, m->hidden_size);
+  run->xn = take(&c, rows, m->hidden_size);
+  run->xt = take(&c, rows, m->hidden_size);
+  if (run->params.backward) place_backward_scratch(run, &c);
+  place_phases(run, &c);
+  run->layer_begin = c.n;
+  if (run->params.backward)
+    place_kept_layer(run, &c, &acts);
+  else
+    place_shared_layer(run, &c, &acts);
+  run->layer_floats = 0;
+  run->arena_floats = c.n;
+  if (run->params.backward) {
+    size_t kept;
+    run->layer_floats = c.n - run->layer_begin;
+    if (!ks_mul_size(run->layer_floats, (size_t)m->n_layers, &kept) ||
+        !ks_add_size(run->layer_begin, kept, &run->arena_floats))
+      c.overflow = true;
+  }
+  if (c.overflow || run->arena_floats > SIZE_MAX / sizeof(float))
+    return KS_FAIL(KS_EOVERFLOW,
+                   "run: activations of %lld rows do not fit an address space; use fewer rows a pass",
+                   (long long)rows);
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- create, destroy */
+
+static ks_status check_params(const ks_model *model, const ks_run_params *p) {
+  if (!model || !p) return KS_FAIL(KS_EINVAL, "run: model or params is NULL");
+  if (p->max_rows < 1 || p->max_rows > INT32_MAX || p->max_seqs < 1 || p->max_seqs > INT32_MAX)
+    return KS_FAIL(KS_EINVAL, "run: max_rows %lld, max_seqs %lld; give 1 to 2^31 - 1", (long long)p->max_rows,
+                   (long long)p->max_seqs);
+  if (p->max_rank < 0 || p->max_rank > 256)
+    return KS_FAIL(KS_EINVAL, "run: max_rank is %d; give 0 to 256", p->max_rank);
+  return KS_OK;
+}
+
+/* Host arrays beside the arena, one table: where the pointer lies, elements, element size. */
+typedef struct {
+  void *pointer;
+  size_t n, size;
+} host_array;
+enum { N_HOST_ARRAYS = 10 };
+
+static void list_host_arrays(ks_run *run, host_array out[N_HOST_ARRAYS]) {
+  size_t rows = (size_t)run->params.max_rows, seqs = (size_t)run->params.max_seqs;
+  const host_array all[N_HOST_ARRAYS] = {
+      {&run->positions, rows, sizeof(int32_t)},     {&run->out_positions, rows, sizeof(int32_t)},
+      {&run->out_index, rows, sizeof(int64_t)},     {&run->target_index, rows, sizeof(int64_t)},
+      {&run->seqs, seqs, sizeof(ks_attention_seq)}, {&run->out_seqs, seqs, sizeof(ks_attention_seq)},
+      {&run->key_begin, seqs, sizeof(int64_t)},     {&run->tails, seqs, sizeof(int64_t)},
+      {&run->segments, seqs, sizeof(ks_segment)},   {&run->out_segments, seqs, sizeof(ks_segment)}};
+  memcpy(out, all, sizeof all);
+}
+
+ks_status ks_run_bytes(const ks_model *model, const ks_run_params *params, size_t *bytes) {
+  if (!bytes) return KS_FAIL(KS_EINVAL, "ks_run_bytes: bytes is NULL");
+  KS_TRY(check_params(model, params));
+  union { /* the run only reads its model here */
+    const ks_model *in;
+    ks_model *out;
+  } m = {.in = model};
+  ks_run run = {.model = m.out, .params = *params};
+  host_array hosts[N_HOST_ARRAYS];
+  KS_TRY(place_all(&run));
+  *bytes = run.arena_floats * sizeof(float) + sizeof run;
+  list_host_arrays(&run, hosts);
+  for (int i = 0; i < N_HOST_ARRAYS; i++)
+    *bytes += hosts[i].n * hosts[i].size;
+  return KS_OK;
+}
+
+/* The layouts that input gradients read. Nothing flows below layer 0's norm. */
+static ks_status prepare_weights(ks_model *model) {
+  KS_TRY(ks_weight_prepare_backward(model->ctx, model->head));
+  for (int64_t l = 0; l < model->config.n_layers; l++) {
+    for (int t = l == 0 ? KS_TARGET_o : 0; t < KS_N_TARGETS; t++)
+      KS_TRY(ks_weight_prepare_backward(model->ctx, model->layers[l].linear[t]));
+  }
+  return KS_OK;
+}
+
+static ks_status allocate(ks_run *run) {
+  host_array hosts[N_HOST_ARRAYS];
+  void *arena = NULL;
+  KS_TRY(place_all(run));
+  KS_TRY_AS(ks_mem_alloc(run->model->ctx, run->arena_floats * sizeof(float), &arena),
+            "activations of %lld rows", (long long)run->params.max_rows);
+  run->arena = arena;
+  KS_TRY(place_all(run));
+  list_host_arrays(run, hosts);
+  for (int i = 0; i < N_HOST_ARRAYS; i++)
+    KS_TRY(ks_alloc_array(hosts[i].pointer, hosts[i].n, hosts[i].size, "run"));
+  return run->params.backward ? prepare_weights(run->model) : KS_OK;
+}
+
+ks_status ks_run_create(ks_model *model, const ks_run_params *params, ks_run **out) {
+  if (!out) return KS_FAIL(KS_EINVAL, "ks_run_create: out is NULL");
+  *out = NULL;
+  KS_TRY(check_params(model, params));
+  ks_run *run = NULL;
+  KS_TRY(ks_alloc_array(&run, 1, sizeof *run, "run"));
+  run->model = model;
+  run->params = *params;
+  ks_status status = allocate(run);
+  if (status != KS_OK) {
+    ks_run_destroy(run);
+    return status;
+  }
+  *out = run;
+  return KS_OK;
+}
+
+void ks_run_destroy(ks_run *run) {
+  if (!run) return;
+  host_array hosts[N_HOST_ARRAYS];
+  list_host_arrays(run, hosts);
+  for (int i = 0; i < N_HOST_ARRAYS; i++) {
+    void *p;
+    memcpy(&p, hosts[i].pointer, sizeof p);
+    free(p);
+  }
+  free(run->loras);
+  ks_mem_free(run->model->ctx, run->arena);
+  free(run);
+}
+
+/* ---------------------------------------------------------------- describing a batch */
+
+static ks_status check_sequences(const ks_run *run, const ks_batch *b) {
+  const ks_model_config *m = &run->model->config;
+  if (b->n_rows < 0 || b->n_rows > run->params.max_rows || b->n_seqs < 0 || b->n_seqs > run->params.max_seqs)
+    return KS_FAIL(KS_EINVAL, "batch: %lld rows in %lld sequences; this run holds %lld in %lld",
+                   (long long)b->n_rows, (long long)b->n_seqs, (long long)run->params.max_rows,
+                   (long long)run->params.max_seqs);
+  if (b->n_rows > 0 && (!b->tokens || !b->seq_offsets))
+    return KS_FAIL(KS_EINVAL, "batch: tokens or seq_offsets is NULL");
+  int64_t end = 0;
+  for (int64_t s = 0; s < b->n_seqs; s++) {
+    int64_t n = b->seq_offsets[s + 1] - b->seq_offsets[s];
+    if (b->seq_offsets[s] != end || n < 1 || n > b->n_rows - end)
+      return KS_FAIL(
+          KS_EINVAL, "batch: sequence %lld has rows %lld to %lld of %lld; offsets must rise from 0",
+          (long long)s, (long long)b->seq_offsets[s], (long long)b->seq_offsets[s + 1], (long long)b->n_rows);
+    if (n > m->max_seq_len)
+      return KS_FAIL(KS_EINVAL, "batch: sequence %lld has %lld tokens; the model's context is %lld: cut it",
+                     (long long)s, (long long)n, (long long)m->max_seq_len);
+    end += n;
+  }
+  if (end != b->n_rows)
+    return KS_FAIL(KS_EINVAL, "batch: sequences hold %lld of %lld rows", (long long)end,
+                   (long long)b->n_rows);
+  for (int64_t i = 0; i < b->n_rows; i++) {
+    if (b->tokens[i] < 0 || b->tokens[i] >= m->vocab_size)
+      return KS_FAIL(KS_EINVAL, "batch: token %d at row %lld; the model has %lld tokens", b->tokens[i],
+                     (long long)i, (long long)m->vocab_size);
+  }
+  return KS_OK;
+}
+
+static ks_status check_adapter(const ks_run *run, const ks_batch *b, const ks_segment *s) {
+  if (s->adapter >= 0 && (s->adapter >= b->n_adapters || !b->adapters[s->adapter].loras))
+    return KS_FAIL(KS_EINVAL, "batch: a segment names adapter %d of %lld", s->adapter,
+                   (long long)b->n_adapters);
+  if (s->adapter >= 0 && b->adapters[s->adapter].max_rank > run->params.max_rank)
+    return KS_FAIL(KS_EINVAL, "batch: adapter %d has rank %d; this run holds rank %d", s->adapter,
+                   b->adapters[s->adapter].max_rank, run->params.max_rank);
+  return KS_OK;
+}
+
+static int64_t find_row(const int64_t *offsets, int64_t n_seqs, int64_t row) {
+  int64_t low = 0, high = n_seqs;
+  while (low < high) {
+    int64_t mid = low + (high - low) / 2;
+    if (offsets[mid] < row)
+      low = mid + 1;
+    else
+      high = mid;
+  }
+  return offsets[low] == row ? low : -1;
+}
+
+/* Copies the segments that hold rows; they lie on sequence borders, so that there is room. */
+static ks_status copy_segments(ks_run *run, const ks_batch *b, int64_t *n_out) {
+  int64_t n = 0, end = 0;
+  if (b->n_segments < 0 || (b->n_segments > 0 && !b->segments))
+    return KS_FAIL(KS_EINVAL, "batch: %lld segments at a NULL pointer", (long long)b->n_segments);
+  for (int64_t i = 0; i < b->n_segments; i++) {
+    const ks_segment *s = &b->segments[i];
+    if (s->n_rows == 0) continue;
+    if (s->n_rows < 0 || s->row_begin < end || s->row_begin > b->n_rows - s->n_rows ||
+        find_row(b->seq_offsets, b->n_seqs, s->row_begin) < 0 ||
+        find_row(b->seq_offsets, b->n_seqs, s->row_begin + s->n_rows) < 0)
+      return KS_FAIL(
+          KS_EINVAL,
+          "batch: segment %lld has rows %lld to %lld; segments must rise, lie on sequence borders and "
+          "not overlap",
+          (long long)i, (long long)s->row_begin, (long long)(s->row_begin + s->n_rows));
+    KS_TRY(check_adapter(run, b, s));
+    end = s->row_begin + s->n_rows;
+    run->segments[n++] = *s;
+  }
+  *n_out = n;
+  return KS_OK;
+}
+
+ks_status ks_run_reserve_loras(ks_run *run, int64_t n) {
+  if (n <= run->cap_loras) return KS_OK;
+  ks_lora *grown = NULL;
+  KS_TRY(ks_alloc_array(&grown, (size_t)n, sizeof *grown, "adapters of a pass"));
+  free(run->loras);
+  run->loras = grown;
+  run->cap_loras = n;
+  return KS_OK;
+}
+
+ks_status ks_run_begin(ks_run *run, const ks_batch *b, const int64_t *tails, ks_pass *pass) {
+  if (!run || !b || !pass) return KS_FAIL(KS_EINVAL, "batch: NULL argument");
+  int64_t n_segments = 0;
+  KS_TRY(check_sequences(run, b));
+  KS_TRY(copy_segments(run, b, &n_segments));
+  KS_TRY(ks_run_reserve_loras(run, b->n_adapters));
+  *pass = (ks_pass){.tokens = b->tokens,
+                    .n_seqs = b->n_seqs,
+                    .key_begin = run->key_begin,
+                    .adapters = b->adapters,
+                    .n_adapters = b->n_adapters,
+                    .dropout = b->dropout,
+                    .dropout_step = b->dropout_step};
+  pass->all = (ks_row_set){.n_rows = b->n_rows,
+                           .positions = run->positions,
+                           .seqs = run->seqs,
+                           .segments = run->segments,
+                           .n_segments = n_segments};
+  for (int64_t s = 0; s < b->n_seqs; s++) {
+    int64_t begin = b->seq_offsets[s], n = b->seq_offsets[s + 1] - begin;
+    run->seqs[s] = (ks_attention_seq){.q_begin = begin, .n_q = n, .n_k = n};
+    run->key_begin[s] = begin;
+    for (int64_t i = 0; i < n; i++)
+      run->positions[begin + i] = (int32_t)i;
+  }
+  ks_run_cut(run, tails, pass);
+  return KS_OK;
+}
+
+/* Number of out rows before row `row` of all, which is a sequence border. */
+static int64_t out_rows_before(const ks_pass *pass, int64_t row) {
+  int64_t low = 0, high = pass->n_seqs;
+  while (low < high) {
+    int64_t mid = low + (high - low) / 2;
+    if (pass->all.seqs[mid].q_begin < row)
+      low = mid + 1;
+    else
+      high = mid;
+  }
+  return low < pass->n_seqs ? pass->out.seqs[low].q_begin : pass->out.n_rows;
+}
+
+void ks_run_cut(ks_run *run, const int64_t *tails, ks_pass *pass) {
+  int64_t n_rows = 0;
+  pass->out = pass->all;
+  pass->cut = false;
+  if (!tails) return;
+  for (int64_t s = 0; s < pass->n_seqs; s++)
+    n_rows += tails[s];
+  if (n_rows == pass->all.n_rows) return;
+  pass->cut = true;
+  pass->out_index = run->out_index;
+  pass->out = (ks_row_set){.n_rows = n_rows,
+                           .positions = run->out_positions,
+                           .seqs = run->out_seqs,
+                           .segments = run->out_segments,
+                           .n_segments = pass->all.n_segments};
+  int64_t row = 0;
+  for (int64_t s = 0; s < pass->n_seqs; s++) {
+    const ks_attention_seq *full = &pass->all.seqs[s];
+    run->out_seqs[s] = (ks_attention_seq){.q_begin = row, .n_q = tails[s], .n_k = full->n_k};
+    for (int64_t i = full->n_q - tails[s]; i < full->n_q; i++, row++) {
+      run->out_index[row] = full->q_begin + i;
+      run->out_positions[row] = pass->all.positions[full->q_begin + i];
+    }
+  }
+  for (int64_t i = 0; i < pass->all.n_segments; i++) {
+    ks_segment s = pass->all.segments[i];
+    int64_t begin = out_rows_before(pass, s.row_begin);
+    s.n_rows = out_rows_before(pass, s.row_begin + s.n_rows) - begin;
+    s.row_begin = begin;
+    run->out_segments[i] = s;
+  }
+}
+
+/* ---------------------------------------------------------------- arguments of operations */
+
+bool ks_run_linear_args(ks_run *run, const ks_pass *pass, ks_site site, ks_linear_args *a) {
+  const ks_row_set *rows = site.rows;
+  int64_t index = site.layer * KS_N_TARGETS + site.target;
+  bool any = false;
+  for (int64_t i = 0; i < rows->n_segments; i++) {
+    int32_t adapter = rows->segments[i].adapter;
+    if (adapter < 0) continue;
+    run->loras[adapter] = pass->adapters[adapter].loras[index];
+    any = any || run->loras[adapter].rank > 0;
+  }
+  *a = (ks_linear_args){.w = run->model->layers[site.layer].linear[site.target], .n_rows = rows->n_rows};
+  if (!any) return false;
+  a->segments = rows->segments;
+  a->n_segments = rows->n_segments;
+  a->loras = run->loras;
+  a->n_loras = pass->n_adapters;
+  a->u_stride = run->params.max_rank;
+  a->dropout = pass->dropout;
+  a->dropout_site =
+      (pass->dropout_step * (uint64_t)run->model->config.n_layers) * KS_N_TARGETS + (uint64_t)index;
+  return true;
+}
+
+ks_attention_args ks_run_attention_args(ks_run *run, const ks_pass *pass, int64_t layer,
+                                        const ks_layer_acts *acts) {
+  const ks_model_config *m = &run->model->config;
+  const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
+  int64_t kv = m->n_kv_heads * m->head_dim;
+  size_t cached = pass->cache ? (size_t)layer * (size_t)pass->cache->n_rows * (size_t)kv : 0;
+  const float *k = pass->cache ? pass->cache->k + cached : acts->k;
+  const float *v = pass->cache ? pass->cache->v + cached : acts->v;
+  for (int64_t s = 0; s < pass->n_seqs; s++) {
+    ks_attention_seq *seq = &rows->seqs[s];
+    seq->k = k + pass->key_begin[s] * kv;
+    seq->v = v + pass->key_begin[s] * kv;
+    if (!run->params.backward) continue;
+    seq->dk = run->dk + pass->key_begin[s] * kv;
+    seq->dv = run->dv + pass->key_begin[s] * kv;
+  }
+  return (ks_attention_args){.q = acts->q,
+                             .o = acts->attn,
+                             .lse = acts->lse,
+                             .seqs = rows->seqs,
+                             .n_seqs = pass->n_seqs,
+                             .n_rows = rows->n_rows,
+                             .n_heads = m->n_heads,
+                             .n_kv_heads = m->n_kv_heads,
+                             .head_dim = m->head_dim,
+                             .kv_stride = kv,
+                             .scale = (float)(1.0 / sqrt((double)m->head_dim))};
+}
