@@ -60,7 +60,7 @@ ks_status ks_args_float(const ks_args *a, const char *option, double low, double
 /* Prints this thread's error, when s is one, to stderr (each line after "keepsake: "), flushes stdout, and
  * gives the exit code; a full or closed stdout becomes 3. */
 int ks_cli_finish(ks_status s);
-/* The nearest of names (NULL-terminated, `stride` bytes apart) to word, or NULL when none is near. */
+/* The nearest of names to word, or NULL when none is near. */
 const char *ks_cli_nearest(const char *word, const char *const *names, int64_t n_names);
 
 /* Log lines on stderr: "12.3s warn module: text", from this level up. */
@@ -69,6 +69,9 @@ void ks_cli_log_level(ks_log_level lowest);
 
 /* Verbs: X(name, what it does), each implemented as int ks_verb_<name>(int argc, char **argv). */
 #define KS_VERB_MAP(X)                                                                                       \
+  X(run, "run an experiment and print its table")                                                            \
+  X(show, "print the table of results")                                                                      \
+  X(check, "compare results with a reference")                                                               \
   X(generate, "continue a prompt with a model")                                                              \
   X(explain, "configuration keys: type, unit, range, default")                                               \
   X(validate, "check a configuration and the files it names")                                                \

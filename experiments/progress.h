@@ -32,6 +32,9 @@ void ks_bar_stage(ks_bar *b, double begin, double end);
 /* For the library: stops the work after an interrupt, draws else. Valid as long as b; never NULL (b may be
  * NULL: interrupts alone). */
 const ks_progress *ks_bar_progress(ks_bar *b);
+/* No bar for the rest of the process (--quiet). clear_all: clears the one on the screen, whichever it is. */
+void ks_bar_forbid(void);
+void ks_bar_clear_all(void);
 /* Clears the line until the next report: call before writing to the terminal. */
 void ks_bar_clear(ks_bar *b);
 

@@ -1,0 +1,109 @@
+/* What no single key can tell: keys that must fit each other, names that must exist in tables of the library.
+ */
+#include "experiments/config_internal.h"
+
+#include "core/adapt/adapt.h"
+#include "core/data/data.h"
+#include "core/select/select.h"
+#include "kernels/backend.h"
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Where the first of the keys that was set at all was set; NULL: none was. */
+static const char *where_of(const ks_settings *s, const char *first, const char *second) {
+  const ks_setting *a = &s->of[ks_key_find(first)];
+  return a->where || !second ? a->where : s->of[ks_key_find(second)].where;
+}
+
+/* `names` lists what there is; for "did you mean". */
+static void check_name(const ks_settings *s, const char *key, const char *value, const char *const *names,
+                       int n, const char *list_with) {
+  const char *nearest = NULL;
+  size_t best = 1 + (strlen(value) < 6 ? 2 : strlen(value) / 3);
+  for (int i = 0; i < n; i++) {
+    size_t d = ks_edit_distance(value, names[i]);
+    if (d == 0) return;
+    if (d < best) best = d, nearest = names[i];
+  }
+  if (nearest)
+    ks_problem(s->problems, where_of(s, key, NULL), "%s: there is no \"%s\"; did you mean \"%s\"?", key,
+               value, nearest);
+  else
+    ks_problem(s->problems, where_of(s, key, NULL), "%s: there is no \"%s\" (%s)", key, value, list_with);
+}
+
+enum { MAX_NAMES = 64 };
+
+static void check_names(const ks_config *c, const ks_settings *s) {
+  const char *names[MAX_NAMES];
+  int n = 0;
+  for (int i = 0; ks_policies[i] && n < MAX_NAMES; i++)
+    names[n++] = ks_policies[i]->name;
+  check_name(s, "policy", c->policy, names, n, "keepsake ls policies");
+  n = 0;
+  names[n++] = "persona";
+  for (int i = 0; ks_importers[i].name && n < MAX_NAMES; i++)
+    names[n++] = ks_importers[i].name;
+  check_name(s, "data.source", c->data.source, names, n, "keepsake ls importers");
+  n = 0;
+  names[n++] = "auto";
+  for (int i = 0; ks_backends[i] && n < MAX_NAMES; i++)
+    names[n++] = ks_backends[i]->name;
+  check_name(s, "run.backend", c->run.backend, names, n, "keepsake ls backends");
+}
+
+static void check_data(const ks_config *c, const ks_settings *s) {
+  bool persona = strcmp(c->data.source, "persona") == 0;
+  if (!persona && !*c->data.path)
+    ks_problem(s->problems, where_of(s, "data.source", NULL),
+               "data.source: \"%s\" reads a file; name it with data.path", c->data.source);
+  if (persona && c->data.stream_size == 0)
+    ks_problem(s->problems, where_of(s, "data.stream_size", NULL),
+               "data.stream_size: the generator has no end; give the number of arrivals");
+  bool topics = persona || *c->data.topic_field;
+  if (c->stream.order == KS_ORDER_BURSTS && !topics)
+    ks_problem(s->problems, where_of(s, "stream.order", "data.source"),
+               "stream.order: bursts need topics; name the field that holds them with data.topic_field");
+  int64_t stream = c->data.stream_size, rows = c->data.max_rows;
+  if (!persona && rows > 0 && stream + c->data.eval_size > rows)
+    ks_problem(s->problems, where_of(s, "data.max_rows", "data.stream_size"),
+               "data.max_rows: %lld rows cannot hold data.stream_size (%lld) and data.eval_size (%lld)",
+               (long long)rows, (long long)stream, (long long)c->data.eval_size);
+  if (stream > 0 && c->window.size > stream)
+    ks_problem(
+        s->problems, where_of(s, "window.size", "data.stream_size"),
+        "window.size: %lld is more than data.stream_size (%lld): there would be no trigger in the stream",
+        (long long)c->window.size, (long long)stream);
+}
+
+static void check_text(const ks_config *c, const ks_settings *s) {
+  if (!strstr(c->prompt.answer, "{question}"))
+    ks_problem(s->problems, where_of(s, "prompt.answer", NULL), "prompt.answer: wants {question} in it");
+  if (c->synth.writer == 1 && !strstr(c->synth.prompt, "{question}"))
+    ks_problem(s->problems, where_of(s, "synth.prompt", NULL), "synth.prompt: wants {question} in it");
+  if (c->synth.min_rouge1 > c->synth.max_rouge1)
+    ks_problem(s->problems, where_of(s, "synth.min_rouge1", "synth.max_rouge1"),
+               "synth.min_rouge1: %g is above synth.max_rouge1 (%g)", c->synth.min_rouge1,
+               c->synth.max_rouge1);
+}
+
+static void check_training(const ks_config *c, const ks_settings *s) {
+  uint32_t targets;
+  if (ks_targets_parse(c->lora.targets, &targets) != KS_OK)
+    ks_problem(s->problems, where_of(s, "lora.targets", NULL), "lora.targets: %s", ks_error_message());
+  if (c->train.epochs == 0 && c->train.steps == 0)
+    ks_problem(s->problems, where_of(s, "train.epochs", "train.steps"),
+               "train.epochs: both it and train.steps are 0; to train nothing, use the policy none");
+  if (c->train.micro_batch > c->train.batch_size)
+    ks_problem(s->problems, where_of(s, "train.micro_batch", "train.batch_size"),
+               "train.micro_batch: %lld is more than train.batch_size (%lld)",
+               (long long)c->train.micro_batch, (long long)c->train.batch_size);
+}
+
+void ks_config_check(const ks_config *c, const ks_settings *s) {
+  check_names(c, s);
+  check_data(c, s);
+  check_text(c, s);
+  check_training(c, s);
+}
