@@ -2,6 +2,17 @@
  */
 #include "kernels/cpu/cpu.h"
 
+#include "kernels/cpu/adamw.c"
+#include "kernels/cpu/attention.c"
+#include "kernels/cpu/attention_back.c"
+#include "kernels/cpu/entropy.c"
+#include "kernels/cpu/norm.c"
+#include "kernels/cpu/pool.c"
+#include "kernels/cpu/rope.c"
+#include "kernels/cpu/sample.c"
+#include "kernels/cpu/similarity.c"
+#include "kernels/cpu/swiglu.c"
+
 #define KS_ISA_CAT2(a, b) a##b
 #define KS_ISA_CAT(a, b)  KS_ISA_CAT2(a, b)
 #define KS_ISA_TABLE      KS_ISA_CAT(ks_cpu_, KS_ISA)
@@ -19,4 +30,20 @@ const ks_backend KS_ISA_TABLE = {
     .mem_download = ks_cpu_mem_copy_in,
     .mem_zero = ks_cpu_mem_zero,
     .mem_copy = ks_cpu_mem_copy_in,
+    .rmsnorm_forward = rmsnorm_forward,
+    .rmsnorm_backward = rmsnorm_backward,
+    .rope = rope,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .sample = sample,
+    .sum_squares = sum_squares,
+    .adamw = adamw,
+    .pool = pool,
+    .entropy = entropy,
+    .similarity = similarity,
+    .similarity_top = similarity_top,
+    .similarity_mean = similarity_mean,
+    .similarity_farthest_first = similarity_farthest_first,
 };
