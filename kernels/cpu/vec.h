@@ -32,6 +32,8 @@
 
 typedef float ks_part __attribute__((vector_size(KS_PART_LANES * 4)));
 typedef int32_t ks_ipart __attribute__((vector_size(KS_PART_LANES * 4)));
+typedef float ks_part_any
+    __attribute__((vector_size(KS_PART_LANES * 4), aligned(4), may_alias)); /* in memory */
 typedef struct {
   ks_part p[KS_PARTS];
 } ks_v;
@@ -76,11 +78,11 @@ KS_INLINE ks_v ks_v_zero(void) {
 /* Any alignment. */
 KS_INLINE ks_v ks_v_load(const float *x) {
   ks_v r;
-  memcpy(&r, x, sizeof r);
+  KS_EACH_PART(i) r.p[i] = *(const ks_part_any *)(x + i * KS_PART_LANES);
   return r;
 }
 KS_INLINE void ks_v_store(float *x, ks_v a) {
-  memcpy(x, &a, sizeof a);
+  KS_EACH_PART(i) * (ks_part_any *)(x + i * KS_PART_LANES) = a.p[i];
 }
 
 #if defined(__AVX512F__)
@@ -94,9 +96,9 @@ KS_INLINE ks_v ks_v_load_n(const float *x, int64_t n) {
 #if defined(__AVX512F__)
   return (ks_v){{_mm512_maskz_loadu_ps(ks_tail_mask(n), x)}};
 #else
-  ks_v r = ks_v_zero();
-  memcpy(&r, x, (size_t)n * sizeof *x);
-  return r;
+  float all[KS_LANES] = {0};
+  memcpy(all, x, (size_t)n * sizeof *x);
+  return ks_v_load(all);
 #endif
 }
 KS_INLINE void ks_v_store_n(float *x, ks_v a, int64_t n) {
@@ -107,7 +109,9 @@ KS_INLINE void ks_v_store_n(float *x, ks_v a, int64_t n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(x, ks_tail_mask(n), a.p[0]);
 #else
-  memcpy(x, &a, (size_t)n * sizeof *x);
+  float all[KS_LANES];
+  ks_v_store(all, a);
+  memcpy(x, all, (size_t)n * sizeof *x);
 #endif
 }
 
