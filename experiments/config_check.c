@@ -6,9 +6,9 @@
 #include "core/data/data.h"
 #include "core/select/select.h"
 #include "kernels/backend.h"
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Where the first of the keys that was set at all was set; NULL: none was. */
 static const char *where_of(const ks_settings *s, const char *first, const char *second) {
@@ -101,9 +101,31 @@ static void check_training(const ks_config *c, const ks_settings *s) {
                (long long)c->train.micro_batch, (long long)c->train.batch_size);
 }
 
+/* A file that is wanted and not there, found before anything is begun. folder_too: a folder will do. */
+static void check_file(const ks_settings *s, const char *key, const char *path, bool folder_too) {
+  bool folder = ks_dir_exists(path);
+  if (!*path || (folder && folder_too)) return;
+  if (folder)
+    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s is a folder; name a file", key, path);
+  else if (access(path, F_OK) != 0)
+    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s is not there (keepsake explain %s)", key, path,
+               key);
+  else if (access(path, R_OK) != 0)
+    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s may not be read; check its permissions", key,
+               path);
+}
+
+static void check_files(const ks_config *c, const ks_settings *s) {
+  check_file(s, "model.path", c->model.path, true);
+  check_file(s, "model.tokenizer", c->model.tokenizer, true);
+  check_file(s, "select.lexicon", c->select.lexicon, false);
+  if (strcmp(c->data.source, "persona") != 0) check_file(s, "data.path", c->data.path, false);
+}
+
 void ks_config_check(const ks_config *c, const ks_settings *s) {
   check_names(c, s);
   check_data(c, s);
   check_text(c, s);
   check_training(c, s);
+  check_files(c, s);
 }

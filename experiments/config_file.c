@@ -16,6 +16,7 @@ typedef struct {
   const char *file; /* as the user named it */
   const char *folder;
   int line;
+  bool wrapped; /* holds an integer that libconfig would change; said so already */
 } source_line;
 
 typedef struct {
@@ -25,6 +26,7 @@ typedef struct {
   size_t n_lines, cap_lines;
   const char *chain[MAX_INCLUDE_DEPTH + 1]; /* files being read, outermost first */
   int depth;
+  bool wraps;  /* the line being scanned holds such an integer */
   bool broken; /* libconfig must not see the text */
 } reader;
 
@@ -49,7 +51,7 @@ static void add_line(reader *r, const char *bytes, size_t n, const char *file, c
     r->lines = p;
     r->cap_lines = cap;
   }
-  r->lines[r->n_lines++] = (source_line){file, folder, line};
+  r->lines[r->n_lines++] = (source_line){file, folder, line, r->wraps};
   failed(r, ks_text_add(&r->text, bytes, n));
   failed(r, ks_text_add(&r->text, "\n", 1));
 }
@@ -68,9 +70,10 @@ static void check_integer(reader *r, const char *s, size_t n, const char *where)
   char *end;
   errno = 0;
   long long v = strtoll(literal, &end, hex ? 16 : 10);
-  bool is_long = *end == 'L';
+  bool too_long = errno == ERANGE, is_long = *end == 'L';
   if (end[strspn(end, "L")]) return; /* no number at all: libconfig says so */
-  if (errno == ERANGE)
+  r->wraps = r->wraps || too_long || (!is_long && (v > INT_MAX || v < INT_MIN));
+  if (too_long)
     ks_problem(r->settings->problems, where, "the integer %s does not fit 64 bits", literal);
   else if (!is_long && (v > INT_MAX || v < INT_MIN))
     ks_problem(r->settings->problems, where, "the integer %s does not fit 32 bits; write %sL", literal,
@@ -186,6 +189,7 @@ static void read_lines(reader *r, const char *path, const char *bytes, size_t n)
     size_t end = newline ? (size_t)(newline - bytes) : n;
     where_line(where, path, ++line);
     if (state != IN_CODE || !include_line(r, bytes + begin, end - begin, folder, where)) {
+      r->wraps = false;
       scan_state after = scan_line(r, state, bytes + begin, end - begin, where);
       if (after != IN_CODE && (state == IN_CODE || after != state)) opened = line;
       state = after;
@@ -297,10 +301,10 @@ static void read_setting(reader *r, int key, const config_setting_t *s) {
   for (int i = 0; status == KS_OK && i < n; i++) {
     const config_setting_t *element = list ? config_setting_get_elem(s, (unsigned)i) : s;
     char element_where[WHERE_BYTES];
-    source_of(r, (int)config_setting_source_line(element), element_where);
+    const source_line *at = source_of(r, (int)config_setting_source_line(element), element_where);
     if (value_of_setting(k, element, &values[i], why))
       good++;
-    else
+    else if (!at->wraps || !config_setting_is_number(element))
       ks_problem(r->settings->problems, element_where, "%s: %s", k->path, why);
   }
   const char *kept = NULL;
@@ -342,6 +346,19 @@ static void read_group(reader *r, const char *group, const config_setting_t *s) 
   }
 }
 
+/* libconfig's errors, with what to do. */
+static const char *explain_error(const char *text) {
+  static const char *const known[][2] = {
+      {"syntax error", "syntax error here or just before; write key = value; and group: { key = value; };"},
+      {"duplicate setting name", "a key of this line stands in its group already; keep one of the two"},
+      {"mismatched element type in array",
+       "an array [...] holds values of one type; write (...) to mix them"},
+      {"memory exhausted", "nested too deeply"}};
+  for (size_t i = 0; text && i < sizeof known / sizeof *known; i++)
+    if (strcmp(text, known[i][0]) == 0) return known[i][1];
+  return text ? text : "cannot be read";
+}
+
 void ks_config_read_file(const char *path, ks_settings *settings) {
   reader r = {.settings = settings};
   const char *kept = NULL;
@@ -356,9 +373,7 @@ void ks_config_read_file(const char *path, ks_settings *settings) {
       char where[WHERE_BYTES];
       const char *text = config_error_text(&config);
       source_of(&r, config_error_line(&config), where);
-      bool syntax = text && strcmp(text, "syntax error") == 0;
-      ks_problem(settings->problems, where, "%s%s", text ? text : "too deeply nested",
-                 syntax ? " here or just before; write key = value; and group: { ... };" : "");
+      ks_problem(settings->problems, where, "%s", explain_error(text));
     }
     config_destroy(&config);
   }

@@ -9,11 +9,8 @@
 /* ---------------------------------------------------------------- what there is */
 
 static void list_policies(void) {
-  for (int i = 0; ks_policies[i]; i++) {
-    const ks_policy *p = ks_policies[i];
-    printf("  %-14s %s%s%s\n", p->name, p->what, p->trains ? "" : " [floor]",
-           p->unlimited ? " [ceiling: no storage budget]" : "");
-  }
+  for (int i = 0; ks_policies[i]; i++)
+    printf("  %-14s %s\n", ks_policies[i]->name, ks_policies[i]->what);
 }
 
 static void list_importers(void) {

@@ -2,7 +2,6 @@
 #include "experiments/config.h"
 
 #include <stdio.h>
-#include <string.h>
 
 static const ks_option options[] = {
     {"set", "KEY=VALUE", "override a key; may be given again"},
@@ -18,28 +17,6 @@ static const ks_command command = {
     0,
     1,
     "Every error is reported in one pass, with file and line."};
-
-/* Adds a line for a path key whose file is not there. */
-static ks_status check_file(const char *key, const char *path, bool folder_is_fine, ks_text *missing) {
-  bool there = *path == 0 || (folder_is_fine && ks_dir_exists(path)) || ks_file_exists(path);
-  if (there) return KS_OK;
-  return ks_text_addf(missing, "%s%s: %s %s", missing->len ? "\n" : "", key, path,
-                      ks_dir_exists(path) ? "is a folder; name a file" : "is not there; name it with --set");
-}
-
-static ks_status check_files(const ks_config *c) {
-  ks_text missing = {0};
-  ks_status status;
-  bool needs_file = strcmp(c->data.source, "persona") != 0;
-  KS_TRY_OUT(check_file("model.path", c->model.path, true, &missing));
-  KS_TRY_OUT(check_file("model.tokenizer", c->model.tokenizer, true, &missing));
-  KS_TRY_OUT(check_file("select.lexicon", c->select.lexicon, false, &missing));
-  if (needs_file) KS_TRY_OUT(check_file("data.path", c->data.path, false, &missing));
-  if (missing.len) status = KS_FAIL(KS_ECONFIG, "%s", missing.data);
-out:
-  ks_text_free(&missing);
-  return status;
-}
 
 static void print_matrix(const ks_matrix *m, const ks_shard *shard, const ks_args *args) {
   if (ks_args_has(args, "print")) {
@@ -65,7 +42,6 @@ int ks_verb_validate(int argc, char **argv) {
   ks_status status = ks_shard_parse(ks_args_value(&args, "shard"), &shard);
   if (status == KS_OK)
     status = ks_config_load(args.n_operands ? args.operands[0] : NULL, args.sets, args.n_sets, &m);
-  if (status == KS_OK) status = check_files(&m->cells[0].config);
   if (status == KS_OK) print_matrix(m, &shard, &args);
   ks_matrix_destroy(m);
   ks_args_free(&args);
