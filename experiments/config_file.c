@@ -16,7 +16,7 @@ typedef struct {
   const char *file; /* as the user named it */
   const char *folder;
   int line;
-  bool wrapped; /* holds an integer that libconfig would change; said so already */
+  bool wraps; /* holds an integer that libconfig would change; reported already */
 } source_line;
 
 typedef struct {
