@@ -75,7 +75,8 @@ void ks_cli_log_level(ks_log_level lowest);
   X(generate, "continue a prompt with a model")                                                              \
   X(explain, "configuration keys: type, unit, range, default")                                               \
   X(validate, "check a configuration and the files it names")                                                \
-  X(ls, "policies, importers, operations, backends, synthesizers")
+  X(ls, "policies, importers, operations, backends, synthesizers")                                           \
+  X(bench, "measure speed as shares of this machine's ceilings")
 
 #define X(name, what) int ks_verb_##name(int argc, char **argv);
 KS_VERB_MAP(X)

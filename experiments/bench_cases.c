@@ -1,0 +1,402 @@
+/* The cases on whole models: LoRA step, prefill, decode, embeddings. */
+#include "experiments/bench.h"
+
+#include <math.h>
+#include <stdio.h>
+
+enum { ALL_TARGETS = (1 << KS_N_TARGETS) - 1, RANK = 8 };
+
+/* ---------------------------------------------------------------- LoRA step */
+
+typedef struct {
+  ks_bench *b;
+  ks_model *model;
+  ks_run *run;
+  ks_batch batch;
+  ks_adapter **adapters;
+  ks_adapter_view *views;
+  ks_segment *segments;
+  int64_t n_adapters, n_targets;
+  int32_t *tokens, *targets;
+  int64_t *offsets, *rows;
+  float *scale, *loss;
+  double mean_loss, least_norm; /* of the last step; the least gradient norm of any adapter */
+  int64_t step;
+} lora_step;
+
+/* One whole step: forward, loss, backward, clip, AdamW of every adapter. */
+static ks_status step_once(void *arg) {
+  lora_step *s = arg;
+  for (int64_t i = 0; i < s->n_adapters; i++)
+    KS_TRY(ks_mem_zero(s->b->ctx, s->adapters[i]->grads, (size_t)s->adapters[i]->n_params * sizeof(float)));
+  KS_TRY(ks_forward_backward(s->run, &s->batch, s->rows, s->targets, s->scale, s->n_targets, s->loss));
+  s->step++;
+  s->mean_loss = 0;
+  for (int64_t i = 0; i < s->n_targets; i++)
+    s->mean_loss += (double)s->loss[i] / (double)s->n_targets;
+  s->least_norm = INFINITY;
+  for (int64_t i = 0; i < s->n_adapters; i++) {
+    ks_adapter *a = s->adapters[i];
+    double norm;
+    KS_TRY(ks_sum_squares(s->b->ctx, a->grads, a->n_params, &norm));
+    norm = sqrt(norm);
+    s->least_norm = fmin(s->least_norm, norm);
+    KS_TRY(ks_adamw(s->b->ctx, &(ks_adamw_args){.p = a->weights,
+                                                .m = a->m,
+                                                .v = a->v,
+                                                .grad = a->grads,
+                                                .n = a->n_params,
+                                                .lr = 1e-3,
+                                                .beta1 = 0.9,
+                                                .beta2 = 0.999,
+                                                .eps = 1e-8,
+                                                .weight_decay = 0.01,
+                                                .grad_scale = norm > 1 ? 1 / norm : 1,
+                                                .step = s->step}));
+  }
+  return KS_OK;
+}
+
+static ks_status step_create(ks_bench *b, ks_model *model, int64_t n_seqs, int64_t seq_len,
+                             int64_t n_adapters, lora_step *s) {
+  int64_t n_rows = n_seqs * seq_len, at = 0;
+  *s = (lora_step){.b = b, .model = model, .n_adapters = n_adapters};
+  KS_TRY(ks_alloc_array(&s->tokens, (size_t)n_rows, sizeof *s->tokens, "bench"));
+  KS_TRY(ks_alloc_array(&s->targets, (size_t)n_rows, sizeof *s->targets, "bench"));
+  KS_TRY(ks_alloc_array(&s->rows, (size_t)n_rows, sizeof *s->rows, "bench"));
+  KS_TRY(ks_alloc_array(&s->scale, (size_t)n_rows, sizeof *s->scale, "bench"));
+  KS_TRY(ks_alloc_array(&s->loss, (size_t)n_rows, sizeof *s->loss, "bench"));
+  KS_TRY(ks_alloc_array(&s->offsets, (size_t)n_seqs + 1, sizeof *s->offsets, "bench"));
+  KS_TRY(ks_alloc_array(&s->adapters, (size_t)n_adapters, sizeof(ks_adapter *), "bench"));
+  KS_TRY(ks_alloc_array(&s->views, (size_t)n_adapters, sizeof *s->views, "bench"));
+  KS_TRY(ks_alloc_array(&s->segments, (size_t)n_adapters, sizeof *s->segments, "bench"));
+  ks_rng rng = ks_rng_make(1, KS_RNG_TEST, 0);
+  for (int64_t i = 0; i < n_rows; i++)
+    s->tokens[i] = (int32_t)ks_rng_below(&rng, (uint64_t)model->config.vocab_size);
+  for (int64_t i = 0; i <= n_seqs; i++)
+    s->offsets[i] = i * seq_len;
+  for (int64_t i = 0; i < n_rows; i++) {
+    if ((i + 1) % seq_len == 0) continue; /* nothing follows the last token */
+    s->rows[at] = i;
+    s->targets[at] = s->tokens[i + 1];
+    s->scale[at++] = 1.0F / (float)((seq_len - 1) * (n_seqs / n_adapters));
+  }
+  s->n_targets = at;
+  for (int64_t i = 0; i < n_adapters; i++) {
+    KS_TRY(ks_adapter_create(b->ctx, &model->config,
+                             &(ks_adapter_params){.rank = RANK, .alpha = 16, .targets = ALL_TARGETS},
+                             (uint64_t)i, &s->adapters[i]));
+    s->views[i] = ks_adapter_view_of(s->adapters[i]);
+    s->segments[i] = (ks_segment){
+        .row_begin = i * n_rows / n_adapters, .n_rows = n_rows / n_adapters, .adapter = (int32_t)i};
+  }
+  s->batch = (ks_batch){.tokens = s->tokens,
+                        .n_rows = n_rows,
+                        .seq_offsets = s->offsets,
+                        .n_seqs = n_seqs,
+                        .segments = s->segments,
+                        .n_segments = n_adapters,
+                        .adapters = s->views,
+                        .n_adapters = n_adapters};
+  return ks_run_create(
+      model, &(ks_run_params){.max_rows = n_rows, .max_seqs = n_seqs, .max_rank = RANK, .backward = true},
+      &s->run);
+}
+
+static void step_destroy(lora_step *s) {
+  ks_run_destroy(s->run);
+  for (int64_t i = 0; s->adapters && i < s->n_adapters; i++)
+    ks_adapter_destroy(s->adapters[i]);
+  void *arrays[] = {s->tokens,  s->targets,  s->rows,  s->scale,   s->loss,
+                    s->offsets, s->adapters, s->views, s->segments};
+  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+    free(arrays[i]);
+}
+
+static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int64_t n_seqs, int64_t seq_len,
+                            int64_t n_adapters, ks_bench_row **row) {
+  lora_step s;
+  ks_samples samples = {0};
+  ks_ceilings before;
+  char shape[96];
+  ks_status status;
+  KS_TRY_OUT(step_create(b, model, n_seqs, seq_len, n_adapters, &s));
+  KS_TRY_OUT(ks_weight_prepare_backward(b->ctx, model->head));
+  KS_TRY_OUT(step_once(&s));
+  double first_loss = s.mean_loss, first_norm = s.least_norm;
+  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  KS_TRY_OUT(ks_bench_sample(b, step_once, &s, &samples));
+  snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, all linear", (long long)n_seqs,
+           (long long)seq_len, (long long)n_adapters, RANK);
+  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, (double)(n_seqs * seq_len),
+                          ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_seqs * seq_len, seq_len),
+                          0, 0, &before, row));
+  /* A benchmark of training that trains nothing is worth nothing. */
+  bool learns = first_norm > 0 && s.least_norm > 0 && isfinite(s.least_norm) && s.mean_loss < first_loss;
+  if (!learns) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
+  snprintf((*row)->note, sizeof(*row)->note,
+           "gradient norm %.3g to %.3g, loss %.4f to %.4f in %lld timed and warm-up steps", first_norm,
+           s.least_norm, first_loss, s.mean_loss, (long long)s.step);
+out:
+  ks_samples_free(&samples);
+  step_destroy(&s);
+  return status;
+}
+
+static ks_status model_for(ks_bench *b, const ks_bench_shape *shape, ks_model **out) {
+  return ks_model_create_random(b->ctx, &shape->config, b->dtype, 1, out);
+}
+
+ks_status ks_bench_lora_step(ks_bench *b, const ks_bench_shape *shape) {
+  ks_model *model;
+  ks_bench_row *one, *eight;
+  KS_TRY(model_for(b, shape, &model));
+  ks_status status;
+  char name[40];
+  snprintf(name, sizeof name, "lora_step.%s", shape->name);
+  KS_TRY_OUT(bench_step(b, model, name, 8, 256, 1, &one));
+  double rate = one->rate;
+  snprintf(name, sizeof name, "lora_step_cohort8.%s", shape->name);
+  KS_TRY_OUT(bench_step(b, model, name, 8, 256, 8, &eight));
+  eight->ratio = eight->rate / rate;
+  snprintf(eight->note + strlen(eight->note), sizeof eight->note - strlen(eight->note),
+           "; ratio: to one cell's rate");
+  snprintf(name, sizeof name, "lora_step_small.%s", shape->name);
+  KS_TRY_OUT(bench_step(b, model, name, 1, 128, 1, &eight));
+  eight->ratio = eight->rate / rate;
+out:
+  ks_model_destroy(model);
+  return status;
+}
+
+/* ---------------------------------------------------------------- prefill */
+
+typedef struct {
+  ks_bench *b;
+  ks_model *model;
+  ks_run *run;
+  ks_batch batch;
+  float *logits; /* backend memory [vocab] */
+} prefill;
+
+static ks_status prefill_once(void *arg) {
+  prefill *p = arg;
+  const float *hidden;
+  KS_TRY(ks_forward(p->run, &p->batch, &hidden));
+  const float *last = hidden + (p->batch.n_rows - 1) * p->model->config.hidden_size;
+  return ks_linear_forward(p->b->ctx,
+                           &(ks_linear_args){.w = p->model->head, .x = last, .y = p->logits, .n_rows = 1});
+}
+
+static ks_status prefill_check(prefill *p, double *sum) {
+  int64_t n = p->model->config.vocab_size;
+  float *host = NULL;
+  KS_TRY(prefill_once(p));
+  KS_TRY(ks_alloc_array(&host, (size_t)n, sizeof *host, "bench"));
+  ks_status status = ks_mem_download(p->b->ctx, host, p->logits, (size_t)n * sizeof *host);
+  *sum = 0;
+  for (int64_t i = 0; i < n && status == KS_OK; i++)
+    *sum += (double)host[i] * (double)(i % 7 + 1);
+  free(host);
+  return status;
+}
+
+static ks_status bench_prefill(ks_bench *b, ks_model *model, const char *name, int64_t n_tokens) {
+  prefill p = {.b = b, .model = model};
+  int32_t *tokens = NULL;
+  int64_t offsets[2] = {0, n_tokens};
+  double first, last;
+  ks_samples samples = {0};
+  ks_ceilings before;
+  ks_bench_row *row;
+  char shape[96];
+  ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&tokens, (size_t)n_tokens, sizeof *tokens, "bench"));
+  for (int64_t i = 0; i < n_tokens; i++)
+    tokens[i] = (int32_t)(i * 7919 % model->config.vocab_size);
+  p.batch = (ks_batch){.tokens = tokens, .n_rows = n_tokens, .seq_offsets = offsets, .n_seqs = 1};
+  KS_TRY_OUT(ks_run_create(model, &(ks_run_params){.max_rows = n_tokens, .max_seqs = 1}, &p.run));
+  KS_TRY_OUT(ks_mem_alloc(b->ctx, (size_t)model->config.vocab_size * sizeof(float), (void **)&p.logits));
+  KS_TRY_OUT(prefill_check(&p, &first));
+  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  KS_TRY_OUT(ks_bench_sample(b, prefill_once, &p, &samples));
+  KS_TRY_OUT(prefill_check(&p, &last));
+  snprintf(shape, sizeof shape, "%lld tokens, logits of the last", (long long)n_tokens);
+  double flops = ks_bench_forward_flops(&model->config, n_tokens, n_tokens, false) +
+                 2.0 * (double)model->config.vocab_size * (double)model->config.hidden_size;
+  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, (double)n_tokens, flops, 0, 0, &before, &row));
+  if (!(first == last)) snprintf(row->verdict, sizeof row->verdict, "incorrect");
+out:
+  ks_samples_free(&samples);
+  ks_run_destroy(p.run);
+  ks_mem_free(b->ctx, p.logits);
+  free(tokens);
+  return status;
+}
+
+ks_status ks_bench_prefill(ks_bench *b, const ks_bench_shape *shape) {
+  static const int64_t lengths[] = {128, 512};
+  ks_model *model;
+  KS_TRY(model_for(b, shape, &model));
+  ks_status status = KS_OK;
+  for (size_t i = 0; i < sizeof lengths / sizeof *lengths && status == KS_OK; i++) {
+    char name[40];
+    snprintf(name, sizeof name, "prefill%lld.%s", (long long)lengths[i], shape->name);
+    status = bench_prefill(b, model, name, lengths[i]);
+  }
+  ks_model_destroy(model);
+  return status;
+}
+
+/* ---------------------------------------------------------------- decode */
+
+enum { DECODE_PROMPT = 8, DECODE_NEW = 128, COHORT = 8 };
+
+typedef struct {
+  ks_model *model;
+  ks_adapter_view *views;
+  int64_t n_requests, n_views;
+  ks_sampler sampler;
+  ks_generate_stats stats; /* summed over the samples */
+  int32_t last[COHORT];    /* last token of each request */
+} decode;
+
+static ks_status decode_once(void *arg) {
+  decode *d = arg;
+  int32_t prompt[DECODE_PROMPT];
+  ks_request requests[COHORT];
+  for (int i = 0; i < DECODE_PROMPT; i++)
+    prompt[i] = (int32_t)((i * 31 + 1) % d->model->config.vocab_size);
+  for (int64_t i = 0; i < d->n_requests; i++)
+    requests[i] = (ks_request){.prompt = prompt,
+                               .n_prompt = DECODE_PROMPT,
+                               .adapter = d->n_views ? (int32_t)i : -1,
+                               .sampler = d->sampler,
+                               .max_new_tokens = DECODE_NEW};
+  ks_status status = ks_generate(d->model, requests, d->n_requests, d->views, d->n_views,
+                                 &KS_GENERATE_DEFAULT, NULL, &d->stats);
+  for (int64_t i = 0; i < d->n_requests; i++) {
+    if (status == KS_OK && requests[i].n_tokens > 0)
+      d->last[i] = requests[i].tokens[requests[i].n_tokens - 1];
+    free(requests[i].tokens);
+  }
+  return status;
+}
+
+/* A sample is a whole answer; the row gives milliseconds of one position of all requests together. */
+static ks_status bench_decode(ks_bench *b, const char *name, const char *what, decode *d,
+                              ks_bench_row **row) {
+  ks_samples samples = {0};
+  ks_ceilings before;
+  const ks_model_config *c = &d->model->config;
+  size_t weights = ks_weight_bytes(d->model->head);
+  for (int64_t l = 0; l < c->n_layers; l++)
+    for (int t = 0; t < KS_N_TARGETS; t++)
+      weights += ks_weight_bytes(d->model->layers[l].linear[t]);
+  ks_status status;
+  KS_TRY_OUT(decode_once(d));
+  int32_t first = d->last[0];
+  KS_TRY_OUT(ks_bench_ceilings(b, false, weights, &before));
+  d->stats = (ks_generate_stats){0};
+  KS_TRY_OUT(ks_bench_sample(b, decode_once, d, &samples));
+  for (int64_t i = 0; i < samples.n; i++)
+    samples.ms[i] /= DECODE_NEW;
+  KS_TRY_OUT(ks_bench_add(b, name, what, &samples, (double)d->n_requests, 0, (double)weights, weights,
+                          &before, row));
+  if (d->last[0] != first) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
+  double share = d->stats.sample_seconds / (d->stats.sample_seconds + d->stats.decode_seconds);
+  snprintf((*row)->note, sizeof(*row)->note, "sampling %.1f%% of decoding; the short prompt is in the time",
+           100 * share);
+out:
+  ks_samples_free(&samples);
+  return status;
+}
+
+ks_status ks_bench_decode(ks_bench *b, const ks_bench_shape *shape) {
+  ks_model *model;
+  ks_adapter *adapters[COHORT] = {0};
+  ks_adapter_view views[COHORT];
+  ks_bench_row *row;
+  char name[40];
+  KS_TRY(model_for(b, shape, &model));
+  ks_status status;
+  decode d = {.model = model, .n_requests = 1, .sampler = {.top_p = 1}};
+  snprintf(name, sizeof name, "decode.%s", shape->name);
+  KS_TRY_OUT(bench_decode(b, name, "1 sequence, greedy", &d, &row));
+  d.sampler = (ks_sampler){.temperature = 0.8F, .top_p = 0.9F, .key = 1};
+  snprintf(name, sizeof name, "decode_top_p.%s", shape->name);
+  KS_TRY_OUT(bench_decode(b, name, "1 sequence, temperature 0.8, top-p 0.9", &d, &row));
+  for (int i = 0; i < COHORT; i++) {
+    KS_TRY_OUT(ks_adapter_create(b->ctx, &model->config,
+                                 &(ks_adapter_params){.rank = RANK, .alpha = 16, .targets = ALL_TARGETS},
+                                 (uint64_t)i, &adapters[i]));
+    views[i] = ks_adapter_view_of(adapters[i]);
+  }
+  d.sampler = (ks_sampler){.top_p = 1};
+  d.views = views;
+  d.n_views = 1;
+  snprintf(name, sizeof name, "decode_adapter.%s", shape->name);
+  KS_TRY_OUT(bench_decode(b, name, "1 sequence with an adapter, greedy", &d, &row));
+  double one_ms = row->median_ms;
+  d.n_requests = d.n_views = COHORT;
+  snprintf(name, sizeof name, "decode_cohort8.%s", shape->name);
+  KS_TRY_OUT(bench_decode(b, name, "8 sequences, an adapter each, greedy", &d, &row));
+  row->ratio = row->median_ms / one_ms;
+  snprintf(row->note, sizeof row->note, "ratio: time of eight cells' questions to one's (with its adapter)");
+out:
+  for (int i = 0; i < COHORT; i++)
+    ks_adapter_destroy(adapters[i]);
+  ks_model_destroy(model);
+  return status;
+}
+
+/* ---------------------------------------------------------------- embeddings */
+
+enum { EMBED_TEXTS = 64, EMBED_TOKENS = 128 };
+
+typedef struct {
+  ks_model *model;
+  ks_tokens *texts;
+  float *out;
+} embed;
+
+static ks_status embed_once(void *arg) {
+  embed *e = arg;
+  return ks_embed_texts(e->model, e->texts, EMBED_TEXTS,
+                        &(ks_embed_params){.pooling = KS_POOL_LAST, .max_tokens = EMBED_TOKENS}, NULL,
+                        e->out);
+}
+
+ks_status ks_bench_embed(ks_bench *b, const ks_bench_shape *shape) {
+  embed e = {0};
+  int32_t *tokens = NULL;
+  ks_tokens texts[EMBED_TEXTS];
+  ks_samples samples = {0};
+  ks_ceilings before;
+  ks_bench_row *row;
+  char name[40];
+  KS_TRY(model_for(b, shape, &e.model));
+  ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&tokens, EMBED_TEXTS * EMBED_TOKENS, sizeof *tokens, "bench"));
+  KS_TRY_OUT(ks_mem_alloc(b->ctx, (size_t)(EMBED_TEXTS * shape->config.hidden_size) * sizeof(float),
+                          (void **)&e.out));
+  for (int i = 0; i < EMBED_TEXTS * EMBED_TOKENS; i++)
+    tokens[i] = (int32_t)((int64_t)i * 7919 % shape->config.vocab_size);
+  for (int i = 0; i < EMBED_TEXTS; i++)
+    texts[i] = (ks_tokens){tokens + i * EMBED_TOKENS, EMBED_TOKENS};
+  e.texts = texts;
+  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  KS_TRY_OUT(ks_bench_sample(b, embed_once, &e, &samples));
+  snprintf(name, sizeof name, "embed.%s", shape->name);
+  KS_TRY_OUT(
+      ks_bench_add(b, name, "64 texts of 128 tokens, last token", &samples, EMBED_TEXTS,
+                   ks_bench_forward_flops(&shape->config, EMBED_TEXTS * EMBED_TOKENS, EMBED_TOKENS, false), 0,
+                   0, &before, &row));
+  snprintf(row->note, sizeof row->note, "a cohort embeds a set once, however many cells it has");
+out:
+  ks_samples_free(&samples);
+  ks_mem_free(b->ctx, e.out);
+  free(tokens);
+  ks_model_destroy(e.model);
+  return status;
+}
