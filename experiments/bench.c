@@ -83,6 +83,10 @@ const ks_bench_shape ks_bench_shapes[] = {{"260k",
                                             .bos_id = 1}},
                                           {0}};
 
+bool ks_bench_wants(const ks_bench *b, const char *row_name) {
+  return !b->only || strcmp(b->only, row_name) == 0;
+}
+
 /* ---------------------------------------------------------------- samples */
 
 static int compare_double(const void *a, const void *b) {

@@ -44,6 +44,7 @@ typedef struct {
   ks_dtype dtype;
   double seconds; /* time for the samples of a case */
   int64_t min_samples;
+  const char *only; /* measure this row alone; NULL: all */
   const ks_progress *progress;
   ks_bench_row *rows;
   int64_t n_rows, cap;
@@ -55,6 +56,9 @@ typedef struct {
   ks_model_config config;
 } ks_bench_shape;
 extern const ks_bench_shape ks_bench_shapes[]; /* ends with name NULL */
+
+/* False when --only names another row. */
+bool ks_bench_wants(const ks_bench *b, const char *row_name);
 
 /* ---- ceilings */
 

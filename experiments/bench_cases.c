@@ -115,6 +115,8 @@ static void step_destroy(lora_step *s) {
 
 static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int64_t n_seqs, int64_t seq_len,
                             int64_t n_adapters, ks_bench_row **row) {
+  *row = NULL;
+  if (!ks_bench_wants(b, name)) return KS_OK;
   lora_step s;
   ks_samples samples = {0};
   ks_ceilings before;
@@ -148,23 +150,26 @@ static ks_status model_for(ks_bench *b, const ks_bench_shape *shape, ks_model **
 }
 
 ks_status ks_bench_lora_step(ks_bench *b, const ks_bench_shape *shape) {
+  static const struct {
+    const char *name;
+    int64_t n_seqs, seq_len, n_adapters;
+  } steps[] = {{"lora_step", 8, 256, 1}, {"lora_step_cohort8", 8, 256, 8}, {"lora_step_small", 1, 128, 1}};
   ks_model *model;
-  ks_bench_row *one, *eight;
   KS_TRY(model_for(b, shape, &model));
-  ks_status status;
-  char name[40];
-  snprintf(name, sizeof name, "lora_step.%s", shape->name);
-  KS_TRY_OUT(bench_step(b, model, name, 8, 256, 1, &one));
-  double rate = one->rate;
-  snprintf(name, sizeof name, "lora_step_cohort8.%s", shape->name);
-  KS_TRY_OUT(bench_step(b, model, name, 8, 256, 8, &eight));
-  eight->ratio = eight->rate / rate;
-  snprintf(eight->note + strlen(eight->note), sizeof eight->note - strlen(eight->note),
-           "; ratio: to one cell's rate");
-  snprintf(name, sizeof name, "lora_step_small.%s", shape->name);
-  KS_TRY_OUT(bench_step(b, model, name, 1, 128, 1, &eight));
-  eight->ratio = eight->rate / rate;
-out:
+  ks_status status = KS_OK;
+  double first_rate = 0;
+  for (size_t i = 0; i < sizeof steps / sizeof *steps && status == KS_OK; i++) {
+    char name[40];
+    ks_bench_row *row;
+    snprintf(name, sizeof name, "%s.%s", steps[i].name, shape->name);
+    status = bench_step(b, model, name, steps[i].n_seqs, steps[i].seq_len, steps[i].n_adapters, &row);
+    if (status != KS_OK || !row) continue;
+    if (i == 0) first_rate = row->rate;
+    if (i == 0 || first_rate == 0) continue;
+    row->ratio = row->rate / first_rate;
+    size_t used = strlen(row->note);
+    snprintf(row->note + used, sizeof row->note - used, "; ratio: to the rate of lora_step");
+  }
   ks_model_destroy(model);
   return status;
 }
@@ -202,6 +207,7 @@ static ks_status prefill_check(prefill *p, double *sum) {
 }
 
 static ks_status bench_prefill(ks_bench *b, ks_model *model, const char *name, int64_t n_tokens) {
+  if (!ks_bench_wants(b, name)) return KS_OK;
   prefill p = {.b = b, .model = model};
   int32_t *tokens = NULL;
   int64_t offsets[2] = {0, n_tokens};
@@ -337,12 +343,15 @@ ks_status ks_bench_decode(ks_bench *b, const ks_bench_shape *shape) {
   d.n_views = 1;
   snprintf(name, sizeof name, "decode_adapter.%s", shape->name);
   KS_TRY_OUT(bench_decode(b, name, "1 sequence with an adapter, greedy", &d, &row));
-  double one_ms = row->median_ms;
+  double one_ms = row ? row->median_ms : NAN;
   d.n_requests = d.n_views = COHORT;
   snprintf(name, sizeof name, "decode_cohort8.%s", shape->name);
   KS_TRY_OUT(bench_decode(b, name, "8 sequences, an adapter each, greedy", &d, &row));
-  row->ratio = row->median_ms / one_ms;
-  snprintf(row->note, sizeof row->note, "ratio: time of eight cells' questions to one's (with its adapter)");
+  if (row) {
+    row->ratio = row->median_ms / one_ms;
+    snprintf(row->note, sizeof row->note,
+             "ratio: time of eight cells' questions to one's (with its adapter)");
+  }
 out:
   for (int i = 0; i < COHORT; i++)
     ks_adapter_destroy(adapters[i]);
@@ -375,6 +384,8 @@ ks_status ks_bench_embed(ks_bench *b, const ks_bench_shape *shape) {
   ks_ceilings before;
   ks_bench_row *row;
   char name[40];
+  snprintf(name, sizeof name, "embed.%s", shape->name);
+  if (!ks_bench_wants(b, name)) return KS_OK;
   KS_TRY(model_for(b, shape, &e.model));
   ks_status status;
   KS_TRY_OUT(ks_alloc_array(&tokens, EMBED_TEXTS * EMBED_TOKENS, sizeof *tokens, "bench"));

@@ -31,6 +31,7 @@ static ks_status product_once(void *arg) {
 }
 
 static ks_status bench_product(ks_bench *b, int64_t n_rows, int64_t n_out, int64_t n_in, bool backward) {
+  if (!ks_bench_wants(b, backward ? "linear_backward" : "linear")) return KS_OK;
   ks_weight *w = NULL;
   float *values = NULL, *x = NULL, *y = NULL;
   ks_samples samples = {0};
@@ -103,6 +104,7 @@ static ks_status search_once(void *arg) {
 }
 
 static ks_status bench_search(ks_bench *b, int64_t n_q, int64_t n_k, int64_t n_cols) {
+  if (!ks_bench_wants(b, "similarity_top")) return KS_OK;
   float *q = NULL, *k = NULL, *scores = NULL;
   int64_t *index = NULL;
   ks_samples samples = {0};
@@ -180,6 +182,8 @@ static ks_status bench_policy(ks_bench *b, const ks_policy *policy, int64_t n_di
   ks_ceilings none = {0};
   ks_bench_row *row;
   char name[40], shape[96];
+  snprintf(name, sizeof name, "select.%s", policy->name);
+  if (!ks_bench_wants(b, name)) return KS_OK;
   ks_status status;
   KS_TRY_OUT(random_floats(b->ctx, OFFERS * n_dim, 1, &embeddings));
   o.embeddings = embeddings;
@@ -190,7 +194,6 @@ static ks_status bench_policy(ks_bench *b, const ks_policy *policy, int64_t n_di
   KS_TRY_OUT(ks_bench_sample(b, offer_once, &o, &samples));
   for (int64_t i = 0; i < samples.n; i++)
     samples.ms[i] /= OFFERS;
-  snprintf(name, sizeof name, "select.%s", policy->name);
   snprintf(shape, sizeof shape, "an offer, %d bins full, embeddings of %lld", BINS, (long long)n_dim);
   KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, 1, 0, 0, 0, &none, &row));
 out:

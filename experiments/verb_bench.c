@@ -12,6 +12,7 @@ static const ks_option options[] = {
     {"isa", "NAME", "instruction set (auto)"},
     {"seconds", "S", "time for the samples of a case (2)"},
     {"samples", "N", "at least so many (5)"},
+    {"only", "NAME", "measure only the row of this name (lora_step.15m)"},
     {"csv", "FILE", "also append the rows to FILE as comma-separated values"},
     {"list", NULL, "list the cases"},
     {0}};
@@ -176,6 +177,8 @@ static ks_status run_cases(const ks_args *args, ks_bench *b, const char *shapes,
       for (const ks_bench_shape *s = ks_bench_shapes; s->name; s++)
         if (chosen(args, cases[i].name) && listed(shapes, s->name)) KS_TRY(run_case(b, i, s));
   }
+  if (b->n_rows == 0)
+    return KS_FAIL(KS_ECONFIG, "nothing to measure: no chosen case has the row %s", b->only ? b->only : "");
   for (int64_t i = 0; i < b->n_rows; i++)
     if (strcmp(b->rows[i].verdict, "incorrect") == 0)
       return KS_FAIL(KS_EMISMATCH, "%s: its result was wrong, its time says nothing", b->rows[i].name);
@@ -189,6 +192,7 @@ static ks_status bench(const ks_args *args) {
   int64_t threads = 0;
   ks_ctx_params params = KS_CTX_PARAMS_DEFAULT;
   params.isa = ks_args_value(args, "isa");
+  b.only = ks_args_value(args, "only");
   shapes = shapes ? shapes : "15m";
   dtypes = dtypes ? dtypes : "f32";
   KS_TRY(check_choice(args, shapes, dtypes));
