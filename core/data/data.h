@@ -37,11 +37,14 @@ typedef struct {
 } ks_dataset;
 
 typedef struct {
-  const char *importer; /* "alpaca", "jsonl" */
+  const char *importer; /* "alpaca", "json", "jsonl", "csv", "tsv" */
   const char *path;
-  const char *question_field, *input_field, *response_field, *preferred_field, *topic_field; /* NULL: the importer's own; jsonl: dots reach into objects, [i] into arrays */
-  bool skip_invalid;    /* rows without question or response: skipped and counted, else KS_EDATA with the row's line */
-  int64_t max_rows;     /* 0: all */
+  /* NULL or "": the importer's own (alpaca: instruction, input, output; others: question, none, response; preferred: the response; topic:
+   * none). In JSON, dots reach into objects and [i] into arrays, from the end when i < 0: "messages[-1].content"; in tables they are
+   * names of columns. A topic may be an integer, every other field is a text. */
+  const char *question_field, *input_field, *response_field, *preferred_field, *topic_field;
+  bool skip_invalid;    /* rows that are no object or lack a mapped field (input aside): skipped and counted, else KS_EDATA with the row's line */
+  int64_t max_rows;     /* valid rows to take, from the first; 0: all */
 } ks_import_params;
 
 typedef struct {
@@ -50,7 +53,9 @@ typedef struct {
 } ks_importer;
 extern const ks_importer ks_importers[]; /* ends with name NULL */
 
-/* KS_EDATA: path:line (JSON: line and column), what, what to do. */
+/* The question is question_field [+ "\n" + input_field, where that is not blank]. KS_EDATA: path:line (JSON: line and column), what, what
+ * to do: not UTF-8, a NUL byte or \u0000, bad JSON (also: a name twice in an object, more than 2048 levels), a file cut off, another type at
+ * the top, no usable row. KS_ECONFIG: unknown importer, bad field path. sha256 is the file's. */
 ks_status ks_dataset_import(const ks_import_params *params, ks_dataset **out);
 void ks_dataset_destroy(ks_dataset *d); /* NULL-safe */
 /* For importers and tests: an empty dataset; `name` is cut at 63 bytes. */
@@ -63,7 +68,7 @@ typedef struct {
   uint64_t seed;
 } ks_split_params;
 /* Draws eval_size sets without replacement, then stream_size of the rest. Exact duplicates (same question and preferred) never lie on both sides:
- * copies of held-out sets are left out of the stream. */
+ * copies of held-out sets are left out of the stream, and out of the held-out sets. Both lists are in source order. */
 ks_status ks_dataset_split(ks_dataset *d, const ks_split_params *params);
 
 typedef enum { KS_ORDER_FILE = 0, KS_ORDER_SHUFFLED, KS_ORDER_BURSTS } ks_order;
@@ -72,7 +77,8 @@ typedef struct {
   double correlation; /* BURSTS: probability that the next arrival has the topic of this one (else any topic, by what is left); 0: shuffled by topic weight, 1: topic after topic */
   uint64_t seed;
 } ks_stream_params;
-/* A permutation of d->stream. *order: free(). BURSTS needs topics, else KS_ECONFIG. */
+/* A permutation of d->stream. *order: free(). BURSTS needs topics, else KS_ECONFIG; sets without one count as one topic. An arrival has the
+ * topic of the one before with probability c + (1 - c) * (that topic's share of what is left), while any of it is left. */
 ks_status ks_stream_order(const ks_dataset *d, const ks_stream_params *params, int64_t **order, int64_t *n);
 
 #endif
