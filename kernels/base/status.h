@@ -65,7 +65,8 @@ __attribute__((noreturn)) void ks_assert_fail(const char *file, int line, const 
 }
 #endif
 
-#define KS_FAIL(status, ...) ks_fail(__FILE__, __LINE__, (status), __VA_ARGS__)
+/* The value is repeated so that the compiler sees that a failure is one. */
+#define KS_FAIL(status, ...) (ks_fail(__FILE__, __LINE__, (status), __VA_ARGS__), (status))
 #define KS_TRY(expr)                                                                                         \
   do {                                                                                                       \
     ks_status ks_try_status_ = (expr);                                                                       \
