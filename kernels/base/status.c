@@ -62,7 +62,7 @@ ks_status ks_fail_context(ks_status s, const char *fmt, ...) {
   int used = vsnprintf(text, sizeof text, fmt, args);
   va_end(args);
   if (used < 0 || used >= MESSAGE_BYTES - 3) return s;
-  snprintf(text + used, sizeof text - (size_t)used, ": %s", message);
+  snprintf(text + used, sizeof text - (size_t)used, ": %.*s", MESSAGE_BYTES - used - 3, message);
   memcpy(message, text, sizeof message);
   return s;
 }
