@@ -1,7 +1,17 @@
 /* One cell's results as one HDF5 file; the schema is documented in results/README.md and versioned.
  *
- * A file is never changed in place: each checkpoint copies it aside, appends, flushes, syncs and renames, so that a kill at any moment leaves the last checkpoint
- * whole. Everything outside the group /time is a function of configuration, data, model and seed on one backend and machine type; ks_record_digest hashes exactly that.
+ * A file is never changed in place: each checkpoint makes a new one in memory out of the old one and the new
+ * rows, writes it aside, syncs and renames, so that a kill or a full disk at any moment leaves the last
+ * checkpoint whole. A seal before the HDF5 data (512 bytes: schema, length, SHA-256) tells damage before HDF5
+ * reads anything. Everything outside the group /time is a function of configuration, data, model and seed on
+ * one backend and machine type; ks_record_digest hashes exactly that.
+ *
+ *   KS_TRY(ks_record_begin(path, config, meta, n_meta));
+ *   KS_TRY(ks_record_append(path, &rows, &state, KS_RUN_RUNNING));   // at each trigger
+ *   KS_TRY(ks_record_append(path, &rows, NULL, KS_RUN_COMPLETE));    // at the end
+ *
+ * Functions may be called from any thread; they run one at a time. Text that is not UTF-8 is stored with
+ * U+FFFD for each wrong byte, a NULL string as "".
  */
 #ifndef KS_RECORD_H
 #define KS_RECORD_H
@@ -48,45 +58,45 @@
   X(f64, eval_loss, "per token of the preferred responses, NaN when not evaluated")                          \
   X(f64, eval_rouge1_f1, "mean over questions, NaN when not evaluated")
 #define KS_ANSWER_COLUMNS(X)                                                                                 \
-  X(i64, window, "checkpoint")                                                                               \
+  X(i64, window, "trigger after which it was asked")                                                         \
   X(i64, set_id, "held-out set")                                                                             \
-  X(i32, topic, "")                                                                                          \
-  X(f64, rouge1_p, "")                                                                                       \
-  X(f64, rouge1_r, "")                                                                                       \
-  X(f64, rouge1_f1, "")                                                                                      \
-  X(f64, rouge2_f1, "")                                                                                      \
-  X(f64, rougeL_f1, "")                                                                                      \
+  X(i32, topic, "true topic, -1 none")                                                                       \
+  X(f64, rouge1_p, "ROUGE-1 precision of the answer against the preferred response")                         \
+  X(f64, rouge1_r, "ROUGE-1 recall")                                                                         \
+  X(f64, rouge1_f1, "ROUGE-1 F1")                                                                            \
+  X(f64, rouge2_f1, "ROUGE-2 F1")                                                                            \
+  X(f64, rougeL_f1, "ROUGE-L F1")                                                                            \
   X(f64, loss_sum, "nats over the preferred response")                                                       \
-  X(i64, loss_tokens, "")                                                                                    \
+  X(i64, loss_tokens, "tokens of the preferred response")                                                    \
   X(i64, n_new_tokens, "generated")                                                                          \
-  X(str, answer, "")
+  X(str, answer, "generated text")
 #define KS_STEP_COLUMNS(X)                                                                                   \
-  X(i64, window, "")                                                                                         \
+  X(i64, window, "number of the trigger")                                                                    \
   X(i64, step, "within the window")                                                                          \
   X(f64, loss, "mean over target tokens")                                                                    \
   X(f64, grad_norm, "before clipping")
 #define KS_BUFFER_COLUMNS(X)                                                                                 \
-  X(i64, window, "")                                                                                         \
-  X(i64, slot, "")                                                                                           \
-  X(i64, set_id, "")                                                                                         \
-  X(i64, arrival, "")                                                                                        \
-  X(i32, domain, "")                                                                                         \
-  X(f64, eoe, "")                                                                                            \
-  X(f64, dss, "")                                                                                            \
-  X(f64, idd, "")                                                                                            \
-  X(i32, annotated, "")                                                                                      \
-  X(i64, bytes, "")                                                                                          \
-  X(str, question, "")                                                                                       \
-  X(str, response, "")
+  X(i64, window, "number of the trigger")                                                                    \
+  X(i64, slot, "bin")                                                                                        \
+  X(i64, set_id, "row of the dataset")                                                                       \
+  X(i64, arrival, "index in the stream")                                                                     \
+  X(i32, domain, "dominant lexicon, -1 none")                                                                \
+  X(f64, eoe, "entropy of embedding")                                                                        \
+  X(f64, dss, "domain specific score")                                                                       \
+  X(f64, idd, "in-domain dissimilarity")                                                                     \
+  X(i32, annotated, "1: the response is the user's own")                                                     \
+  X(i64, bytes, "size it takes in the buffer")                                                               \
+  X(str, question, "of the kept set")                                                                        \
+  X(str, response, "its response: the annotation if there is one")
 #define KS_SYNTHESIS_COLUMNS(X)                                                                              \
-  X(i64, window, "")                                                                                         \
-  X(i64, set_id, "source")                                                                                   \
+  X(i64, window, "number of the trigger")                                                                    \
+  X(i64, set_id, "row of the dataset that it varies")                                                        \
   X(i32, verdict, "ks_variant_verdict; 0 accepted")                                                          \
-  X(f64, rouge1, "")                                                                                         \
-  X(i64, n_tokens, "")                                                                                       \
-  X(str, question, "")
+  X(f64, rouge1, "F1 against the source question")                                                           \
+  X(i64, n_tokens, "generated")                                                                              \
+  X(str, question, "as the synthesizer wrote it")
 #define KS_TIME_COLUMNS(X)                                                                                   \
-  X(i64, window, "")                                                                                         \
+  X(i64, window, "number of the trigger")                                                                    \
   X(f64, embed, "seconds; shared stages: the cell's equal share of the cohort's time")                       \
   X(f64, select, "seconds")                                                                                  \
   X(f64, annotate, "seconds")                                                                                \
@@ -111,13 +121,27 @@ typedef double ks_col_f64;
 typedef char *ks_col_str; /* owned by whoever fills the row; read back: free with ks_rows_free */
 
 #define KS_COLUMN(type, name, what) ks_col_##type name;
-typedef struct { KS_ARRIVAL_COLUMNS(KS_COLUMN) } ks_row_arrival;
-typedef struct { KS_CHECKPOINT_COLUMNS(KS_COLUMN) } ks_row_checkpoint;
-typedef struct { KS_ANSWER_COLUMNS(KS_COLUMN) } ks_row_answer;
-typedef struct { KS_STEP_COLUMNS(KS_COLUMN) } ks_row_step;
-typedef struct { KS_BUFFER_COLUMNS(KS_COLUMN) } ks_row_buffer;
-typedef struct { KS_SYNTHESIS_COLUMNS(KS_COLUMN) } ks_row_synthesis;
-typedef struct { KS_TIME_COLUMNS(KS_COLUMN) } ks_row_time;
+typedef struct {
+  KS_ARRIVAL_COLUMNS(KS_COLUMN)
+} ks_row_arrival;
+typedef struct {
+  KS_CHECKPOINT_COLUMNS(KS_COLUMN)
+} ks_row_checkpoint;
+typedef struct {
+  KS_ANSWER_COLUMNS(KS_COLUMN)
+} ks_row_answer;
+typedef struct {
+  KS_STEP_COLUMNS(KS_COLUMN)
+} ks_row_step;
+typedef struct {
+  KS_BUFFER_COLUMNS(KS_COLUMN)
+} ks_row_buffer;
+typedef struct {
+  KS_SYNTHESIS_COLUMNS(KS_COLUMN)
+} ks_row_synthesis;
+typedef struct {
+  KS_TIME_COLUMNS(KS_COLUMN)
+} ks_row_time;
 #undef KS_COLUMN
 
 typedef enum {
@@ -139,7 +163,8 @@ typedef struct {
   int64_t n_rows[KS_N_TABLES];
 } ks_record_rows;
 
-/* What resuming needs besides the configuration; opaque bytes by name, e.g. "selector", "annotator", "adapter". */
+/* What resuming needs besides the configuration; opaque bytes by name, e.g. "selector", "annotator",
+ * "adapter". */
 typedef struct {
   int64_t n_arrivals; /* consumed so far */
   int64_t n_windows;  /* triggers done */
@@ -151,8 +176,8 @@ typedef struct {
   } blobs[8];
 } ks_record_state;
 
-/* Named strings, written as attributes of /meta (machine, compiler, versions, hashes, seed, ...). Names that begin with "time." or "machine." go to the group /time instead
- * and are left out of the digest. */
+/* Named strings, written as attributes of /meta (machine, compiler, versions, hashes, seed, ...). Names that
+ * begin with "time." or "machine." go to the group /time instead and are left out of the digest. */
 typedef struct {
   const char *name, *value;
 } ks_meta;
@@ -160,13 +185,23 @@ typedef struct {
 typedef enum { KS_RUN_RUNNING = 0, KS_RUN_COMPLETE, KS_RUN_INTERRUPTED, KS_RUN_FAILED } ks_run_status;
 const char *ks_run_status_name(ks_run_status s);
 
-/* Makes path with empty tables, /config (the resolved configuration's text) and /meta. Replaces an existing file. */
+/* Makes path with empty tables, /config (the resolved configuration's text) and /meta. Replaces an existing
+ * file. KS_EINVAL: a name of meta that is empty, repeated, longer than 255 bytes or has a slash. KS_EIO: the
+ * disk. */
 ks_status ks_record_begin(const char *path, const char *config_text, const ks_meta *meta, int64_t n_meta);
-/* Appends rows and replaces /state, atomically (see above). status: RUNNING, or COMPLETE with the last checkpoint (then /state is dropped). KS_EIO (full disk) leaves the old file. */
-ks_status ks_record_append(const char *path, const ks_record_rows *rows, const ks_record_state *state, ks_run_status status);
+/* Appends rows and replaces /state, atomically (see above). rows: NULL or n_rows 0 for none. state: NULL for
+ * none, then there is nothing to resume from; the rows and the state belong to the same moment. status:
+ * RUNNING, or COMPLETE with the last checkpoint (then /state is dropped). KS_EIO (full disk) leaves the old
+ * file. */
+ks_status ks_record_append(const char *path, const ks_record_rows *rows, const ks_record_state *state,
+                           ks_run_status status);
+/* Keeps /state, except with COMPLETE. */
 ks_status ks_record_set_status(const char *path, ks_run_status status);
 
-/* Reading. Files of another schema version, damaged or foreign files: KS_EDATA with path and remedy; never a crash. */
+/* Reading. Files of another schema version, damaged or foreign files: KS_EDATA with path and remedy; never a
+ * crash. The seal stops damage of any kind; against a file made on purpose, types, layouts, filters, links,
+ * counts and lengths are checked before they are used, but HDF5 itself still reads it: take sealed files from
+ * people you trust. */
 typedef struct {
   ks_run_status status;
   int64_t schema_version;
@@ -183,10 +218,15 @@ void ks_rows_free(ks_table t, void *rows, int64_t n);
 /* State blobs, copied; free with ks_record_state_free. KS_EDATA when there is none. */
 ks_status ks_record_read_state(const char *path, ks_record_state *out);
 void ks_record_state_free(ks_record_state *s);
-/* SHA-256 over all tables, /config and /meta but /time and /state: equal for equal results. */
+/* SHA-256 over all tables, /config and /meta but /time, /state and the run status: equal for equal results,
+ * however many checkpoints they were written in. */
 ks_status ks_record_digest(const char *path, char out_hex[65]);
 
-/* The index of an experiment: HDF5 with one external link /cells/<name> a cell and the experiment's config; rewritten atomically. */
-ks_status ks_record_write_index(const char *path, const char *config_text, const char *const *cell_names, const char *const *cell_files, int64_t n_cells);
+/* The index of an experiment: HDF5 with one external link /cells/<name> a cell and the experiment's config;
+ * rewritten atomically. cell_files: paths as this process would open them, in folders that exist; links are
+ * stored relative to the index's folder, so that the whole can be moved. KS_EINVAL: a name with a slash or
+ * twice. */
+ks_status ks_record_write_index(const char *path, const char *config_text, const char *const *cell_names,
+                                const char *const *cell_files, int64_t n_cells);
 
 #endif
