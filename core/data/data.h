@@ -41,9 +41,9 @@ typedef struct {
   const char *path;
   /* NULL or "": the importer's own (alpaca: instruction, input, output; others: question, none, response; preferred: the response; topic:
    * none). In JSON, dots reach into objects and [i] into arrays, from the end when i < 0: "messages[-1].content"; in tables they are
-   * names of columns. A topic may be an integer, every other field is a text. */
+   * names of columns. A topic may be an integer or missing (-1), every other field is a text. */
   const char *question_field, *input_field, *response_field, *preferred_field, *topic_field;
-  bool skip_invalid;    /* rows that are no object or lack a mapped field (input aside): skipped and counted, else KS_EDATA with the row's line */
+  bool skip_invalid;    /* rows that are no object or lack question, response or a mapped preferred: skipped and counted, else KS_EDATA with the row's line */
   int64_t max_rows;     /* valid rows to take, from the first; 0: all */
 } ks_import_params;
 

@@ -155,14 +155,12 @@ ks_status ks_import_add(const ks_import_params *params, const ks_import_row *row
     return refuse_missing(params, row, "response", params->response_field, has, row->response, d);
   if (params->preferred_field && is_blank(row->preferred))
     return refuse_missing(params, row, "preferred response", params->preferred_field, has, row->preferred, d);
-  if (params->topic_field && is_blank(row->topic))
-    return refuse_missing(params, row, "topic", params->topic_field, has, row->topic, d);
+  const char *topic = is_blank(row->topic) ? NULL : row->topic;
   const char *preferred = params->preferred_field ? row->preferred : row->response;
-  if (is_blank(row->input))
-    return ks_dataset_add(d, row->question, row->response, preferred, row->topic, false);
+  if (is_blank(row->input)) return ks_dataset_add(d, row->question, row->response, preferred, topic, false);
   ks_text question = {0};
   ks_status status = ks_text_addf(&question, "%s\n%s", row->question, row->input);
-  if (status == KS_OK) status = ks_dataset_add(d, question.data, row->response, preferred, row->topic, false);
+  if (status == KS_OK) status = ks_dataset_add(d, question.data, row->response, preferred, topic, false);
   ks_text_free(&question);
   return status;
 }
