@@ -150,10 +150,12 @@ static ks_status add_row(reader *r, const char *text, size_t n) {
   json_error_t error;
   json_t *value = json_loadb(text, n, JSON_DECODE_ANY | JSON_REJECT_DUPLICATES, &error);
   if (!value) {
+    bool nul = json_error_code(&error) == json_error_null_character;
     size_t column = (size_t)(error.column > 0 ? error.column : 1);
     return KS_FAIL(KS_EDATA, "%s:%" PRId64 ":%zu: row %" PRId64 " is not valid JSON: %s; correct the file",
                    r->params->path, r->line + (error.line > 0 ? error.line - 1 : 0),
-                   error.line <= 1 ? r->column - 1 + column : column, r->row, error.text);
+                   error.line <= 1 ? r->column - 1 + column : column, r->row,
+                   nul ? "a text holds \\u0000" : error.text);
   }
   ks_status status;
   if (json_is_object(value)) {

@@ -97,7 +97,8 @@ Test(import, max_rows_takes_the_first) {
 /* ---------------------------------------------------------------- bad files */
 
 typedef struct {
-  const char *file, *says; /* says: the message behind the path */
+  const char *file,
+      *says; /* says: the message behind the path; after "JSON: " at its end the parser speaks */
 } bad_case;
 
 static const bad_case bad_cases[] = {
@@ -112,9 +113,9 @@ static const bad_case bad_cases[] = {
     {"array.jsonl",
      ":1:1: the file is one JSON array ('['), not one object a line; it is read by the importer json "
      "or alpaca"},
-    {"cut_in_name.json", ":3:28: the file ends inside the array of rows; it is cut off, get it again whole"},
+    {"cut_in_name.json", ":3:29: the file ends inside the array of rows; it is cut off, get it again whole"},
     {"cut_after_comma.json",
-     ":2:40: the file ends inside the array of rows; it is cut off, get it again whole"},
+     ":2:39: the file ends inside the array of rows; it is cut off, get it again whole"},
     {"trailing_comma.json", ":3:1: a row is missing (an empty place between commas or at the end)"},
     {"double_comma.json", ":3:1: a row is missing (an empty place between commas or at the end)"},
     {"after_array.json", ":1:39: something follows the array of rows; remove it"},
@@ -130,21 +131,18 @@ static const bad_case bad_cases[] = {
     {"object_question.json",
      ":1: row 1 has an object in field 'instruction', where a text belongs; correct it, or "
      "allow invalid rows to be skipped"},
-    {"nul_escape.json", ":2:24: row 2 is not valid JSON: \\u0000 is not allowed without JSON_ALLOW_NUL near "
-                        "'\"a\\u0000b\"'; correct the file"},
+    {"nul_escape.json", ":2:27: row 2 is not valid JSON: a text holds \\u0000; correct the file"},
     {"nul_byte.json", ":2: a NUL byte at offset 57; this is not a text file, or a damaged one"},
     {"latin1.json", ":2: not UTF-8 at byte offset 59 (0xe9); convert the file to UTF-8"},
     {"overlong.json", ":1: not UTF-8 at byte offset 18 (0xc0); convert the file to UTF-8"},
     {"surrogate_bytes.json", ":1: not UTF-8 at byte offset 18 (0xed); convert the file to UTF-8"},
-    {"surrogate_escape.json", ":1:24: row 1 is not valid JSON: invalid Unicode '\\uD800' near '\"\\ud800\"'; "
-                              "correct the file"},
-    {"name_twice.json",
-     ":1:44: row 1 is not valid JSON: duplicate object key near '\"output\"'; correct the file"},
-    {"bad_escape.json", ":2:"},
-    {"no_comma.json", ":1:30: row 1 is not valid JSON: '}' expected near '\"output\"'; correct the file"},
-    {"wrong_bracket.json", ":1:37: row 1 is not valid JSON: '}' expected near ']'; correct the file"},
-    {"raw_newline.json", ":"},
-    {"broken_line.jsonl", ":3:"},
+    {"surrogate_escape.json", ":1:25: row 1 is not valid JSON: "},
+    {"name_twice.json", ":1:45: row 1 is not valid JSON: "},
+    {"bad_escape.json", ":2:21: row 2 is not valid JSON: "},
+    {"no_comma.json", ":1:29: row 1 is not valid JSON: "},
+    {"wrong_bracket.json", ":1:36: row 1 is not valid JSON: "},
+    {"raw_newline.json", ":1:19: row 1 is not valid JSON: "},
+    {"broken_line.jsonl", ":3:30: row 2 is not valid JSON: "},
     {"missing_response.jsonl",
      ":2: row 2 has no response (field 'response'; the row has question); correct it, or "
      "allow invalid rows to be skipped"},
@@ -182,8 +180,11 @@ Test(import, bad_files_get_their_message) {
         ks_dataset_import(&(ks_import_params){.importer = importer_of(c->file), .path = path}, &d);
     cr_expect_eq(status, KS_EDATA, "%s: status %s", c->file, ks_status_name(status));
     cr_expect_null(d, "%s", c->file);
-    cr_expect_str_eq(ks_error_message(), expected, "%s\n  says   %s\n  wanted %s", c->file,
-                     ks_error_message(), expected);
+    size_t n = strlen(expected);
+    bool open = strcmp(expected + n - 6, "JSON: ") == 0;
+    bool same =
+        open ? strncmp(ks_error_message(), expected, n) == 0 : strcmp(ks_error_message(), expected) == 0;
+    cr_expect(same, "%s\n  says   %s\n  wanted %s", c->file, ks_error_message(), expected);
   }
 }
 
