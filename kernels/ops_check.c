@@ -299,7 +299,7 @@ ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
 static ks_status check_attention_seq(const char *op, const ks_attention_args *a, int64_t s,
                                      int64_t previous_end, bool backward) {
   const ks_attention_seq *seq = &a->seqs[s];
-  int64_t q_cols = a->n_heads * a->head_dim;
+  int64_t q_cols = a->n_heads * a->head_dim, kv_cols = a->n_kv_heads * a->head_dim, n_kv = 0;
   if (seq->n_q < 0 || seq->n_k < seq->n_q || seq->q_begin < previous_end || seq->q_begin > a->n_rows ||
       seq->n_q > a->n_rows - seq->q_begin)
     return KS_FAIL(
@@ -308,8 +308,12 @@ static ks_status check_attention_seq(const char *op, const ks_attention_args *a,
         "%lld rows and are not more than the keys",
         op, (long long)s, (long long)seq->q_begin, (long long)seq->n_q, (long long)seq->n_k,
         (long long)a->n_rows);
-  const span spans[] = {F32("k", seq->k, seq->n_k, a->kv_stride, IN),
-                        F32("v", seq->v, seq->n_k, a->kv_stride, IN),
+  /* Columns of a wider buffer: after the last row's heads nothing belongs to the array. */
+  if (seq->n_k > 0 && (!ks_mul_i64(seq->n_k - 1, a->kv_stride, &n_kv) || n_kv > INT64_MAX - kv_cols))
+    return KS_FAIL(KS_EINVAL, "%s: %lld keys of stride %lld do not fit an address space", op,
+                   (long long)seq->n_k, (long long)a->kv_stride);
+  if (seq->n_k > 0) n_kv += kv_cols;
+  const span spans[] = {F32("k", seq->k, n_kv, 1, IN), F32("v", seq->v, n_kv, 1, IN),
                         backward ? (span)F32("dq", a->dq, a->n_rows, q_cols, OUT)
                                  : (span)F32("o", a->o, a->n_rows, q_cols, OUT),
                         F32("lse", a->lse, a->n_rows, a->n_heads, (backward ? IN : OUT) | MAY_BE_NULL)};
@@ -318,13 +322,13 @@ static ks_status check_attention_seq(const char *op, const ks_attention_args *a,
   /* dk and dv may be interleaved columns of one buffer, so each is checked alone. */
   const float *grads[] = {seq->dk, seq->dv};
   for (int i = 0; i < 2; i++) {
-    const span one[] = {F32("k", seq->k, seq->n_k, a->kv_stride, IN),
-                        F32("v", seq->v, seq->n_k, a->kv_stride, IN),
+    const span one[] = {F32("k", seq->k, n_kv, 1, IN),
+                        F32("v", seq->v, n_kv, 1, IN),
                         F32("q", a->q, a->n_rows, q_cols, IN),
                         F32("d_o", a->d_o, a->n_rows, q_cols, IN),
                         F32("o", a->o, a->n_rows, q_cols, IN),
                         F32("dq", a->dq, a->n_rows, q_cols, OUT),
-                        F32(i ? "dv" : "dk", grads[i], seq->n_k, a->kv_stride, OUT)};
+                        F32(i ? "dv" : "dk", grads[i], n_kv, 1, OUT)};
     KS_TRY(check_spans(op, one, N_SPANS(one)));
   }
   if (seq->n_k && seq->dk == seq->dv) return KS_FAIL(KS_EINVAL, "%s: dk and dv are the same memory", op);
