@@ -118,8 +118,9 @@ typedef struct {
 
 /* Forward:  y = x W^T + bias (+ y when accumulate), then for each segment with adapter l:
  *             u = drop(x) A_l^T,   y += scale_l * u B_l^T.
- *   drop(x)[i, j] = x[i, j] * keep(i, j) / (1 - p),  keep from Philox(key = dropout_key, hi = dropout_site,
- *   lo = (row within segment) * n_in + j): word 0 >= p * 2^32.   p = 0: no dropout, x itself.
+ *   drop(x)[i, j] = x[i, j] * keep(i, j) / (1 - p).  With e = i * stride + j, i the row within its segment and stride
+ *   n_in rounded up to a multiple of 64, keep(i, j) = word (e / 16) % 4 of Philox(key = dropout_key, hi = dropout_site,
+ *   lo = e / 64 * 16 + e % 16) >= p * 2^32: four elements a block, in the lanes of a vector.   p = 0: x itself.
  * Backward: v = scale_l * dy B_l;  grad_b_t += scale_l * u^T dy;  grad_a += v^T drop(x);
  *           dx = dy W (+ dx when accumulate_dx) + drop'(v A_l).   The frozen weight and bias get no gradient.
  * u: [n_rows, u_stride] is written by forward (columns 0..rank-1) and read by backward; v likewise is scratch.
@@ -205,7 +206,8 @@ ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a);
 
 /* One sequence of a packed batch. Its n_q query rows start at row q_begin of q; its n_k >= n_q keys are rows
  * 0..n_k-1 of k and v (training and prefill: inside the packed buffers; decoding: its KV cache). Query i of the
- * sequence sits at position n_k - n_q + i and sees keys 0 .. n_k - n_q + i. */
+ * sequence sits at position n_k - n_q + i and sees keys 0 .. n_k - n_q + i. Sequences are sorted by q_begin and share
+ * no query row. */
 typedef struct {
   int64_t q_begin, n_q, n_k;
   const float *k, *v; /* [n_k, n_kv_heads * head_dim], row stride kv_stride */
