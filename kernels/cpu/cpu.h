@@ -25,6 +25,9 @@ void ks_cpu_mem_free(ks_ctx *ctx, void *p);
 ks_status ks_cpu_mem_copy_in(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
 ks_status ks_cpu_mem_zero(ks_ctx *ctx, void *p, size_t bytes);
 
+/* Zeroed, 64-byte aligned, in huge pages when large; free() it. KS_ENOMEM. */
+ks_status ks_cpu_alloc(size_t bytes, const char *what, void **out);
+
 /* Memory for each thread of the next parallel region, kept and reused; call it before the region. Contents
  * are undefined. Slices are 64-byte aligned. KS_ENOMEM. */
 ks_status ks_cpu_scratch_reserve(ks_ctx *ctx, size_t bytes_per_thread);
