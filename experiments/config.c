@@ -301,14 +301,15 @@ static ks_status problems_status(const ks_problems *p) {
 static ks_status load(ks_settings *s, const char *path, const char *const *sets, int64_t n_sets,
                       ks_matrix *m) {
   set_defaults(s);
-  if (path) ks_config_read_file(path, s);
+  bool whole = !path || ks_config_read_file(path, s);
   for (int64_t i = 0; i < n_sets; i++)
     apply_set(s, sets[i]);
   KS_TRY(fill_names(s, path, m));
+  if (whole) ks_settings_check(s);
   KS_TRY(problems_status(s->problems));
   KS_TRY(set_string(s, "experiment.name", m->name));
   KS_TRY(set_string(s, "experiment.output", m->output));
-  KS_TRY(ks_matrix_build(s, m));
+  KS_TRY_AS(ks_matrix_build(s, m), "%s", path ? path : "--set");
   for (int64_t i = 0; i < m->n_cells; i++)
     ks_config_check(&m->cells[i].config, s);
   KS_TRY(problems_status(s->problems));

@@ -16,41 +16,67 @@ static const char *where_of(const ks_settings *s, const char *first, const char 
   return a->where || !second ? a->where : s->of[ks_key_find(second)].where;
 }
 
-/* `names` lists what there is; for "did you mean". */
-static void check_name(const ks_settings *s, const char *key, const char *value, const char *const *names,
-                       int n, const char *list_with) {
-  const char *nearest = NULL;
-  size_t best = 1 + (strlen(value) < 6 ? 2 : strlen(value) / 3);
-  for (int i = 0; i < n; i++) {
-    size_t d = ks_edit_distance(value, names[i]);
-    if (d == 0) return;
-    if (d < best) best = d, nearest = names[i];
+/* Every value of a key must be one of `names`. */
+static void check_name(const ks_settings *s, const char *key, const char *const *names, int64_t n,
+                       const char *list_with) {
+  const ks_setting *setting = &s->of[ks_key_find(key)];
+  for (int64_t v = 0; v < setting->n; v++) {
+    const char *value = setting->values[v].s, *nearest = NULL;
+    size_t best = 1 + (strlen(value) < 6 ? 2 : strlen(value) / 3);
+    for (int64_t i = 0; i < n; i++) {
+      size_t d = ks_edit_distance(value, names[i]);
+      if (d < best) best = d, nearest = names[i];
+    }
+    if (nearest && strcmp(nearest, value) == 0) continue;
+    if (nearest)
+      ks_problem(s->problems, setting->where, "%s: there is no \"%s\"; did you mean \"%s\"?", key, value,
+                 nearest);
+    else
+      ks_problem(s->problems, setting->where, "%s: there is no \"%s\" (%s)", key, value, list_with);
   }
-  if (nearest)
-    ks_problem(s->problems, where_of(s, key, NULL), "%s: there is no \"%s\"; did you mean \"%s\"?", key,
-               value, nearest);
-  else
-    ks_problem(s->problems, where_of(s, key, NULL), "%s: there is no \"%s\" (%s)", key, value, list_with);
 }
 
 enum { MAX_NAMES = 64 };
 
-static void check_names(const ks_config *c, const ks_settings *s) {
+static void check_names(const ks_settings *s) {
   const char *names[MAX_NAMES];
   int n = 0;
   for (int i = 0; ks_policies[i] && n < MAX_NAMES; i++)
     names[n++] = ks_policies[i]->name;
-  check_name(s, "policy", c->policy, names, n, "keepsake ls policies");
+  check_name(s, "policy", names, n, "keepsake ls policies");
   n = 0;
   names[n++] = "persona";
   for (int i = 0; ks_importers[i].name && n < MAX_NAMES; i++)
     names[n++] = ks_importers[i].name;
-  check_name(s, "data.source", c->data.source, names, n, "keepsake ls importers");
+  check_name(s, "data.source", names, n, "keepsake ls importers");
   n = 0;
   names[n++] = "auto";
   for (int i = 0; ks_backends[i] && n < MAX_NAMES; i++)
     names[n++] = ks_backends[i]->name;
-  check_name(s, "run.backend", c->run.backend, names, n, "keepsake ls backends");
+  check_name(s, "run.backend", names, n, "keepsake ls backends");
+}
+
+/* A file that is wanted and not there, found before anything is begun. folder_too: a folder will do. */
+static void check_file(const ks_settings *s, const char *key, bool folder_too) {
+  const ks_setting *setting = &s->of[ks_key_find(key)];
+  const char *path = setting->values[0].s;
+  bool folder = ks_dir_exists(path);
+  if (!*path || (folder && folder_too)) return;
+  if (folder)
+    ks_problem(s->problems, setting->where, "%s: %s is a folder; name a file", key, path);
+  else if (access(path, F_OK) != 0)
+    ks_problem(s->problems, setting->where, "%s: %s is not there (keepsake explain %s)", key, path, key);
+  else if (access(path, R_OK) != 0)
+    ks_problem(s->problems, setting->where, "%s: %s may not be read; check its permissions", key, path);
+}
+
+void ks_settings_check(const ks_settings *s) {
+  check_names(s);
+  check_file(s, "model.path", true);
+  check_file(s, "model.tokenizer", true);
+  check_file(s, "select.lexicon", false);
+  if (strcmp(s->of[ks_key_find("data.source")].values[0].s, "persona") != 0)
+    check_file(s, "data.path", false);
 }
 
 static void check_data(const ks_config *c, const ks_settings *s) {
@@ -101,31 +127,8 @@ static void check_training(const ks_config *c, const ks_settings *s) {
                (long long)c->train.micro_batch, (long long)c->train.batch_size);
 }
 
-/* A file that is wanted and not there, found before anything is begun. folder_too: a folder will do. */
-static void check_file(const ks_settings *s, const char *key, const char *path, bool folder_too) {
-  bool folder = ks_dir_exists(path);
-  if (!*path || (folder && folder_too)) return;
-  if (folder)
-    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s is a folder; name a file", key, path);
-  else if (access(path, F_OK) != 0)
-    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s is not there (keepsake explain %s)", key, path,
-               key);
-  else if (access(path, R_OK) != 0)
-    ks_problem(s->problems, where_of(s, key, NULL), "%s: %s may not be read; check its permissions", key,
-               path);
-}
-
-static void check_files(const ks_config *c, const ks_settings *s) {
-  check_file(s, "model.path", c->model.path, true);
-  check_file(s, "model.tokenizer", c->model.tokenizer, true);
-  check_file(s, "select.lexicon", c->select.lexicon, false);
-  if (strcmp(c->data.source, "persona") != 0) check_file(s, "data.path", c->data.path, false);
-}
-
 void ks_config_check(const ks_config *c, const ks_settings *s) {
-  check_names(c, s);
   check_data(c, s);
   check_text(c, s);
   check_training(c, s);
-  check_files(c, s);
 }

@@ -175,7 +175,8 @@ static bool is_text(reader *r, const char *path, const char *bytes, size_t n) {
   char where[WHERE_BYTES];
   where_line(where, path, line);
   ks_problem(r->settings->problems, where,
-             "not a text file: byte %zu is not UTF-8; give a configuration, e.g. configs/quickstart.cfg", at);
+             "not a text file: byte %zu is no UTF-8 text; give a configuration, e.g. configs/quickstart.cfg",
+             at);
   return false;
 }
 
@@ -359,7 +360,7 @@ static const char *explain_error(const char *text) {
   return text ? text : "cannot be read";
 }
 
-void ks_config_read_file(const char *path, ks_settings *settings) {
+bool ks_config_read_file(const char *path, ks_settings *settings) {
   reader r = {.settings = settings};
   const char *kept = NULL;
   failed(&r, ks_strings_add(settings->strings, path, &kept));
@@ -373,10 +374,12 @@ void ks_config_read_file(const char *path, ks_settings *settings) {
       char where[WHERE_BYTES];
       const char *text = config_error_text(&config);
       source_of(&r, config_error_line(&config), where);
+      r.broken = true;
       ks_problem(settings->problems, where, "%s", explain_error(text));
     }
     config_destroy(&config);
   }
   ks_text_free(&r.text);
   free(r.lines);
+  return !r.broken;
 }

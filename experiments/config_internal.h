@@ -104,14 +104,17 @@ typedef enum { KS_FROM_DEFAULT, KS_FROM_FILE, KS_FROM_SET } ks_origin;
 /* Replaces a key's values. path values are resolved. values: [n], copied. */
 void ks_setting_replace(ks_settings *s, int key, const ks_value *values, int64_t n, const char *where,
                         ks_origin origin, const char *folder);
-/* Reads a file with everything it includes into `s`; errors go to its problems. */
-void ks_config_read_file(const char *path, ks_settings *s);
+/* Reads a file with everything it includes into `s`; errors go to its problems. False: it could not be read
+ * as a whole. */
+bool ks_config_read_file(const char *path, ks_settings *s);
 
 /* ---------------------------------------------------------------- matrix */
 
 /* Crosses the settings' axes into m->cells, names them, adds floor and ceiling. KS_ECONFIG when there are too
  * many. */
 ks_status ks_matrix_build(ks_settings *s, ks_matrix *m);
+/* Names that must exist in the library's tables, files that must be there: key by key, every value. */
+void ks_settings_check(const ks_settings *s);
 /* Problems between the keys of one cell. */
 void ks_config_check(const ks_config *c, const ks_settings *s);
 
