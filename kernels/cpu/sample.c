@@ -104,17 +104,22 @@ static void sample_keep(const sample_row *r, bool count, uint64_t target) {
   for (int d = 0; d < 3; d++) {
     const int shift = digits[d].shift, n_bins = 1 << digits[d].bits;
     const uint32_t mask = (uint32_t)n_bins - 1;
-    memset(r->bins, 0, SAMPLE_COPIES * sizeof *r->bins);
+    /* Neighbours often share a bin; copies keep such additions from waiting for each other. */
+    const int copies = n < 4 * SAMPLE_BINS ? 1 : SAMPLE_COPIES;
+    memset(r->bins, 0, (size_t)copies * sizeof *r->bins);
     for (int64_t i = 0; i < n; i++) {
       uint32_t id = r->list[i];
-      r->bins[i % SAMPLE_COPIES][sample_key(r->x[id]) >> shift & mask] += count ? 1 : r->w[id];
+      r->bins[i & (copies - 1)][sample_key(r->x[id]) >> shift & mask] += count ? 1 : r->w[id];
     }
+    for (int c = 1; c < copies; c++)
+      for (int bin = 0; bin < n_bins; bin++)
+        r->bins[0][bin] += r->bins[c][bin];
     int bin = n_bins;
     uint64_t mass = 0;
     do {
       above += mass;
       if (--bin < 0) return; /* all of it is less than the target */
-      mass = r->bins[0][bin] + r->bins[1][bin] + r->bins[2][bin] + r->bins[3][bin];
+      mass = r->bins[0][bin];
     } while (above + mass < target);
     border |= (uint32_t)bin << shift;
     int64_t kept = 0;
