@@ -192,8 +192,8 @@ static void set_value(ks_settings *s, int key, const char *where, char *text) {
   for (char *next = text; good && next;) {
     char *comma = k->label ? strchr(next, ',') : NULL;
     if (comma) *comma = 0;
-    char *one = strip(next, '"', '"');
-    if (!k->label) one = k->type == KS_TYPE_STRING || k->type == KS_TYPE_PATH ? next : one;
+    bool verbatim = !k->label && (k->type == KS_TYPE_STRING || k->type == KS_TYPE_PATH);
+    char *one = verbatim ? next : strip(next, '"', '"');
     if (!ks_value_parse(k, one, &values[n], why)) {
       ks_problem(s->problems, where, "%s", why);
       good = false;
@@ -270,12 +270,12 @@ static ks_status text_of(const ks_settings *settings, const ks_config *c, bool f
     }
     KS_TRY(ks_text_addf(out, "%s%s = ", *group ? "  " : "", k->name));
     int64_t n = settings ? settings->of[i].n : 1;
-    if (n > 1) KS_TRY(ks_text_add_str(out, "["));
+    if (n > 1) KS_TRY(ks_text_add_str(out, "(")); /* [...] cannot mix integers with and without L */
     for (int64_t j = 0; j < n; j++) {
       if (j) KS_TRY(ks_text_add_str(out, ", "));
       KS_TRY(ks_value_write(k, settings ? settings->of[i].values[j] : ks_value_of(k, c), out));
     }
-    KS_TRY(ks_text_add_str(out, n > 1 ? "];\n" : ";\n"));
+    KS_TRY(ks_text_add_str(out, n > 1 ? ");\n" : ";\n"));
   }
   return *group ? ks_text_add_str(out, "};\n") : KS_OK;
 }
