@@ -104,6 +104,14 @@ out:
   return status;
 }
 
+/* Adds ", word" unless the line that begins at `line` has it. */
+static ks_status add_word(size_t line, const char *word, ks_text *out) {
+  size_t n = strlen(word);
+  for (const char *p = out->data + line + 1; (p = strstr(p, word)) != NULL; p += n)
+    if (strchr("\t ", p[-1]) && (p[n] == ',' || p[n] == '\0')) return KS_OK;
+  return ks_text_addf(out, ", %s", word);
+}
+
 ks_status ks_persona_write_lexicons(const char *path, uint64_t population_seed) {
   ks_persona_population p;
   ks_persona_population_make(population_seed, &p);
@@ -111,11 +119,12 @@ ks_status ks_persona_write_lexicons(const char *path, uint64_t population_seed) 
   ks_status status = KS_OK;
   for (int32_t t = 0; t < KS_PERSONA_TOPICS; t++) {
     const ks_persona_topic *topic = &ks_persona_topics[t];
+    size_t line = out.len;
     KS_TRY_OUT(ks_text_addf(&out, "%s\t%s", topic->name, topic->keywords));
     for (int32_t e = 0; e < KS_PERSONA_POPULATION_ENTITIES; e++) {
       /* An entity's last word names it: "the old castle", "my dog". */
       const char *entity = topic->entities[p.entities[t][e]], *blank = strrchr(entity, ' ');
-      KS_TRY_OUT(ks_text_addf(&out, ", %s", blank ? blank + 1 : entity));
+      KS_TRY_OUT(add_word(line, blank ? blank + 1 : entity, &out));
     }
     KS_TRY_OUT(ks_text_add_str(&out, "\n"));
   }
