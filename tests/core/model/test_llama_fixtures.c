@@ -1,0 +1,139 @@
+/* Whole models against PyTorch, transformers and PEFT: tests/fixtures/make_llama_fixtures.py. An error may be
+ * at most twice the one that PyTorch itself makes in float32, and one unit in the last place of the array's
+ * scale. */
+#include "core/model/forward.h"
+#include "tests/oracle/llama_fixture.h"
+#include "tests/oracle/model_twin.h"
+#include <criterion/criterion.h>
+#include <stdio.h>
+
+enum { N_EXAMPLES = 4, MAX_ROWS = 64 };
+
+typedef struct {
+  ks_fixture f;
+  ks_ctx *ctx;
+  ks_model *model;
+  ks_run *run;
+  int32_t *tokens, *lengths, *begins;
+  int64_t offsets[N_EXAMPLES + 1];
+  ks_twin_adapter adapter; /* weights of the fixture */
+  ks_batch batch;
+  ks_segment segment;
+} loaded;
+
+static void load(loaded *x, const char *name) {
+  memset(x, 0, sizeof *x);
+  ks_fixture_load(&x->f, KS_SOURCE_DIR, name);
+  x->ctx = ks_twin_ctx(2);
+  ks_must(ks_model_load(x->ctx, x->f.folder, &KS_MODEL_LOAD_DEFAULT, &x->model));
+  x->tokens = ks_fixture_ints(&x->f, "tokens");
+  x->lengths = ks_fixture_ints(&x->f, "lengths");
+  x->begins = ks_fixture_ints(&x->f, "loss_begin");
+  int32_t rank = (int32_t)ks_fixture_get(&x->f, "rank")->values[0];
+  ks_twin_adapter_make(&x->adapter, x->ctx, &x->model->config, rank, (1u << KS_N_TARGETS) - 1, 0);
+  float *weights = ks_fixture_floats(&x->f, "weights0");
+  cr_assert_eq(ks_fixture_get(&x->f, "weights0")->n, x->adapter.n);
+  ks_must(ks_mem_upload(x->ctx, x->adapter.weights, weights, (size_t)x->adapter.n * sizeof *weights));
+  free(weights);
+  for (int64_t i = 0; i < x->model->config.n_layers * KS_N_TARGETS; i++)
+    x->adapter.loras[i].scale = (float)(ks_fixture_get(&x->f, "alpha")->values[0] / rank);
+  for (int i = 0; i < N_EXAMPLES; i++)
+    x->offsets[i + 1] = x->offsets[i] + x->lengths[i];
+  x->segment = (ks_segment){0, x->offsets[N_EXAMPLES], 0, 0};
+  x->batch = (ks_batch){.tokens = x->tokens,
+                        .n_rows = x->offsets[N_EXAMPLES],
+                        .seq_offsets = x->offsets,
+                        .n_seqs = N_EXAMPLES,
+                        .segments = &x->segment,
+                        .n_segments = 1,
+                        .adapters = &x->adapter.view,
+                        .n_adapters = 1};
+  ks_run_params p = {.max_rows = MAX_ROWS, .max_seqs = N_EXAMPLES, .max_rank = rank, .backward = true};
+  ks_must(ks_run_create(x->model, &p, &x->run));
+}
+
+static void unload(loaded *x) {
+  ks_run_destroy(x->run);
+  ks_twin_adapter_free(&x->adapter);
+  ks_model_destroy(x->model);
+  ks_ctx_destroy(x->ctx);
+  ks_fixture_free(&x->f);
+  free(x->tokens);
+  free(x->lengths);
+  free(x->begins);
+}
+
+/* values[0..n) against reference[0..n): the largest error, or its Euclidean norm; PyTorch's own is `torch`.
+ */
+static void check(const char *name, const char *what, const float *values, const double *reference, int64_t n,
+                  double torch, bool euclidean) {
+  double error = 0, scale = 0;
+  for (int64_t i = 0; i < n; i++) {
+    double off = fabs((double)values[i] - reference[i]), size = fabs(reference[i]);
+    error = euclidean ? hypot(error, off) : fmax(error, off);
+    scale = euclidean ? hypot(scale, size) : fmax(scale, size);
+    if (!isfinite(values[i])) error = NAN;
+    if (!isfinite(error)) break;
+  }
+  cr_expect(error <= 2 * torch + 0x1p-23 * scale, "%s: %s is off by %g; PyTorch in float32 by %g, scale %g",
+            name, what, error, torch, scale);
+}
+
+static void check_array(const loaded *x, const char *name, const char *array, const float *values,
+                        int64_t n) {
+  char error[64];
+  snprintf(error, sizeof error, "%s_error", array);
+  const ks_fixture_array *reference = ks_fixture_get(&x->f, array), *torch = ks_fixture_get(&x->f, error);
+  cr_assert_eq(reference->n, n, "%s: %s has %ld values, not %ld", name, array, (long)reference->n, (long)n);
+  check(name, array, values, reference->values, n, torch->values[0], false);
+}
+
+Test(llama_fixtures, logits_equal_transformers) {
+  for (int c = 0; ks_llama_cases[c]; c++) {
+    loaded x;
+    load(&x, ks_llama_cases[c]);
+    float *logits = malloc((size_t)(x.batch.n_rows * x.model->config.vocab_size) * sizeof *logits);
+    ks_must(ks_forward_logits(x.run, &x.batch, logits));
+    check_array(&x, ks_llama_cases[c], "logits", logits, x.batch.n_rows * x.model->config.vocab_size);
+    free(logits);
+    unload(&x);
+  }
+}
+
+Test(llama_fixtures, losses_and_every_adapter_gradient_equal_peft) {
+  for (int c = 0; ks_llama_cases[c]; c++) {
+    loaded x;
+    load(&x, ks_llama_cases[c]);
+    int64_t rows[MAX_ROWS], n = 0;
+    int32_t targets[MAX_ROWS];
+    float scale[MAX_ROWS], loss[MAX_ROWS];
+    for (int e = 0; e < N_EXAMPLES; e++) {
+      for (int64_t i = x.begins[e]; i < x.lengths[e]; i++) {
+        rows[n] = x.offsets[e] + i - 1;
+        targets[n++] = x.tokens[x.offsets[e] + i];
+      }
+    }
+    for (int64_t i = 0; i < n; i++)
+      scale[i] = (float)(1.0 / (double)n);
+    ks_must(ks_forward_backward(x.run, &x.batch, rows, targets, scale, n, loss));
+    check_array(&x, ks_llama_cases[c], "token_loss", loss, n);
+    float *grads = ks_twin_download(x.ctx, x.adapter.grads, x.adapter.n);
+    const ks_fixture_array *reference = ks_fixture_get(&x.f, "grads"),
+                           *torch = ks_fixture_get(&x.f, "grads_error");
+    int64_t n_tensors = x.model->config.n_layers * KS_N_TARGETS * 2, begin = 0;
+    cr_assert_eq(torch->n, n_tensors);
+    for (int64_t i = 0; i < n_tensors; i++) {
+      const float *next = i + 1 == n_tensors ? x.adapter.grads + x.adapter.n
+                          : i & 1            ? x.adapter.loras[(i + 1) / 2].grad_a
+                                             : x.adapter.loras[i / 2].grad_b_t;
+      int64_t size = next - x.adapter.grads - begin;
+      char what[64];
+      snprintf(what, sizeof what, "gradient of layer %ld, target %ld, %s", (long)(i / 2 / KS_N_TARGETS),
+               (long)(i / 2 % KS_N_TARGETS), i & 1 ? "B" : "A");
+      check(ks_llama_cases[c], what, grads + begin, reference->values + begin, size, torch->values[i], true);
+      begin += size;
+    }
+    free(grads);
+    unload(&x);
+  }
+}
