@@ -181,8 +181,10 @@ Test(cli, generate_gives_the_golden_text) {
       "play with your ball, but I can't find it.\"\n"
       "Lily was sad and didn't know what to do. She said, \"I'm sorry, Lily. I didn't know what to do.\"\n"
       "Lily didn't want to help her mom, so she\n";
-  const char *model = getenv("KS_TEST_STORIES260K");
-  if (!model) cr_skip_test("KS_TEST_STORIES260K does not name stories260K.bin (its tok512.bin beside it)");
+  const char *folder = getenv("KS_STORIES260K");
+  if (!folder) cr_skip_test("set KS_STORIES260K to the folder of stories260K.bin and tok512.bin");
+  char model[4096];
+  snprintf(model, sizeof model, "%s/stories260K.bin", folder);
   outcome o = run((const char *[]){"generate", "--model", model, "--prompt", "", "--temperature", "0",
                                    "--max-new-tokens", "200", NULL});
   cr_expect_eq(o.exit_code, 0, "%s", o.err);
