@@ -87,7 +87,8 @@ KS_INLINE void gemm_tile_run(const int mr, const int nv, const gemm_kind kind, c
     }
   }
   const float *a = t->a;
-  const float *b[4] = {t->b, t->b + t->b_panel, t->b + 2 * t->b_panel, t->b + 3 * t->b_panel};
+  const int64_t b_panel = kind == GEMM_PLAIN ? GEMM_PANEL : t->b_panel;
+  const float *b[4] = {t->b, t->b + b_panel, t->b + 2 * b_panel, t->b + 3 * b_panel};
   for (int64_t k = t->n_units; k > 0; k--) {
     ks_part row[8 * KS_PARTS];
 #pragma GCC unroll 8
@@ -126,13 +127,13 @@ KS_INLINE void gemm_tile_sweep(const int mr, const int nv, const gemm_kind kind,
   const float *b = t.b;
   for (int64_t v = 0; t.n_cols > 0;) {
     t.b = kind == GEMM_PLAIN ? b + v * KS_LANES : b + v / 2 * t.b_panel + v % 2 * KS_LANES;
-    int n = t.n_cols >= nv * KS_LANES ? nv : 1;
-    if (n == nv)
-      gemm_tile_run(mr, nv, kind, true, &t);
-    else if (t.n_cols >= KS_LANES)
-      gemm_tile_run(mr, 1, kind, true, &t);
-    else
+    const int n = t.n_cols >= nv * KS_LANES ? nv : 1;
+    if (t.n_cols < KS_LANES)
       gemm_tile_run(mr, 1, kind, false, &t);
+    else if (n == nv)
+      gemm_tile_run(mr, nv, kind, true, &t);
+    else
+      gemm_tile_run(mr, 1, kind, true, &t);
     v += n;
     t.c += n * KS_LANES;
     t.n_cols -= n * KS_LANES;

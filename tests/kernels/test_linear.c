@@ -1,0 +1,637 @@
+#include "kernels/base/rng.h"
+#include "tests/oracle/guard.h"
+#include "tests/oracle/oracle_linear.h"
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+
+enum { MAX_SEGMENTS = 8, MAX_LORAS = 4 };
+
+typedef struct {
+  int64_t n_rows, n_in, n_out;
+  ks_fill_kind fill;
+  ks_dtype dtype;
+  bool bias, accumulate, no_dx;
+  float dropout;
+  int32_t ranks[MAX_LORAS]; /* of the adapters */
+  int n_segments;
+  struct {
+    int64_t begin, n_rows;
+    int32_t adapter;
+  } segments[MAX_SEGMENTS];
+  bool prepare; /* the backward layout beforehand */
+} linear_case;
+
+static const linear_case cases[] = {
+    {.n_rows = 1, .n_in = 1, .n_out = 1, .ranks = {1}, .n_segments = 1, .segments = {{0, 1, 0}}},
+    {.n_rows = 0, .n_in = 7, .n_out = 5, .ranks = {2}, .n_segments = 1, .segments = {{0, 0, 0}}},
+    {.n_rows = 3, .n_in = 0, .n_out = 5, .bias = true},
+    {.n_rows = 3, .n_in = 5, .n_out = 0},
+    {.n_rows = 1, .n_in = 32, .n_out = 33, .bias = true},
+    {.n_rows = 2,
+     .n_in = 33,
+     .n_out = 31,
+     .accumulate = true,
+     .ranks = {1, 3},
+     .n_segments = 2,
+     .segments = {{0, 1, 1}, {1, 1, 0}}},
+    {.n_rows = 5,
+     .n_in = 31,
+     .n_out = 32,
+     .fill = KS_FILL_POSITIVE,
+     .ranks = {8},
+     .n_segments = 1,
+     .segments = {{1, 3, 0}}},
+    {.n_rows = 15,
+     .n_in = 100,
+     .n_out = 300,
+     .bias = true,
+     .accumulate = true,
+     .prepare = true,
+     .ranks = {8, 4},
+     .n_segments = 3,
+     .segments = {{0, 2, 0}, {4, 0, -1}, {7, 8, 1}}},
+    {.n_rows = 29,
+     .n_in = 97,
+     .n_out = 111,
+     .fill = KS_FILL_NEAR_ONE,
+     .ranks = {1, 0, 16, 3},
+     .n_segments = 5,
+     .segments = {{0, 3, 2}, {3, 3, -1}, {6, 9, 1}, {15, 1, 0}, {20, 9, 3}}},
+    {.n_rows = 8,
+     .n_in = 203,
+     .n_out = 65,
+     .ranks = {8, 8, 8, 8},
+     .n_segments = 4,
+     .segments = {{0, 1, 3}, {1, 1, 2}, {2, 1, 1}, {3, 5, 0}}},
+    {.n_rows = 131,
+     .n_in = 64,
+     .n_out = 97,
+     .dropout = 0.3f,
+     .accumulate = true,
+     .ranks = {8, 5},
+     .n_segments = 2,
+     .segments = {{2, 60, 1}, {62, 69, 0}}},
+    {.n_rows = 17,
+     .n_in = 337,
+     .n_out = 33,
+     .dropout = 0.05f,
+     .bias = true,
+     .ranks = {3},
+     .n_segments = 1,
+     .segments = {{0, 17, 0}}},
+    {.n_rows = 40, .n_in = 1023, .n_out = 48, .ranks = {64}, .n_segments = 1, .segments = {{0, 40, 0}}},
+    {.n_rows = 300,
+     .n_in = 48,
+     .n_out = 352,
+     .ranks = {8},
+     .no_dx = true,
+     .n_segments = 1,
+     .segments = {{0, 300, 0}}},
+    {.n_rows = 30,
+     .n_in = 20,
+     .n_out = 70,
+     .fill = KS_FILL_LARGE,
+     .ranks = {200},
+     .n_segments = 1,
+     .segments = {{0, 30, 0}}},
+    {.n_rows = 37,
+     .n_in = 51,
+     .n_out = 97,
+     .fill = KS_FILL_INTEGER,
+     .bias = true,
+     .accumulate = true,
+     .ranks = {8, 3},
+     .n_segments = 2,
+     .segments = {{0, 20, 0}, {20, 17, 1}}},
+    {.n_rows = 1, .n_in = 700, .n_out = 97, .dtype = KS_DTYPE_BF16, .bias = true},
+    {.n_rows = 33,
+     .n_in = 97,
+     .n_out = 203,
+     .dtype = KS_DTYPE_BF16,
+     .accumulate = true,
+     .ranks = {8, 3},
+     .n_segments = 2,
+     .segments = {{0, 20, 0}, {20, 13, 1}}},
+    {.n_rows = 9,
+     .n_in = 1023,
+     .n_out = 33,
+     .dtype = KS_DTYPE_BF16,
+     .fill = KS_FILL_POSITIVE,
+     .prepare = true},
+    {.n_rows = 16, .n_in = 51, .n_out = 64, .dtype = KS_DTYPE_BF16, .fill = KS_FILL_INTEGER},
+};
+enum { N_CASES = sizeof cases / sizeof cases[0] };
+
+/* ---------------------------------------------------------------- one case on one context */
+
+/* Host inputs, their doubles, and the oracle's results of a case. */
+typedef struct {
+  const linear_case *c;
+  int64_t n_x, n_y, n_w, max_rank;
+  float *w, *bias, *x, *y0, *dy, *dx0;
+  float *a[MAX_LORAS], *b_t[MAX_LORAS], *ga0[MAX_LORAS], *gb0[MAX_LORAS];
+  ks_segment segments[MAX_SEGMENTS];
+} inputs;
+
+static inputs make_inputs(const linear_case *c) {
+  inputs in = {.c = c, .n_x = c->n_rows * c->n_in, .n_y = c->n_rows * c->n_out, .n_w = c->n_out * c->n_in};
+  in.w = ks_floats(in.n_w, c->fill, 1);
+  in.bias = ks_floats(c->n_out, c->fill, 2);
+  in.x = ks_floats(in.n_x, c->fill, 3);
+  in.y0 = ks_floats(in.n_y, c->fill, 4);
+  in.dy = ks_floats(in.n_y, c->fill, 5);
+  in.dx0 = ks_floats(in.n_x, c->fill, 6);
+  for (int i = 0; i < MAX_LORAS; i++) {
+    in.a[i] = ks_floats(c->ranks[i] * c->n_in, c->fill, 10 + (uint64_t)i);
+    in.b_t[i] = ks_floats(c->ranks[i] * c->n_out, c->fill, 20 + (uint64_t)i);
+    in.ga0[i] = ks_floats(c->ranks[i] * c->n_in, c->fill, 30 + (uint64_t)i);
+    in.gb0[i] = ks_floats(c->ranks[i] * c->n_out, c->fill, 40 + (uint64_t)i);
+    if (c->ranks[i] > in.max_rank) in.max_rank = c->ranks[i];
+  }
+  for (int s = 0; s < c->n_segments; s++)
+    in.segments[s] = (ks_segment){c->segments[s].begin, c->segments[s].n_rows, c->segments[s].adapter,
+                                  900 + (uint64_t)c->segments[s].adapter};
+  return in;
+}
+
+static void free_inputs(inputs *in) {
+  void *all[] = {in->w, in->bias, in->x, in->y0, in->dy, in->dx0};
+  for (int i = 0; i < 6; i++)
+    free(all[i]);
+  for (int i = 0; i < MAX_LORAS; i++)
+    free(in->a[i]), free(in->b_t[i]), free(in->ga0[i]), free(in->gb0[i]);
+}
+
+static float scale_of(int adapter) {
+  return 0.5f * (float)(adapter + 1);
+}
+
+/* Everything the device sees. */
+typedef struct {
+  ks_weight *w;
+  ks_guard x, y, u, v, dy, dx, a[MAX_LORAS], b_t[MAX_LORAS], ga[MAX_LORAS], gb[MAX_LORAS];
+  ks_lora loras[MAX_LORAS];
+  ks_linear_args args;
+} device;
+
+static void make_device(ks_ctx *ctx, const inputs *in, device *d) {
+  const linear_case *c = in->c;
+  const int64_t n_u = c->n_rows * (in->max_rank + 1);
+  *d = (device){0};
+  ks_weight_params wp = {c->n_out, c->n_in, c->dtype, KS_DTYPE_F32, in->w, c->bias ? in->bias : NULL};
+  cr_assert(ks_weight_create(ctx, &wp, &d->w) == KS_OK, "%s", ks_error_message());
+  if (c->prepare) cr_assert(ks_weight_prepare_backward(ctx, d->w) == KS_OK);
+  d->x = ks_guard_make(ctx, in->x, in->n_x);
+  d->y = ks_guard_make(ctx, c->accumulate ? in->y0 : NULL, in->n_y);
+  d->u = ks_guard_make(ctx, NULL, n_u);
+  d->v = ks_guard_make(ctx, NULL, n_u);
+  d->dy = ks_guard_make(ctx, in->dy, in->n_y);
+  d->dx = ks_guard_make(ctx, c->accumulate ? in->dx0 : NULL, in->n_x);
+  for (int i = 0; i < MAX_LORAS; i++) {
+    d->a[i] = ks_guard_make(ctx, in->a[i], c->ranks[i] * c->n_in);
+    d->b_t[i] = ks_guard_make(ctx, in->b_t[i], c->ranks[i] * c->n_out);
+    d->ga[i] = ks_guard_make(ctx, in->ga0[i], c->ranks[i] * c->n_in);
+    d->gb[i] = ks_guard_make(ctx, in->gb0[i], c->ranks[i] * c->n_out);
+    d->loras[i] = (ks_lora){c->ranks[i], scale_of(i), d->a[i].p, d->b_t[i].p, d->ga[i].p, d->gb[i].p};
+  }
+  d->args = (ks_linear_args){.w = d->w,
+                             .x = d->x.p,
+                             .y = d->y.p,
+                             .n_rows = c->n_rows,
+                             .accumulate = c->accumulate,
+                             .segments = in->segments,
+                             .n_segments = c->n_segments,
+                             .loras = d->loras,
+                             .n_loras = MAX_LORAS,
+                             .u = d->u.p,
+                             .u_stride = in->max_rank + 1,
+                             .dropout = c->dropout,
+                             .dropout_site = 77,
+                             .dy = d->dy.p,
+                             .dx = c->no_dx ? NULL : d->dx.p,
+                             .accumulate_dx = c->accumulate,
+                             .v = d->v.p};
+}
+
+static void free_device(ks_ctx *ctx, device *d) {
+  ks_guard *all[] = {&d->x, &d->y, &d->u, &d->v, &d->dy, &d->dx};
+  for (int i = 0; i < 6; i++)
+    ks_guard_free(all[i]);
+  for (int i = 0; i < MAX_LORAS; i++) {
+    ks_guard_free(&d->a[i]), ks_guard_free(&d->b_t[i]), ks_guard_free(&d->ga[i]), ks_guard_free(&d->gb[i]);
+  }
+  ks_weight_destroy(ctx, d->w);
+}
+
+/* Doubles of x, rounded to bf16 when the frozen product does so. */
+static double *frozen(const float *x, int64_t n, ks_dtype dtype) {
+  double *y = ks_doubles(x, n);
+  for (int64_t i = 0; dtype == KS_DTYPE_BF16 && i < n; i++)
+    y[i] = oracle_bf16(y[i]);
+  return y;
+}
+
+static int64_t check_case(const inputs *in, const device *d, const char *name) {
+  const linear_case *c = in->c;
+  const bool bf16 = c->dtype == KS_DTYPE_BF16;
+  double *w = frozen(in->w, in->n_w, c->dtype), *bias = ks_doubles(in->bias, c->n_out),
+         *x = ks_doubles(in->x, in->n_x), *xf = frozen(in->x, in->n_x, c->dtype),
+         *dy = ks_doubles(in->dy, in->n_y), *dyf = frozen(in->dy, in->n_y, c->dtype),
+         *y = ks_doubles(in->y0, in->n_y), *dx = ks_doubles(in->dx0, in->n_x),
+         *y_size = ks_doubles(NULL, in->n_y), *dx_size = ks_doubles(NULL, in->n_x);
+  double *lora[MAX_LORAS][6];
+  oracle_lora loras[MAX_LORAS];
+  for (int i = 0; i < MAX_LORAS; i++) {
+    const int64_t na = c->ranks[i] * c->n_in, nb = c->ranks[i] * c->n_out;
+    const float *from[6] = {in->a[i], in->b_t[i], in->ga0[i], in->gb0[i], in->ga0[i], in->gb0[i]};
+    for (int k = 0; k < 6; k++)
+      lora[i][k] = ks_doubles(from[k], k % 2 ? nb : na);
+    for (int64_t k = 0; k < na; k++)
+      lora[i][4][k] = fabs(lora[i][4][k]);
+    for (int64_t k = 0; k < nb; k++)
+      lora[i][5][k] = fabs(lora[i][5][k]);
+    loras[i] = (oracle_lora){c->ranks[i], (double)scale_of(i), lora[i][0], lora[i][1],
+                             lora[i][2],  lora[i][3],          lora[i][4], lora[i][5]};
+  }
+  oracle_linear l = {
+      c->n_rows,         c->n_in,      c->n_out,      w,     c->bias ? bias : NULL, x, bf16 ? xf : NULL,
+      bf16 ? dyf : NULL, in->segments, c->n_segments, loras, (double)c->dropout,    77};
+  oracle_linear_forward(&l, c->accumulate, y, y_size);
+  oracle_linear_backward(&l, dy, c->accumulate, c->no_dx ? NULL : dx, dx_size);
+  char what[200];
+  int64_t bad = 0;
+#define CHECK(label, guard, ref, size, chain)                                                                \
+  snprintf(what, sizeof what, "%s: %s", name, label);                                                        \
+  bad += ks_guard_check_output(what, guard, ref, size, (double)(chain))
+  CHECK("y", &d->y, y, y_size, c->n_in + in->max_rank);
+  if (!c->no_dx) {
+    CHECK("dx", &d->dx, dx, dx_size, c->n_out + in->max_rank);
+  }
+  for (int i = 0; i < MAX_LORAS; i++) {
+    CHECK("grad_a", &d->ga[i], lora[i][2], lora[i][4], c->n_rows + c->n_out);
+    CHECK("grad_b_t", &d->gb[i], lora[i][3], lora[i][5], c->n_rows + c->n_in);
+    bad += ks_guard_check_input(name, &d->a[i]) + ks_guard_check_input(name, &d->b_t[i]);
+    for (int k = 0; k < 6; k++)
+      free(lora[i][k]);
+  }
+#undef CHECK
+  bad += ks_guard_check_input(name, &d->x) + ks_guard_check_input(name, &d->dy);
+  bad += ks_guard_check_walls(name, &d->u) + ks_guard_check_walls(name, &d->v);
+  double *all[] = {w, bias, x, xf, dy, dyf, y, dx, y_size, dx_size};
+  for (int i = 0; i < 10; i++)
+    free(all[i]);
+  return bad;
+}
+
+static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  inputs in = make_inputs(test_case);
+  device d;
+  make_device(ctx, &in, &d);
+  int64_t bad = 0;
+  if (ks_linear_forward(ctx, &d.args) != KS_OK || ks_linear_backward(ctx, &d.args) != KS_OK) {
+    fprintf(stderr, "%s: %s\n", name, ks_error_message());
+    bad++;
+  } else {
+    bad += check_case(&in, &d, name);
+  }
+  /* bf16 products differ between processors that have the instruction and those that do not. */
+  if (in.c->dtype == KS_DTYPE_F32 || strcmp(ks_ctx_isa_name(ctx), "avx512bf16") != 0) {
+    ks_results_add_guard(out, &d.y);
+    if (!in.c->no_dx) ks_results_add_guard(out, &d.dx);
+    for (int i = 0; i < MAX_LORAS; i++)
+      ks_results_add_guard(out, &d.ga[i]), ks_results_add_guard(out, &d.gb[i]);
+  }
+  free_device(ctx, &d);
+  free_inputs(&in);
+  return bad;
+}
+
+Test(linear, oracle_isas_threads) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < N_CASES; i++)
+    bad += ks_test_everywhere("linear", i, &cases[i], run);
+  cr_assert(bad == 0);
+}
+
+/* ---------------------------------------------------------------- independence of the batch */
+
+/* Rows, alone or with others, with the same segment: same bits of y, dx and gradients. */
+static int64_t check_company(ks_ctx *ctx, ks_dtype dtype, float dropout) {
+  enum { ROWS = 47, IN = 333, OUT = 145, FIRST = 19, MINE = 13, RANK = 8 };
+  linear_case all = {.n_rows = ROWS,
+                     .n_in = IN,
+                     .n_out = OUT,
+                     .dtype = dtype,
+                     .bias = true,
+                     .dropout = dropout,
+                     .ranks = {RANK, 16, 5},
+                     .n_segments = 3,
+                     .segments = {{0, FIRST, 1}, {FIRST, MINE, 0}, {FIRST + MINE, ROWS - FIRST - MINE, 2}}};
+  linear_case alone = all;
+  alone.n_rows = MINE;
+  alone.n_segments = 1;
+  alone.segments[0].begin = 0;
+  alone.segments[0].n_rows = MINE;
+  alone.segments[0].adapter = 0;
+  inputs in_all = make_inputs(&all), in_alone = make_inputs(&alone);
+  memcpy(in_alone.x, in_all.x + FIRST * IN, sizeof(float) * MINE * IN);
+  memcpy(in_alone.dy, in_all.dy + FIRST * OUT, sizeof(float) * MINE * OUT);
+  device d_all, d_alone;
+  make_device(ctx, &in_all, &d_all);
+  make_device(ctx, &in_alone, &d_alone);
+  cr_assert(ks_linear_forward(ctx, &d_all.args) == KS_OK && ks_linear_backward(ctx, &d_all.args) == KS_OK);
+  cr_assert(ks_linear_forward(ctx, &d_alone.args) == KS_OK &&
+            ks_linear_backward(ctx, &d_alone.args) == KS_OK);
+  int64_t bad = ks_check_same("y in company", d_all.y.p + FIRST * OUT, d_alone.y.p, MINE * OUT);
+  bad += ks_check_same("dx in company", d_all.dx.p + FIRST * IN, d_alone.dx.p, MINE * IN);
+  bad += ks_check_same("grad_a in company", d_all.ga[0].p, d_alone.ga[0].p, RANK * IN);
+  bad += ks_check_same("grad_b in company", d_all.gb[0].p, d_alone.gb[0].p, RANK * OUT);
+  /* And each row by itself, as in decoding. */
+  for (int64_t i = 0; i < MINE && dropout == 0; i++) {
+    float y[OUT], u[32];
+    ks_segment seg = {0, 1, 0, 0};
+    ks_linear_args one = d_alone.args;
+    one.x += i * IN, one.y = y, one.u = u, one.n_rows = 1, one.segments = &seg;
+    cr_assert(ks_linear_forward(ctx, &one) == KS_OK);
+    bad += ks_check_same("row alone", y, d_alone.y.p + i * OUT, OUT);
+  }
+  free_device(ctx, &d_all);
+  free_device(ctx, &d_alone);
+  free_inputs(&in_all);
+  free_inputs(&in_alone);
+  return bad;
+}
+
+Test(linear, company_does_not_change_bits) {
+  int64_t bad = 0;
+  for (int s = 0; ks_test_isas[s]; s++)
+    for (int threads = 1; threads <= 3; threads++) {
+      ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], threads);
+      if (!ctx) continue;
+      bad += check_company(ctx, KS_DTYPE_F32, 0) + check_company(ctx, KS_DTYPE_BF16, 0) +
+             check_company(ctx, KS_DTYPE_F32, 0.25f);
+      ks_ctx_destroy(ctx);
+    }
+  cr_assert(bad == 0);
+}
+
+/* ---------------------------------------------------------------- exact integers, special values */
+
+Test(linear, integers_are_exact) {
+  const linear_case *c = &cases[15];
+  cr_assert(c->fill == KS_FILL_INTEGER);
+  for (int s = 0; ks_test_isas[s]; s++) {
+    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 2);
+    if (!ctx) continue;
+    inputs in = make_inputs(c);
+    device d;
+    make_device(ctx, &in, &d);
+    cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK);
+    for (int64_t i = 0; i < c->n_rows; i++)
+      for (int64_t o = 0; o < c->n_out; o++) {
+        int adapter = i < 20 ? 0 : 1;
+        double sum = (double)in.y0[i * c->n_out + o] + (double)in.bias[o];
+        for (int64_t j = 0; j < c->n_in; j++)
+          sum += (double)in.x[i * c->n_in + j] * (double)in.w[o * c->n_in + j];
+        for (int64_t r = 0; r < c->ranks[adapter]; r++) {
+          double u = 0;
+          for (int64_t j = 0; j < c->n_in; j++)
+            u += (double)in.x[i * c->n_in + j] * (double)in.a[adapter][r * c->n_in + j];
+          sum += (double)scale_of(adapter) * u * (double)in.b_t[adapter][r * c->n_out + o];
+        }
+        cr_assert((double)d.y.p[i * c->n_out + o] == sum);
+      }
+    free_device(ctx, &d);
+    free_inputs(&in);
+    ks_ctx_destroy(ctx);
+  }
+}
+
+Test(linear, nan_and_infinity_stay_in_their_rows) {
+  linear_case c = {
+      .n_rows = 30, .n_in = 40, .n_out = 50, .ranks = {8}, .n_segments = 1, .segments = {{0, 30, 0}}};
+  for (int dtype = 0; dtype <= 1; dtype++)
+    for (int s = 0; ks_test_isas[s]; s++) {
+      c.dtype = (ks_dtype)dtype;
+      ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 1);
+      if (!ctx) continue;
+      inputs in = make_inputs(&c);
+      in.x[3 * c.n_in + 7] = NAN;
+      in.x[11 * c.n_in + 39] = INFINITY;
+      in.dy[5 * c.n_out + 49] = NAN;
+      device d;
+      make_device(ctx, &in, &d);
+      cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK && ks_linear_backward(ctx, &d.args) == KS_OK);
+      for (int64_t i = 0; i < c.n_rows; i++) {
+        for (int64_t o = 0; o < c.n_out; o++)
+          cr_assert(isfinite(d.y.p[i * c.n_out + o]) == (i != 3 && i != 11), "row %d", (int)i);
+        for (int64_t j = 0; j < c.n_in; j++)
+          cr_assert(isfinite(d.dx.p[i * c.n_in + j]) == (i != 5), "row %d", (int)i);
+      }
+      free_device(ctx, &d);
+      free_inputs(&in);
+      ks_ctx_destroy(ctx);
+    }
+}
+
+/* ---------------------------------------------------------------- dropout */
+
+/* With A the identity and W zero, y shows drop(x); with x = 1 the mask itself. */
+Test(linear, dropout_mask_is_the_documented_one) {
+  enum { N = 200, ROWS = 150 };
+  const float p = 0.2f;
+  float *zero = calloc(N * N, sizeof *zero), *eye = calloc(N * N, sizeof *eye),
+        *ones = malloc(sizeof(float) * ROWS * N);
+  for (int i = 0; i < N; i++)
+    eye[i * N + i] = 1;
+  for (int i = 0; i < ROWS * N; i++)
+    ones[i] = 1;
+  for (int s = 0; ks_test_isas[s]; s++) {
+    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 2);
+    if (!ctx) continue;
+    ks_weight *w = NULL;
+    cr_assert(ks_weight_create(ctx, &(ks_weight_params){.n_out = N, .n_in = N, .values = zero}, &w) == KS_OK);
+    float *y = malloc(sizeof(float) * ROWS * N), *dx = malloc(sizeof(float) * ROWS * N),
+          *u = malloc(sizeof(float) * ROWS * N), *v = malloc(sizeof(float) * ROWS * N),
+          *ga = calloc(N * N, 4), *gb = calloc(N * N, 4);
+    ks_lora lora = {N, 1, eye, eye, ga, gb};
+    ks_segment seg = {0, ROWS, 0, 1234};
+    ks_linear_args a = {.w = w,
+                        .x = ones,
+                        .y = y,
+                        .n_rows = ROWS,
+                        .segments = &seg,
+                        .n_segments = 1,
+                        .loras = &lora,
+                        .n_loras = 1,
+                        .u = u,
+                        .u_stride = N,
+                        .dropout = p,
+                        .dropout_site = 5,
+                        .dy = ones,
+                        .dx = dx,
+                        .v = v};
+    cr_assert(ks_linear_forward(ctx, &a) == KS_OK && ks_linear_backward(ctx, &a) == KS_OK);
+    int64_t kept = 0;
+    for (int i = 0; i < ROWS; i++)
+      for (int j = 0; j < N; j++) {
+        double want = oracle_dropout_factor(1234, 5, (double)p, N, i, j);
+        kept += want > 0;
+        cr_assert(fabs((double)y[i * N + j] - want) <= 0x1p-23, "forward %d %d", i, j);
+        cr_assert(fabs((double)dx[i * N + j] - want) <= 0x1p-23, "backward %d %d", i, j);
+      }
+    double sigma = sqrt(ROWS * N * (double)p * (1 - (double)p));
+    cr_assert(fabs((double)kept - (1 - (double)p) * ROWS * N) <= 4 * sigma);
+    /* grad_a[r, j] = sum over rows of v[i, r] mask(i, j) = the kept rows of column j. */
+    for (int j = 0; j < N; j++) {
+      double sum = 0;
+      for (int i = 0; i < ROWS; i++)
+        sum += oracle_dropout_factor(1234, 5, (double)p, N, i, j);
+      cr_assert(ks_close((double)ga[3 * N + j], sum, sum, ROWS));
+    }
+    a.dropout_site = 6;
+    float *other = malloc(sizeof(float) * ROWS * N);
+    a.y = other;
+    cr_assert(ks_linear_forward(ctx, &a) == KS_OK);
+    cr_assert(memcmp(other, y, sizeof(float) * ROWS * N) != 0, "another site must give another mask");
+    free(y), free(dx), free(u), free(v), free(ga), free(gb), free(other);
+    ks_weight_destroy(ctx, w);
+    ks_ctx_destroy(ctx);
+  }
+  free(zero), free(eye), free(ones);
+}
+
+/* ---------------------------------------------------------------- the oracle's own gradients */
+
+static double oracle_objective(const oracle_linear *l, const double *dy) {
+  double *y = ks_doubles(NULL, l->n_rows * l->n_out), sum = 0;
+  oracle_linear_forward(l, false, y, NULL);
+  for (int64_t i = 0; i < l->n_rows * l->n_out; i++)
+    sum += y[i] * dy[i];
+  free(y);
+  return sum;
+}
+
+/* The objective is bilinear, so central differences are exact but for rounding. */
+static void check_differences(const oracle_linear *l, const double *dy, double *p, const double *grad,
+                              int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const double h = 1e-3, saved = p[i];
+    p[i] = saved + h;
+    double up = oracle_objective(l, dy);
+    p[i] = saved - h;
+    double down = oracle_objective(l, dy);
+    p[i] = saved;
+    cr_assert(fabs((up - down) / (2 * h) - grad[i]) <= 1e-9 * (1 + fabs(grad[i])));
+  }
+}
+
+Test(linear, oracle_gradients_match_central_differences) {
+  enum { ROWS = 5, IN = 6, OUT = 7, RANK = 3 };
+  float *f[5] = {ks_floats(OUT * IN, KS_FILL_SIGNED, 1), ks_floats(ROWS * IN, KS_FILL_SIGNED, 2),
+                 ks_floats(RANK * IN, KS_FILL_SIGNED, 3), ks_floats(RANK * OUT, KS_FILL_SIGNED, 4),
+                 ks_floats(ROWS * OUT, KS_FILL_SIGNED, 5)};
+  const int64_t n[5] = {OUT * IN, ROWS * IN, RANK * IN, RANK * OUT, ROWS * OUT};
+  double *d[5], ga[RANK * IN] = {0}, gb[RANK * OUT] = {0}, dx[ROWS * IN];
+  for (int i = 0; i < 5; i++)
+    d[i] = ks_doubles(f[i], n[i]);
+  oracle_lora lora = {RANK, 0.7, d[2], d[3], ga, gb, NULL, NULL};
+  ks_segment seg = {1, 3, 0, 9};
+  oracle_linear l = {.n_rows = ROWS,
+                     .n_in = IN,
+                     .n_out = OUT,
+                     .w = d[0],
+                     .x = d[1],
+                     .segments = &seg,
+                     .n_segments = 1,
+                     .loras = &lora,
+                     .dropout = 0.4,
+                     .dropout_site = 3};
+  oracle_linear_backward(&l, d[4], false, dx, NULL);
+  check_differences(&l, d[4], d[1], dx, ROWS * IN);
+  check_differences(&l, d[4], d[2], ga, RANK * IN);
+  check_differences(&l, d[4], d[3], gb, RANK * OUT);
+  for (int i = 0; i < 5; i++)
+    free(f[i]), free(d[i]);
+}
+
+/* ---------------------------------------------------------------- illegal arguments */
+
+Test(linear, illegal_arguments) {
+  ks_ctx *ctx = NULL, *other = NULL;
+  ks_weight *w = NULL, *foreign = NULL;
+  float values[6 * 4] = {0}, m[512] = {0};
+  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  cr_assert(ks_ctx_create(&other, &(ks_ctx_params){.backend = "cpu", .n_threads = 1, .isa = "generic"}) ==
+            KS_OK);
+  ks_weight_params wp = {.n_out = 6, .n_in = 4, .values = values};
+  cr_assert(ks_weight_create(ctx, &wp, &w) == KS_OK && ks_weight_create(other, &wp, &foreign) == KS_OK);
+  const ks_lora lora = {2, 1, m, m + 16, m + 32, m + 48};
+  const ks_segment good_segments[2] = {{0, 2, 0, 0}, {2, 1, -1, 0}};
+  ks_segment segs[2];
+  ks_lora l;
+  ks_linear_args good = {.w = w,
+                         .x = m + 64,
+                         .y = m + 96,
+                         .n_rows = 3,
+                         .segments = segs,
+                         .n_segments = 2,
+                         .loras = &l,
+                         .n_loras = 1,
+                         .u = m + 128,
+                         .u_stride = 2,
+                         .dy = m + 160,
+                         .dx = m + 192,
+                         .v = m + 224};
+#define BAD(op, change)                                                                                      \
+  do {                                                                                                       \
+    ks_linear_args a = good;                                                                                 \
+    memcpy(segs, good_segments, sizeof segs);                                                                \
+    l = lora;                                                                                                \
+    cr_assert(ks_linear_##op(ctx, &a) == KS_OK, "%s", ks_error_message());                                   \
+    change;                                                                                                  \
+    cr_assert(ks_linear_##op(ctx, &a) == KS_EINVAL, #op " accepts " #change);                                \
+  } while (0)
+  BAD(forward, a.n_rows = -1);
+  BAD(forward, a.w = NULL);
+  BAD(forward, if (strcmp(ks_ctx_isa_name(ctx), "generic") != 0) a.w = foreign; else a.w = NULL);
+  BAD(forward, a.x = NULL);
+  BAD(forward, a.y = NULL);
+  BAD(forward, a.y = (float *)a.x + 2);
+  BAD(forward, a.y = (float *)((char *)a.y + 2));
+  BAD(forward, a.u = NULL);
+  BAD(forward, a.u = a.y);
+  BAD(forward, a.u_stride = 1);
+  BAD(forward, a.n_segments = -1);
+  BAD(forward, a.segments = NULL);
+  BAD(forward, segs[1].row_begin = 1);
+  BAD(forward, segs[1].n_rows = 2);
+  BAD(forward, segs[1].n_rows = INT64_MAX);
+  BAD(forward, segs[0].row_begin = -1);
+  BAD(forward, segs[0].adapter = 1);
+  BAD(forward, segs[0].adapter = -2);
+  BAD(forward, segs[1].adapter = 0);
+  BAD(forward, l.rank = 257; a.u_stride = 300);
+  BAD(forward, l.rank = -1);
+  BAD(forward, l.a = NULL);
+  BAD(forward, l.b_t = a.y);
+  BAD(forward, a.dropout = 1);
+  BAD(forward, a.dropout = -0.1f);
+  BAD(forward, a.dropout = NAN);
+  BAD(forward, a.n_rows = INT64_MAX / 2);
+  BAD(backward, a.dy = NULL);
+  BAD(backward, a.v = NULL);
+  BAD(backward, a.dx = (float *)a.dy);
+  BAD(backward, a.dx = (float *)a.x);
+  BAD(backward, l.grad_a = NULL);
+  BAD(backward, l.grad_b_t = l.grad_a);
+  BAD(backward, l.grad_a = (float *)l.a);
+  BAD(backward, l.grad_a = (float *)a.x);
+#undef BAD
+  cr_assert(ks_linear_forward(NULL, &good) == KS_EINVAL && ks_linear_forward(ctx, NULL) == KS_EINVAL);
+  ks_weight_destroy(ctx, w);
+  ks_weight_destroy(other, foreign);
+  ks_ctx_destroy(ctx);
+  ks_ctx_destroy(other);
+}
