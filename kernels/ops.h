@@ -252,9 +252,11 @@ size_t ks_head_loss_workspace(const ks_weight *w, int64_t n_rows);
 ks_status ks_head_loss(ks_ctx *ctx, const ks_head_loss_args *a);
 
 /* One token a row from logits. temperature 0: the largest logit, ties to the lower id. Else softmax(logits /
- * temperature) restricted to the top_k largest (0: all) and to the smallest set of most probable tokens with total
- * probability >= top_p (1: all; Holtzman et al. 2020), ties to the lower id; drawn with
- * Philox(key, hi = 0, lo = counter). A row with no finite maximum gives KS_ENUMERIC. */
+ * temperature) restricted to the top_k largest (0: all), then to the smallest set of the most probable of these with at
+ * least top_p of their probability (1: all; Holtzman et al. 2020), ties to the lower id; drawn with
+ * Philox(key, hi = 0, lo = counter), whose words 1 and 0 make one 64-bit number. Probabilities are integers times one
+ * constant: a token less probable than 2^-31 times the first is never drawn. A row that holds a NaN or has no finite
+ * maximum gives KS_ENUMERIC. */
 typedef struct {
   float temperature; /* >= 0 */
   int32_t top_k;     /* >= 0 */
@@ -277,7 +279,8 @@ ks_status ks_sum_squares(ks_ctx *ctx, const float *x, int64_t n, double *out);
 /* AdamW with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), as torch.optim.AdamW:
  *   g = grad * grad_scale;  p -= lr * weight_decay * p;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
  *   p -= lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
- * grad_scale carries the clip factor min(1, max_norm / norm). */
+ * grad_scale carries the clip factor min(1, max_norm / norm). The factors 1 - lr * weight_decay, 1 - b1, b2, 1 - b2,
+ * lr / (1 - b1^step) and sqrt(1 - b2^step) are computed in double and rounded to float32 once. */
 typedef struct {
   float *p, *m, *v;  /* [n] */
   const float *grad; /* [n] */
@@ -302,8 +305,9 @@ ks_status ks_pool(ks_ctx *ctx, const ks_pool_args *a);
 
 /* Entropy of the components of each row in bits, H = -sum p log2 p (0 log 0 = 0):
  *   HISTOGRAM  p: mass of n_bins equal bins over [min, max] of the row; value v goes to
- *              min(n_bins - 1, floor((v - min) / (max - min) * n_bins)), computed in double; max = min: H = 0
- *              (METHOD: authors' scripts, numpy.histogram)
+ *              min(n_bins - 1, floor((v - min) / (max - min) * n_bins)), computed in double, and from there to the
+ *              neighbour when v lies beyond the bin's edges min + i * ((max - min) / n_bins): numpy.histogram of the
+ *              row in float64; max = min: H = 0
  *   CLIPPED    the same after clipping the row to mean +- clip * standard deviation
  *   SOFTMAX    p = softmax(row)
  *   ABS        p = |row| / sum |row|; an all-zero row: H = 0
@@ -341,7 +345,8 @@ ks_status ks_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int
                              const int32_t *query_groups, double *mean, int64_t *count);
 /* Farthest-first traversal (Gonzalez 1985; greedy core-set of Sener & Savarese, arXiv 1708.00489) over the rows of k
  * under the distance 1 - s: starting from the centres q (n_q may be 0: then from row `first`), n_pick times take the row
- * whose largest similarity to the chosen is smallest, ties to the lower index. host out picked [n_pick <= n_k]. */
+ * whose largest similarity to the chosen is smallest, ties to the lower index; a row with a NaN similarity comes last.
+ * host out picked [n_pick <= n_k]. */
 ks_status ks_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a, int64_t n_pick, int64_t first,
                                        int64_t *picked);
 
