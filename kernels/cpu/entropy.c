@@ -16,14 +16,14 @@ KS_INLINE int64_t entropy_bin(double v, double min, double max, double width, in
   return v >= right && b != n_bins - 1 ? b + 1 : b;
 }
 
-static double entropy_of_counts(const int32_t *count, int64_t n_bins, double n) {
-  double h = 0;
+/* H = log2 n - sum c log2 c / n: most counts are small, and those of 0 and 1 add no rounding. */
+static double entropy_of_counts(const int32_t *count, int64_t n_bins, int64_t n) {
+  double sum = 0;
   for (int64_t b = 0; b < n_bins; b++) {
-    if (count[b] == 0) continue;
-    double p = (double)count[b] / n;
-    h -= p * log2(p);
+    if (count[b] == n) return 0;
+    if (count[b] > 1) sum += (double)count[b] * log2((double)count[b]);
   }
-  return h;
+  return log2((double)n) - sum / (double)n;
 }
 
 /* Histogram of the row with its values held in [low, high]. */
@@ -40,7 +40,7 @@ static double entropy_histogram(const float *x, int64_t n, int64_t n_bins, doubl
   const double width = (max - min) / (double)n_bins;
   for (int64_t j = 0; j < n; j++)
     count[entropy_bin(fmin(fmax((double)x[j], low), high), min, max, width, n_bins)]++;
-  return entropy_of_counts(count, n_bins, (double)n);
+  return entropy_of_counts(count, n_bins, n);
 }
 
 static double entropy_clipped(const float *x, int64_t n, int64_t n_bins, double clip, int32_t *count) {

@@ -1,0 +1,152 @@
+#include "tests/oracle/guard.h"
+#include "tests/oracle/oracle_entropy.h"
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+
+static const char *const kinds[] = {"histogram", "clipped", "softmax", "abs"};
+
+/* float64: as ks_tolerance, the masses' own rounding included. */
+static bool near(double got, double ref, int64_t n) {
+  return fabs(got - ref) <= (4 + sqrt((double)n)) * 0x1p-53 * (ref + 1) * 2;
+}
+
+static double entropy_of(ks_ctx *ctx, const float *x, int64_t n, ks_entropy_kind kind, int64_t n_bins,
+                         double clip) {
+  double h = NAN;
+  cr_assert(ks_entropy(ctx, &(ks_entropy_args){x, &h, 1, n, kind, n_bins, clip}) == KS_OK, "%s",
+            ks_error_message());
+  return h;
+}
+
+Test(entropy, numpy_fixtures) {
+  enum { MAX = 512 };
+  FILE *f = fopen(KS_SOURCE_DIR "/tests/fixtures/kernels/entropy.txt", "r");
+  cr_assert(f != NULL);
+  cr_assert(fscanf(f, "# numpy %*s") == 0);
+  ks_ctx *ctx = NULL;
+  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  float x[MAX];
+  char word[16], kind[16];
+  int n = 0, rows = 0, values = 0, bad = 0;
+  while (fscanf(f, "%15s", word) == 1) {
+    if (strcmp(word, "row") == 0) {
+      cr_assert(fscanf(f, "%d", &n) == 1 && n > 0 && n <= MAX);
+      for (int i = 0; i < n; i++)
+        cr_assert(fscanf(f, "%a", &x[i]) == 1);
+      rows++;
+      continue;
+    }
+    int n_bins;
+    double clip, ref;
+    cr_assert(fscanf(f, "%15s %d %lf %la", kind, &n_bins, &clip, &ref) == 4);
+    for (int k = 0; k < 4; k++) {
+      if (strcmp(kind, kinds[k]) != 0) continue;
+      double h = entropy_of(ctx, x, n, (ks_entropy_kind)k, n_bins ? n_bins : 1, clip > 0 ? clip : 1);
+      values++;
+      if (near(h, ref, n)) continue;
+      fprintf(stderr, "row %d %s %d bins clip %g: %.17g, numpy %.17g\n", rows, kind, n_bins, clip, h, ref);
+      bad++;
+    }
+  }
+  cr_assert(rows == 14 && values == 14 * 9 && bad == 0);
+  fclose(f);
+  ks_ctx_destroy(ctx);
+}
+
+typedef struct {
+  int64_t n_rows, n_cols, n_bins;
+  double clip;
+  ks_fill_kind fill;
+} entropy_case;
+static const entropy_case cases[] = {
+    {0, 5, 100, 1, KS_FILL_SIGNED},   {3, 1, 100, 3, KS_FILL_SIGNED},     {5, 31, 1, 1, KS_FILL_POSITIVE},
+    {4, 32, 2, 2, KS_FILL_INTEGER},   {3, 33, 100, 3, KS_FILL_NEAR_ONE},  {2, 97, 64, 0.7, KS_FILL_LARGE},
+    {9, 203, 100, 3, KS_FILL_SIGNED}, {2, 1025, 4096, 3, KS_FILL_SIGNED}, {7, 3200, 100, 3, KS_FILL_SIGNED}};
+
+static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  const entropy_case *c = test_case;
+  float *x = ks_floats(c->n_rows * c->n_cols, c->fill, 1);
+  ks_guard gx = ks_guard_make(ctx, x, c->n_rows * c->n_cols);
+  double h[16];
+  int64_t bad = 0;
+  for (int k = 0; k < 4; k++) {
+    for (int i = 0; i < 16; i++)
+      h[i] = NAN;
+    ks_entropy_args a = {gx.p, h, c->n_rows, c->n_cols, (ks_entropy_kind)k, c->n_bins, c->clip};
+    bad += ks_entropy(ctx, &a) != KS_OK;
+    for (int64_t i = 0; i < c->n_rows; i++) {
+      double ref = oracle_entropy(x + i * c->n_cols, c->n_cols, a.kind, c->n_bins, c->clip);
+      if (near(h[i], ref, c->n_cols)) continue;
+      fprintf(stderr, "%s: %s row %lld is %.17g, wants %.17g\n", name, kinds[k], (long long)i, h[i], ref);
+      bad++;
+    }
+    bad += !isnan(h[c->n_rows]);
+    ks_results_add_bytes(out, h, c->n_rows * (int64_t)sizeof *h);
+  }
+  bad += ks_guard_check_input(name, &gx);
+  ks_guard_free(&gx);
+  free(x);
+  return bad;
+}
+
+Test(entropy, oracle_isas_threads) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < (int64_t)(sizeof cases / sizeof cases[0]); i++)
+    bad += ks_test_everywhere("entropy", i, &cases[i], run);
+  cr_assert(bad == 0);
+}
+
+Test(entropy, known_values) {
+  ks_ctx *ctx = NULL;
+  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  float ramp[100], flat[64], one[5] = {0, 0, 7, 0, 0};
+  for (int i = 0; i < 100; i++)
+    ramp[i] = (float)i;
+  for (int i = 0; i < 64; i++)
+    flat[i] = 2.5f;
+  cr_assert(near(entropy_of(ctx, ramp, 100, KS_ENTROPY_HISTOGRAM, 100, 1), log2(100), 100));
+  cr_assert(near(entropy_of(ctx, ramp, 100, KS_ENTROPY_HISTOGRAM, 4, 1), 2, 100));
+  cr_assert(entropy_of(ctx, flat, 64, KS_ENTROPY_HISTOGRAM, 100, 1) == 0);
+  cr_assert(near(entropy_of(ctx, flat, 64, KS_ENTROPY_SOFTMAX, 1, 1), 6, 64));
+  cr_assert(near(entropy_of(ctx, flat, 64, KS_ENTROPY_ABS, 1, 1), 6, 64));
+  cr_assert(entropy_of(ctx, one, 5, KS_ENTROPY_ABS, 1, 1) == 0);
+  one[2] = 0;
+  cr_assert(entropy_of(ctx, one, 5, KS_ENTROPY_ABS, 1, 1) == 0 &&
+            entropy_of(ctx, one, 0, KS_ENTROPY_ABS, 1, 1) == 0);
+  ks_ctx_destroy(ctx);
+}
+
+Test(entropy, rows_with_nan_or_infinity_are_nan_and_alone) {
+  const float wrong[] = {NAN, INFINITY, -INFINITY};
+  for (int s = 0; ks_test_isas[s]; s++) {
+    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 1);
+    if (!ctx) continue;
+    for (int w = 0; w < 3; w++)
+      for (int at = 0; at < 19; at += 6)
+        for (int k = 0; k < 4; k++) {
+          float x[3][19] = {{1, 2, 3}, {3, 2, 1}, {4, 1, 2}};
+          double h[3];
+          x[1][at] = wrong[w];
+          cr_assert(ks_entropy(ctx, &(ks_entropy_args){x[0], h, 3, 19, (ks_entropy_kind)k, 10, 1}) == KS_OK);
+          cr_assert(isfinite(h[0]) && isnan(h[1]) &&
+                    h[2] == entropy_of(ctx, x[2], 19, (ks_entropy_kind)k, 10, 1));
+        }
+    ks_ctx_destroy(ctx);
+  }
+}
+
+Test(entropy, illegal_arguments) {
+  ks_ctx *ctx = NULL;
+  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  float x[4] = {1, 2, 3, 4};
+  double h;
+  const ks_entropy_args wrong[] = {
+      {x, &h, 1, 4, KS_ENTROPY_HISTOGRAM, 0, 1}, {x, &h, 1, 4, KS_ENTROPY_HISTOGRAM, 4097, 1},
+      {x, &h, 1, 4, KS_ENTROPY_CLIPPED, 10, 0},  {x, &h, 1, 4, KS_ENTROPY_CLIPPED, 10, NAN},
+      {x, &h, 1, 4, (ks_entropy_kind)4, 10, 1},  {NULL, &h, 1, 4, KS_ENTROPY_ABS, 10, 1},
+      {x, NULL, 1, 4, KS_ENTROPY_ABS, 10, 1},    {x, &h, -1, 4, KS_ENTROPY_ABS, 10, 1}};
+  for (int i = 0; i < 8; i++)
+    cr_assert(ks_entropy(ctx, &wrong[i]) == KS_EINVAL, "%d", i);
+  ks_ctx_destroy(ctx);
+}
