@@ -145,15 +145,15 @@ def main():
     p.add_argument("--lines", type=int, default=200000)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--vocab", type=int, default=1536)
-    p.add_argument("--hidden", type=int, default=128)
-    p.add_argument("--intermediate", type=int, default=344)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--heads", type=int, default=4)
-    p.add_argument("--kv-heads", type=int, default=2)
+    p.add_argument("--hidden", type=int, default=96)
+    p.add_argument("--intermediate", type=int, default=256)
+    p.add_argument("--layers", type=int, default=3)
+    p.add_argument("--heads", type=int, default=3)
+    p.add_argument("--kv-heads", type=int, default=1)
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--batch-tokens", type=int, default=2048)
     p.add_argument("--prompt-weight", type=float, default=0.2)
-    p.add_argument("--seconds", type=float, default=1000, help="training time; ignored with --steps")
+    p.add_argument("--seconds", type=float, default=900, help="training time; ignored with --steps")
     p.add_argument("--steps", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
@@ -175,6 +175,10 @@ def main():
     stored_loss = validate(model.float(), held_out)
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((out / "config.json").read_text())
+    config["rope_theta"] = 10000.0  # where transformers 4 and most other readers look for it
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)
     facts = {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("corpus_tool", "out")}, "parameters": n_params,
         "steps": steps, "seconds": round(seconds, 1), "held_out_loss_per_completion_token": round(held_out_loss, 4),
