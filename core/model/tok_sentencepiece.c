@@ -106,7 +106,6 @@ static int32_t find_control(const ks_sp_tokenizer *self, ks_span name) {
 static ks_status check_pieces(ks_sp_tokenizer *self, const char *path) {
   self->unk = -1;
   self->min_score = FLT_MAX;
-  self->max_score = FLT_MIN; /* sic: the original's start, the smallest positive number */
   for (int i = 0; i < 256; i++)
     self->byte_ids[i] = -1;
   for (int32_t i = 0; i < self->vocab.n_pieces; i++) {
@@ -128,7 +127,6 @@ static ks_status check_pieces(ks_sp_tokenizer *self, const char *path) {
     if (p->kind == KS_PIECE_UNUSED) self->has_unused = true;
     if (p->kind != KS_PIECE_NORMAL) continue;
     if (p->score < self->min_score) self->min_score = p->score;
-    if (p->score > self->max_score) self->max_score = p->score;
   }
   if (self->unk < 0) return KS_FAIL(KS_EDATA, "%s: has no unknown piece; the file is damaged", path);
   for (int i = 0; i < 256 && self->byte_fallback; i++)

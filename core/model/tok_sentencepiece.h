@@ -35,7 +35,7 @@ typedef struct {
   bool byte_fallback, has_unused, has_words;
   int32_t unk;
   int32_t byte_ids[256];
-  float min_score, max_score; /* of normal pieces */
+  float min_score; /* of normal pieces */
   ks_span unk_surface, bos_piece, eos_piece;
 } ks_sp_tokenizer;
 

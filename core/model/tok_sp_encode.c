@@ -93,10 +93,10 @@ typedef struct {
   int32_t id;
 } best_end;
 
-/* Sums are kept in float32 and compared in double, as the original does: ties fall the same way. */
-static void improve(best_end *end, double score, size_t begin, int32_t id) {
-  if (end->begin >= 0 && !(score > (double)end->score)) return;
-  *end = (best_end){(float)score, (int32_t)begin, id};
+/* Sums are float32, as in the original (0.2.3): ties fall the same way. */
+static void improve(best_end *end, float score, size_t begin, int32_t id) {
+  if (end->begin >= 0 && !(score > end->score)) return;
+  *end = (best_end){score, (int32_t)begin, id};
 }
 
 static void unigram_step(const ks_sp_tokenizer *self, const char *text, size_t n, size_t begin,
@@ -112,12 +112,11 @@ static void unigram_step(const ks_sp_tokenizer *self, const char *text, size_t n
     int32_t id = self->pieces.values[node];
     if (id < 0 || self->vocab.pieces[id].kind == KS_PIECE_UNUSED) continue;
     const ks_piece *p = &self->vocab.pieces[id];
-    double score =
-        p->kind == KS_PIECE_USER ? (double)((float)(at - begin) * self->max_score) - 0.1 : (double)p->score;
-    improve(&ends[at], score + (double)so_far, begin, id);
+    float score = p->kind == KS_PIECE_USER ? 0.1f * (float)(at - begin) - 0.1f : p->score;
+    improve(&ends[at], score + so_far, begin, id);
     has_character |= at - begin == len;
   }
-  if (!has_character) improve(&ends[begin + len], (double)(unknown_score + so_far), begin, self->unk);
+  if (!has_character) improve(&ends[begin + len], unknown_score + so_far, begin, self->unk);
 }
 
 ks_status ks_sp_encode_unigram(const ks_sp_tokenizer *self, const char *text, size_t n, ks_ids *out) {
