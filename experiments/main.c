@@ -24,6 +24,8 @@ static void print_usage(FILE *f) {
         f);
   for (int i = 0; i < N_VERBS; i++)
     fprintf(f, "  %-10s %s\n", verbs[i].name, verbs[i].what);
+  if (getenv("KS_LAUNCHER")) /* these two are the launcher's own */
+    fputs("  test       build and run every test\n  build      build, run nothing\n", f);
   fputs("\nkeepsake VERB --help says more; keepsake --version says which build this is.\n"
         "Begin with: keepsake run configs/quickstart.cfg\n",
         f);
