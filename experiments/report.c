@@ -132,7 +132,15 @@ static ks_status add_cell(cell_list *l, char *path) {
   return read_cell(c);
 }
 
-static ks_status list_cells(const char *folder, cell_list *l) {
+/* Whether the file name (ending in .h5) is that of a cell to read. */
+static bool wanted(const ks_report_params *p, const char *file, size_t n) {
+  if (n < 3 || strcmp(file + n - 3, ".h5") != 0) return false;
+  for (int64_t i = 0; p->cells && i < p->n_cells; i++)
+    if (strlen(p->cells[i]) == n - 3 && strncmp(p->cells[i], file, n - 3) == 0) return true;
+  return p->cells == NULL;
+}
+
+static ks_status list_cells(const char *folder, const ks_report_params *p, cell_list *l) {
   if (ks_file_exists(folder)) {
     char *path;
     KS_TRY(ks_strdup(folder, &path));
@@ -143,9 +151,8 @@ static ks_status list_cells(const char *folder, cell_list *l) {
   DIR *dir = opendir(cells);
   ks_status status = KS_OK;
   for (struct dirent *e; dir && status == KS_OK && (e = readdir(dir)) != NULL;) {
-    size_t n = strlen(e->d_name);
     char *path;
-    if (n < 3 || strcmp(e->d_name + n - 3, ".h5") != 0) continue;
+    if (!wanted(p, e->d_name, strlen(e->d_name))) continue;
     status = ks_path_join(cells, e->d_name, &path);
     if (status == KS_OK) status = add_cell(l, path);
   }
@@ -287,7 +294,7 @@ ks_status ks_report_load(const char *folder, const ks_report_params *params, ks_
   KS_TRY_OUT(ks_alloc_array(&r, 1, sizeof *r, "report"));
   r->params = *params;
   if (!r->params.baseline) r->params.baseline = "random";
-  KS_TRY_OUT(list_cells(folder, &list));
+  KS_TRY_OUT(list_cells(folder, params, &list));
   qsort(list.cells, (size_t)list.n, sizeof *list.cells, compare_cells);
   KS_TRY_OUT(ks_alloc_array(&r->rows, (size_t)list.n, sizeof *r->rows, "report"));
   r->complete = true;

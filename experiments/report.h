@@ -6,13 +6,16 @@
 #include "core/score/score.h"
 
 typedef struct {
-  const char *baseline; /* policy that paired differences are taken against; NULL: "random" */
-  double level;         /* of intervals */
+  const char *baseline;     /* policy that paired differences are taken against; NULL: "random" */
+  const char *const *cells; /* names of the cells to read; NULL: every cell in the folder */
+  int64_t n_cells;
+  double level; /* of intervals */
   int64_t n_resamples;
   uint64_t seed;
 } ks_report_params;
 #define KS_REPORT_DEFAULT                                                                                    \
-  ((ks_report_params){.baseline = NULL, .level = 0.95, .n_resamples = 2000, .seed = 1})
+  ((ks_report_params){                                                                                       \
+      .baseline = NULL, .cells = NULL, .n_cells = 0, .level = 0.95, .n_resamples = 2000, .seed = 1})
 
 enum { KS_N_STAGES = 7 }; /* embed, select, annotate, synthesize, train, evaluate, record */
 

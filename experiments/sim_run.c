@@ -128,7 +128,7 @@ static ks_status write_index(const ks_matrix *m) {
   for (int64_t i = 0; i < m->n_cells; i++) {
     ks_text file = {0};
     names[i] = m->cells[i].name;
-    status = ks_text_addf(&file, "cells/%s.h5", names[i]);
+    status = ks_text_addf(&file, "%s/cells/%s.h5", m->output, names[i]);
     files[i] = file.data;
     if (status != KS_OK) goto out;
   }

@@ -39,7 +39,13 @@ static ks_status print_report(const ks_matrix *m) {
   params.seed = (uint64_t)c->stats.seed;
   ks_report *report = NULL;
   ks_text table = {0}, csv = {0};
+  const char **names = NULL;
   ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&names, (size_t)m->n_cells, sizeof *names, "report"));
+  for (int64_t i = 0; i < m->n_cells; i++)
+    names[i] = m->cells[i].name;
+  params.cells = names;
+  params.n_cells = m->n_cells;
   KS_TRY_OUT(ks_report_load(m->output, &params, &report));
   KS_TRY_OUT(ks_report_table(report, &table));
   KS_TRY_OUT(ks_report_csv(report, &csv));
@@ -48,6 +54,7 @@ static ks_status print_report(const ks_matrix *m) {
   fputs(table.data, stdout);
   printf("results: %s\n", m->output);
 out:
+  free(names);
   ks_text_free(&table);
   ks_text_free(&csv);
   ks_report_destroy(report);
