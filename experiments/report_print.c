@@ -8,83 +8,93 @@ static const char *const stage_names[KS_N_STAGES] = {"embed", "select", "annot",
 
 /* ---------------------------------------------------------------- table */
 
-enum { N_COLUMNS = 9 + KS_N_STAGES, CELL_BYTES = 64 };
+enum { N_RESULTS = 9, MOST_COLUMNS = 9, CELL_BYTES = 64 };
 typedef char table_cell[CELL_BYTES];
 
-static void format_row(const ks_report_row *r, table_cell *cells) {
+static void results_head(const ks_report *r, table_cell *cells) {
+  static const char *const names[N_RESULTS] = {"policy", "",      "",      "gap",   "loss",
+                                               "kept",   "bytes", "asked", "accept"};
+  for (int i = 0; i < N_RESULTS; i++)
+    snprintf(cells[i], CELL_BYTES, "%s", names[i]);
+  snprintf(cells[1], CELL_BYTES, "ROUGE-1 [%g%% CI]", 100 * r->params.level);
+  snprintf(cells[2], CELL_BYTES, "vs %.40s", r->params.baseline);
+}
+
+static void results_row(const ks_report_row *r, table_cell *cells) {
   snprintf(cells[0], CELL_BYTES, "%s", r->label);
   snprintf(cells[1], CELL_BYTES, "%.4f [%.4f, %.4f]", r->rouge1_ci.mean, r->rouge1_ci.low, r->rouge1_ci.high);
+  snprintf(cells[2], CELL_BYTES, "-");
   if (r->difference.n > 0)
     snprintf(cells[2], CELL_BYTES, "%+.4f [%+.4f, %+.4f]", r->difference.mean, r->difference.low,
              r->difference.high);
-  else
-    snprintf(cells[2], CELL_BYTES, "-");
-  if (isnan(r->gap))
-    snprintf(cells[3], CELL_BYTES, "-");
-  else
-    snprintf(cells[3], CELL_BYTES, "%.0f%%", 100 * r->gap);
+  snprintf(cells[3], CELL_BYTES, "-");
+  if (isfinite(r->gap)) snprintf(cells[3], CELL_BYTES, "%.0f%%", 100 * r->gap);
   snprintf(cells[4], CELL_BYTES, "%.4f", r->loss);
   snprintf(cells[5], CELL_BYTES, "%.0f", r->sets_kept);
   snprintf(cells[6], CELL_BYTES, "%.0f", r->bytes_used);
   snprintf(cells[7], CELL_BYTES, "%.0f", r->annotations);
   snprintf(cells[8], CELL_BYTES, "%.1f%%", 100 * r->acceptance);
+}
+
+static void seconds_head(const ks_report *r, table_cell *cells) {
+  (void)r;
+  snprintf(cells[0], CELL_BYTES, "seconds");
   for (int i = 0; i < KS_N_STAGES; i++)
-    snprintf(cells[9 + i], CELL_BYTES, r->seconds[i] < 0.0995 ? "%.3f" : "%.1f", r->seconds[i]);
+    snprintf(cells[1 + i], CELL_BYTES, "%s", stage_names[i]);
 }
 
-static void format_head(const ks_report *r, table_cell *cells) {
-  const char *const names[9] = {"policy", "", "", "gap", "loss", "kept", "bytes", "asked", "accept"};
-  for (int i = 0; i < 9; i++)
-    snprintf(cells[i], CELL_BYTES, "%s", names[i]);
-  snprintf(cells[1], CELL_BYTES, "ROUGE-1 [%g%% CI]", 100 * r->params.level);
-  snprintf(cells[2], CELL_BYTES, "vs %.40s", r->params.baseline);
+static void seconds_row(const ks_report_row *r, table_cell *cells) {
+  snprintf(cells[0], CELL_BYTES, "%s", r->label);
   for (int i = 0; i < KS_N_STAGES; i++)
-    snprintf(cells[9 + i], CELL_BYTES, "%s s", stage_names[i]);
+    snprintf(cells[1 + i], CELL_BYTES, r->seconds[i] < 0.0995 ? "%.3f" : "%.1f", r->seconds[i]);
 }
 
-static ks_status add_line(ks_text *out, table_cell *cells, const int *widths) {
-  for (int i = 0; i < N_COLUMNS; i++)
-    KS_TRY(ks_text_addf(out, i == 0 ? "%-*s" : "  %*s", widths[i], cells[i]));
-  return ks_text_add_str(out, "\n");
-}
-
-static ks_status add_summary(const ks_report *r, ks_text *out) {
-  int64_t cells = 0, complete = 0;
-  for (int64_t i = 0; i < r->n_rows; i++) {
-    cells += r->rows[i].n_cells;
-    complete += r->rows[i].n_complete;
+/* Columns as wide as their widest cell. */
+static ks_status add_table(const ks_report *r, int n_columns, void (*head)(const ks_report *, table_cell *),
+                           void (*row)(const ks_report_row *, table_cell *), ks_text *out) {
+  table_cell *cells;
+  int widths[MOST_COLUMNS] = {0};
+  int64_t n_lines = r->n_rows + 1;
+  KS_TRY(ks_alloc_array(&cells, (size_t)(n_lines * n_columns), sizeof *cells, "table"));
+  head(r, cells);
+  for (int64_t i = 0; i < r->n_rows; i++)
+    row(&r->rows[i], cells + (i + 1) * n_columns);
+  for (int64_t i = 0; i < n_lines * n_columns; i++) {
+    int n = (int)strlen(cells[i]);
+    if (n > widths[i % n_columns]) widths[i % n_columns] = n;
   }
-  KS_TRY(ks_text_addf(out,
-                      "\n%lld of %lld cells complete; %lld arrivals in %lld windows, %lld held-out "
-                      "questions, %lld seed(s) a row.\n",
-                      (long long)complete, (long long)cells, (long long)r->n_arrivals,
-                      (long long)r->n_windows, (long long)r->n_questions, (long long)r->rows[0].n_cells));
-  return ks_text_addf(out,
-                      "floor: none (never fine-tuned); ceiling: all (keeps and is annotated on everything, "
-                      "both budgets waived); gap: "
-                      "share of the way from floor to ceiling.\n"
-                      "vs %s: paired difference, same seeds and questions. Seconds: mean of a cell, its "
-                      "share of the cohort's passes.\n",
-                      r->params.baseline);
+  ks_status status = KS_OK;
+  for (int64_t i = 0; i < n_lines * n_columns && status == KS_OK; i++) {
+    int64_t column = i % n_columns;
+    status = ks_text_addf(out, column == 0 ? "%-*s" : "  %*s", widths[column], cells[i]);
+    if (status == KS_OK && column == n_columns - 1) status = ks_text_add_str(out, "\n");
+  }
+  free(cells);
+  return status;
 }
 
 ks_status ks_report_table(const ks_report *r, ks_text *out) {
-  table_cell *cells;
-  int widths[N_COLUMNS] = {0};
-  size_t n_lines = (size_t)r->n_rows + 1;
-  KS_TRY(ks_alloc_array(&cells, n_lines * N_COLUMNS, sizeof *cells, "table"));
-  format_head(r, cells);
-  for (int64_t i = 0; i < r->n_rows; i++)
-    format_row(&r->rows[i], cells + (i + 1) * N_COLUMNS);
-  for (size_t i = 0; i < n_lines * N_COLUMNS; i++) {
-    int n = (int)strlen(cells[i]);
-    if (n > widths[i % N_COLUMNS]) widths[i % N_COLUMNS] = n;
+  int64_t n_cells = 0, n_complete = 0;
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    n_cells += r->rows[i].n_cells;
+    n_complete += r->rows[i].n_complete;
   }
-  ks_status status = KS_OK;
-  for (size_t i = 0; i < n_lines && status == KS_OK; i++)
-    status = add_line(out, cells + i * N_COLUMNS, widths);
-  free(cells);
-  return status == KS_OK ? add_summary(r, out) : status;
+  KS_TRY(add_table(r, N_RESULTS, results_head, results_row, out));
+  KS_TRY(ks_text_add_str(out, "\n"));
+  KS_TRY(add_table(r, 1 + KS_N_STAGES, seconds_head, seconds_row, out));
+  KS_TRY(ks_text_addf(out,
+                      "\n%lld of %lld cells complete; %lld arrivals in %lld windows, %lld held-out "
+                      "questions, %lld seed(s) a row\n",
+                      (long long)n_complete, (long long)n_cells, (long long)r->n_arrivals,
+                      (long long)r->n_windows, (long long)r->n_questions, (long long)r->rows[0].n_cells));
+  return ks_text_addf(
+      out,
+      "floor: none (never fine-tuned)   ceiling: all (keeps everything, annotated on everything: no budget "
+      "holds)\n"
+      "gap: share of the way from floor to ceiling   vs %s: paired difference, same seeds and questions\n"
+      "loss: nats per token of the preferred responses   seconds: mean of a cell, its share of the cohort's "
+      "passes\n",
+      r->params.baseline);
 }
 
 /* ---------------------------------------------------------------- csv */
