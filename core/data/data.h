@@ -39,7 +39,7 @@ typedef struct {
 typedef struct {
   const char *importer; /* "alpaca", "json", "jsonl", "csv", "tsv" */
   const char *path;
-  /* NULL or "": the importer's own (alpaca: instruction, input, output; others: question, none, response; preferred: the response; topic:
+  /* NULL or "": the importer's own (alpaca: instruction, input unless a question is named, output; others: question, none, response; preferred: the response; topic:
    * none). In JSON, dots reach into objects and [i] into arrays, from the end when i < 0: "messages[-1].content"; in tables they are
    * names of columns. A topic may be an integer or missing (-1), every other field is a text. */
   const char *question_field, *input_field, *response_field, *preferred_field, *topic_field;

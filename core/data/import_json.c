@@ -295,7 +295,8 @@ static ks_status import(const ks_import_params *p, ks_dataset *out, ks_status (*
 }
 
 ks_status ks_import_alpaca(const ks_import_params *params, ks_dataset *out) {
-  ks_import_params p = ks_import_with_fields(params, "instruction", "input", "output");
+  bool own_question = params->question_field && *params->question_field;
+  ks_import_params p = ks_import_with_fields(params, "instruction", own_question ? NULL : "input", "output");
   return import(&p, out, read_rows);
 }
 

@@ -49,6 +49,17 @@ Test(import, alpaca) {
   ks_dataset_destroy(d);
 }
 
+Test(import, alpaca_with_another_question) {
+  ks_import_params p = {.importer = "alpaca", .path = FIXTURES "good/alpaca.json", .question_field = "output"};
+  ks_dataset *d = import(&p);
+  check_set(d, 0, "greetings", "greetings", "greetings", NULL);
+  ks_dataset_destroy(d);
+  p.input_field = "instruction";
+  d = import(&p);
+  check_set(d, 0, "greetings\nTranslate.", "greetings", "greetings", NULL);
+  ks_dataset_destroy(d);
+}
+
 Test(import, nested_fields) {
   ks_import_params p = {.importer = "jsonl",
                         .path = FIXTURES "good/nested.jsonl",
