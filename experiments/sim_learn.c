@@ -157,12 +157,11 @@ static ks_status synthesize_all(const ks_stage *s, lesson *lessons) {
 out:
   free(views);
   free(done);
-  int64_t writers = 0;
+  double tries = 0, seconds = ks_clock_seconds() - start;
   for (int64_t i = 0; i < s->n_trials; i++)
-    writers += lessons[i].n_sources > 0;
-  double share = (ks_clock_seconds() - start) / (double)ks_max_i64(writers, 1);
-  for (int64_t i = 0; i < s->n_trials; i++)
-    if (lessons[i].n_sources > 0) s->trials[i]->time.synthesize += share;
+    tries += (double)s->trials[i]->checkpoint.synth_tried;
+  for (int64_t i = 0; i < s->n_trials && tries > 0; i++)
+    s->trials[i]->time.synthesize += seconds * (double)s->trials[i]->checkpoint.synth_tried / tries;
   return status;
 }
 
@@ -226,13 +225,14 @@ static ks_status train_all(const ks_stage *s, lesson *lessons) {
   for (int64_t j = 0; j < n_jobs; j++)
     KS_TRY_OUT(note_training(s, &lessons[owner[j]], &jobs[j]));
 out:
+  double tokens = 0, seconds = ks_clock_seconds() - start;
   for (int64_t j = 0; j < n_jobs; j++) {
     free(jobs[j].step_loss);
     free(jobs[j].step_grad_norm);
+    tokens += (double)jobs[j].n_tokens;
   }
-  double share = (ks_clock_seconds() - start) / (double)ks_max_i64(n_jobs, 1);
-  for (int64_t j = 0; j < n_jobs && owner; j++)
-    s->trials[owner[j]]->time.train += share;
+  for (int64_t j = 0; j < n_jobs && tokens > 0; j++)
+    s->trials[owner[j]]->time.train += seconds * (double)jobs[j].n_tokens / tokens;
   free(owner);
   free(jobs);
   return status;

@@ -97,7 +97,7 @@
   X(str, question, "as the synthesizer wrote it")
 #define KS_TIME_COLUMNS(X)                                                                                   \
   X(i64, window, "number of the trigger")                                                                    \
-  X(f64, embed, "seconds of embedding; shared stages: the cell's equal share of the cohort's time")          \
+  X(f64, embed, "seconds of embedding; shared passes: equal parts, or by tokens (train, synthesize)")        \
   X(f64, select, "seconds of scoring and policy")                                                            \
   X(f64, annotate, "seconds of annotation")                                                                  \
   X(f64, synthesize, "seconds of synthesis")                                                                 \

@@ -155,7 +155,7 @@ Test(sim, evaluation_draws_are_paired) {
   ks_matrix *m = run_tiny(sets, 4);
   ks_row_answer *a, *b;
   int64_t n = read_table(m, "fifo-s1", KS_TABLE_answer, &a);
-  cr_assert(read_table(m, "reservoir-s1", KS_TABLE_answer, &b) == n && n == 18);
+  cr_assert(read_table(m, "reservoir-s1", KS_TABLE_answer, &b) == n && n == 36);
   for (int64_t i = 0; i < n; i++)
     cr_expect(strcmp(a[i].answer, b[i].answer) == 0 && a[i].loss_sum == b[i].loss_sum, "answer %lld",
               (long long)i);
@@ -198,10 +198,10 @@ Test(sim, reports_group_seeds_and_check_themselves) {
   cr_expect_str_eq(r->rows[3].policy, "all");
   for (int64_t i = 0; i < r->n_rows; i++) {
     const ks_report_row *row = &r->rows[i];
-    cr_expect(row->n_cells == 2 && row->n_values == 12);
+    cr_expect(row->n_cells == 2 && row->n_values == 24);
     double mean = 0;
     for (int64_t j = 0; j < row->n_values; j++)
-      mean += row->rouge1[j] / 12;
+      mean += row->rouge1[j] / 24;
     cr_expect(fabs(mean - row->rouge1_ci.mean) < 1e-12);
     cr_expect(row->rouge1_ci.low <= mean && mean <= row->rouge1_ci.high);
     cr_expect((row->difference.n > 0) == (strcmp(row->policy, "reservoir") != 0), "%s", row->label);
