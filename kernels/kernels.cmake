@@ -18,9 +18,16 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(ks_isas neon)
 endif()
 
+# Sanitizers put a check beside every load of the unrolled loops: at -O3 a unit then compiles for minutes.
+if(KS_SANITIZE)
+  set(ks_isa_optimize -O1)
+else()
+  set(ks_isa_optimize -O3)
+endif()
+
 foreach(isa ${ks_isas})
   add_library(ks_cpu_${isa} OBJECT kernels/cpu/isa_unit.c)
-  target_compile_options(ks_cpu_${isa} PRIVATE -O3 ${ks_isa_flags_${isa}})
+  target_compile_options(ks_cpu_${isa} PRIVATE ${ks_isa_optimize} ${ks_isa_flags_${isa}})
   target_compile_definitions(ks_cpu_${isa} PRIVATE KS_ISA=${isa} KS_ISA_${isa}=1)
   target_include_directories(ks_cpu_${isa} PRIVATE ${CMAKE_SOURCE_DIR})
   target_link_libraries(ks_cpu_${isa} PRIVATE OpenMP::OpenMP_C)
