@@ -48,6 +48,23 @@ Test(policies, sdss_by_hand) {
   FOLLOW("sdss", 2, steps);
 }
 
+/* Strictly below on all three: one bin holds (0.5, 0.5, idd 1). */
+Test(policies, sdss_needs_all_three) {
+  static const struct {
+    double eoe, dss;
+    float e[2];
+    int outcome;
+  } cases[] = {{.6, .6, {-1, 0}, R}, {.5, .6, {-1, 0}, D}, {.4, .6, {-1, 0}, D}, {.6, .5, {-1, 0}, D},
+               {.6, .4, {-1, 0}, D}, {.6, .6, {0, 1}, D},  {.6, .6, {1, 0}, D}}; /* idd 2; ...; 1; 0 */
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    bool in = cases[i].outcome == R;
+    const step steps[] = {
+        {{1, 0}, .5, .5, K, 0, -1},
+        {{cases[i].e[0], cases[i].e[1]}, cases[i].eoe, cases[i].dss, cases[i].outcome, in - 1, in - 1}};
+    FOLLOW("sdss", 1, steps);
+  }
+}
+
 /* While a bin is free, scores do not matter; only NaN is kept out. */
 Test(policies, sdss_free_bins) {
   static const step rows[] = {{{1, 0}, 0, 0, K, 0, -1},    {{0, 1}, NAN, 0, D, -1, -1},
@@ -97,7 +114,8 @@ Test(policies, k_center_spares) {
       {{1, 0}, 0, 0, K, 0, -1},   {{24, 7}, 0, 0, K, 1, -1}, /* cosine 0.96: 0.04 */
       {{24, -7}, 0, 0, K, 2, -1},                            /* 0.04 and 1 - 0.8432 */
       {{0, 1}, 0, 0, R, 1, 1},   /* 1, 0.72, 1.28; r = 0.08: both are merged into (1,0); the lower bin goes */
-      {{7, -24}, 0, 0, R, 2, 2}, /* 0.72 and 1.96 > 0.08: takes the other spare */
+      {{15, 8}, 0, 0, R, 2, 2},  /* 1 - 15/17 = 0.118 > 0.08, 0.53: takes the other spare */
+      {{7, -24}, 0, 0, R, 2, 4}, /* 0.72, 1.96, 1.2; r = 0.16 merges (15,8) into (1,0) */
       {{7, 24}, 0, 0, D, -1, -1}, /* 0.04 from (0,1) */
   };
   FOLLOW("k_center", 3, steps);

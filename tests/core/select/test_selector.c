@@ -393,6 +393,10 @@ Test(selector, hostile_snapshots) {
       cr_assert(status == KS_OK || status == KS_EDATA, "%s: %s", ks_policies[p]->name, ks_error_message());
       if (status == KS_OK) {
         n_taken++;
+        ks_text now = snapshot_of(s);
+        bool same = now.len == good.len && memcmp(now.data, bytes, now.len) == 0;
+        cr_assert(same, "%s: taken, but not as it was written", ks_policies[p]->name);
+        ks_text_free(&now);
         for (int64_t i = 40; i < 50; i++) {
           ks_arrival a = stream_arrival(ctx, 1, i, staged, texts);
           ks_offer_result r;
