@@ -33,7 +33,7 @@ static double draw_mean(const double *values, const group *groups, int64_t n_gro
   double sum = 0;
   int64_t n = 0;
   for (int64_t g = 0; g < n_groups; g++) {
-    const group *drawn = &groups[n_groups == 1 ? 0 : (int64_t)ks_rng_below(&rng, (uint64_t)n_groups)];
+    const group *drawn = &groups[ks_rng_below(&rng, (uint64_t)n_groups)];
     for (int64_t i = 0; i < drawn->n; i++)
       sum += values[drawn->first + (int64_t)ks_rng_below(&rng, (uint64_t)drawn->n)];
     n += drawn->n;
