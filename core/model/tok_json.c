@@ -62,7 +62,7 @@ static ks_status read_all_added(ks_json_tokenizer *t, const json_t *list) {
   return KS_OK;
 }
 
-/* What is looked for in normalized text is the token's own normal form. */
+/* What is looked for in normalized text is the token's own normal form, and that is what it decodes to. */
 static ks_status index_added(ks_json_tokenizer *t) {
   size_t n_raw = 0, n_normalized = 0;
   for (size_t i = 0; i < t->n_added; i++) {
@@ -77,6 +77,8 @@ static ks_status index_added(ks_json_tokenizer *t) {
     a->normalized_content = (ks_string){text.data, text.len};
     KS_TRY(status);
     n_normalized += text.len;
+    t->vocab.pieces[a->id].bytes = text.data;
+    t->vocab.pieces[a->id].n = (uint32_t)text.len;
   }
   KS_TRY(ks_trie_init(&t->raw, n_raw));
   KS_TRY(ks_trie_init(&t->normalized, n_normalized));
