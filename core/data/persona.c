@@ -95,6 +95,7 @@ static item draw_item(const user *u, const ks_persona_params *p, const item *ite
     it.small = ks_persona_below(&rng, ks_persona_n_small_talks);
     it.wording.ask = ks_persona_below(&rng, KS_PERSONA_SMALL_ASKS);
     it.say = ks_persona_below(&rng, KS_PERSONA_SMALL_SAYS);
+    it.cell.topic = u->topics[ks_persona_below(&rng, u->n_topics)]; /* the conversation in which it falls */
     return it;
   }
   if (kind < p->uninformative + p->repeats && n_roots > 0) {
@@ -160,8 +161,7 @@ static ks_status add_item(const user *u, const item *it, ks_rng *typing, ks_data
   if (status == KS_OK && typing) mistype(typing, &w.response);
   if (status == KS_OK)
     status = ks_dataset_add(d, w.question.data, w.response.data, w.preferred.data,
-                            it->small_talk ? "small talk" : ks_persona_topics[it->cell.topic].name,
-                            it->small_talk || it->repeat);
+                            ks_persona_topics[it->cell.topic].name, it->small_talk || it->repeat);
   if (status == KS_OK && it->fact >= 0) d->sets[d->n_sets - 1].fact = it->cell.topic * FACTS + it->fact;
   ks_text_free(&w.question);
   ks_text_free(&w.response);

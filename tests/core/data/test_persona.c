@@ -1,7 +1,7 @@
 /* The persona generator: the same bytes for the same seeds, shares as asked, honest held-out questions,
  * nothing of a user in the population. */
 #include "core/data/persona.h"
-#include "core/data/persona_tables.h"
+#include "core/data/persona_speech.h"
 #include "core/data/text_map.h"
 
 #include <criterion/criterion.h>
@@ -31,8 +31,11 @@ static int words_in(const char *text) {
   return n;
 }
 
-static bool is_small_talk(const ks_dataset *d, const ks_set *s) {
-  return strcmp(d->topics[s->topic], "small talk") == 0;
+static bool is_small_talk(const ks_set *s) {
+  for (int32_t k = 0; k < ks_persona_n_small_talks; k++)
+    for (int a = 0; a < KS_PERSONA_SMALL_ASKS; a++)
+      if (strcmp(s->question, ks_persona_small_talks[k].asks[a]) == 0) return true;
+  return false;
 }
 
 /* |count - n p| within five standard deviations of a binomial. */
@@ -80,10 +83,10 @@ Test(persona, bytes_are_pinned) {
     int64_t stream_size, eval_size;
     const char *sha256;
   } cases[] = {
-      {1, 0, 480, 64, "11e6760da3eee66f6bf27903b5cd4e9b9385d033fc31673c4c9eacce86f1df7a"},
-      {1, 1, 480, 64, "8135f29ea9890946342ebfc8d9746ed481a1875e28ae728e170cfc670813e36a"},
-      {1, 0, 2000, 64, "93b7a3b81c55d0c612416f62e5ddce747128c2992fa3a808f4c16d478f47ca23"},
-      {2, 0, 480, 64, "3565781aa71f0c907b4fbd058e55b82a8583d19903cd17b9c567a2c04789a210"},
+      {1, 0, 480, 64, "efab765f7b02854c0f98bfd8f86ab6f5fb05070e7572be9cd132e559b450176d"},
+      {1, 1, 480, 64, "1672470dd09a3c7e77d8a4959b57e3bc4ccbcf55bc0f6987b538d8572c90df4b"},
+      {1, 0, 2000, 64, "65fad89ea1e43cfb0de29c621b797ae460e8bdb53fed34541a97bef4af1cf6cc"},
+      {2, 0, 480, 64, "cd6fd747f2ebbb869caac73c6c78ba62972b9b05502bec47af45c5324c64a35c"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
     ks_persona_params p = KS_PERSONA_DEFAULT;
@@ -147,8 +150,8 @@ Test(persona, shares_are_as_asked) {
     int64_t small = 0, repeats = 0, fresh = 0, facts = 0, noisy = 0;
     for (int64_t i = 0; i < N; i++) {
       const ks_set *s = &d->sets[i], *c = &clean->sets[i];
-      small += is_small_talk(d, s);
-      repeats += s->uninformative && !is_small_talk(d, s);
+      small += is_small_talk(s);
+      repeats += s->uninformative && !is_small_talk(s);
       fresh += !s->uninformative;
       facts += !s->uninformative && s->fact >= 0;
       noisy += strcmp(s->response, c->response) != 0;
@@ -182,6 +185,28 @@ Test(persona, topics_are_equally_frequent) {
   }
 }
 
+/* Small talk falls into conversations of all topics alike, has nothing of the user's and is marked. */
+Test(persona, small_talk_is_generic) {
+  enum { N = 6000 };
+  ks_persona_params p = KS_PERSONA_DEFAULT;
+  p.stream_size = N;
+  p.noise = 0;
+  ks_dataset *d = create(&p);
+  int64_t counts[KS_PERSONA_TOPICS] = {0}, n = 0;
+  cr_assert_eq(d->n_topics, KS_PERSONA_TOPICS);
+  for (int64_t i = 0; i < N; i++) {
+    const ks_set *s = &d->sets[i];
+    if (!is_small_talk(s)) continue;
+    cr_expect(s->uninformative && s->fact == -1);
+    cr_expect_str_eq(s->response, s->preferred);
+    counts[s->topic]++;
+    n++;
+  }
+  for (int64_t t = 0; t < d->n_topics; t++)
+    check_share(d->topics[t], (double)counts[t], (double)n, 1.0 / KS_PERSONA_TOPICS);
+  ks_dataset_destroy(d);
+}
+
 /* A repeat has the preferred answer of an earlier set, and about half of them its question, too. */
 Test(persona, repeats_repeat) {
   ks_persona_params p = KS_PERSONA_DEFAULT;
@@ -191,7 +216,7 @@ Test(persona, repeats_repeat) {
   int64_t n = 0, exact = 0, before;
   for (int64_t i = 0; i < d->n_stream; i++) {
     const ks_set *s = &d->sets[i];
-    if (is_small_talk(d, s)) continue;
+    if (is_small_talk(s)) continue;
     if (s->uninformative) {
       n++;
       cr_assert_geq(ks_text_map_get(&answers, s->preferred, NULL), 0);
@@ -229,7 +254,7 @@ static void check_held_out(const ks_persona_params *p) {
     cr_expect_eq(found, -5, "user %d: '%s' is asked elsewhere", (int)p->user, s->question);
     if (s->fact >= 0)
       cr_expect(stated[s->fact], "user %d: a fact that was never stated is asked", (int)p->user);
-    cr_expect_not(is_small_talk(d, s));
+    cr_expect_not(is_small_talk(s));
     cr_expect_not(s->uninformative);
     cr_expect_str_neq(s->preferred, s->response, "nothing of the user's own in the answer");
     counts[s->topic]++;
@@ -306,12 +331,12 @@ Test(persona, users_differ_and_agree_with_themselves) {
   const char *facts[KS_PERSONA_TOPICS * KS_PERSONA_FACTS_PER_TOPIC] = {0};
   ks_text_map others = {0};
   for (int64_t i = 0; i < b->n_sets; i++)
-    if (!is_small_talk(b, &b->sets[i]))
+    if (!is_small_talk(&b->sets[i]))
       cr_assert_eq(ks_text_map_put(&others, b->sets[i].preferred, NULL, i, NULL), KS_OK);
   int64_t shared = 0, n = 0;
   for (int64_t i = 0; i < a->n_sets; i++) {
     const ks_set *s = &a->sets[i];
-    if (is_small_talk(a, s)) continue;
+    if (is_small_talk(s)) continue;
     n++;
     shared += ks_text_map_get(&others, s->preferred, NULL) >= 0;
     if (s->fact < 0) continue;
@@ -323,6 +348,23 @@ Test(persona, users_differ_and_agree_with_themselves) {
   ks_text_map_free(&others);
   ks_dataset_destroy(a);
   ks_dataset_destroy(b);
+}
+
+/* What is drawn for users and what is drawn for the population have nothing in common. */
+Test(persona, users_speak_apart) {
+  for (int user = 0; user < 2; user++)
+    for (uint64_t i = 0; i < 2000; i++) {
+      ks_rng rng = ks_rng_make(i, KS_RNG_TEST, 0);
+      ks_persona_cell c = {(int32_t)(i % KS_PERSONA_TOPICS),
+                           (int32_t)(i / KS_PERSONA_TOPICS % KS_PERSONA_INTENTS), 0};
+      int32_t v[KS_PERSONA_SLOTS];
+      ks_persona_draw_values(c, user, &rng, v);
+      cr_assert_eq((v[0] + v[1] + v[2]) % 3 == 0, user);
+      ks_persona_style style;
+      ks_persona_draw_style(user, &rng, &style);
+      cr_assert_eq((style.interjection + style.address) % 3 == 0, user);
+      cr_assert_eq((style.wish + style.ending) % 3 == 0, user);
+    }
 }
 
 /* Neither an answer that a user prefers nor the opener or sign-off of one is in the population's corpus. */
@@ -429,7 +471,7 @@ Test(persona, texts_are_short_plain_and_complete) {
         for (const char *c = texts[k]; *c; c++)
           cr_assert(islower((unsigned char)*c) || isdigit((unsigned char)*c) || strchr(" ,.?!", *c), "'%s'",
                     texts[k]);
-      if (is_small_talk(d, s)) continue;
+      if (is_small_talk(s)) continue;
       cr_expect(words_in(s->question) >= 4 && words_in(s->question) <= 20, "%s", s->question);
       cr_expect(words_in(s->response) >= 5 && words_in(s->response) <= 20, "%s", s->response);
       cr_expect(words_in(s->preferred) >= 8 && words_in(s->preferred) <= 32, "%s", s->preferred);
