@@ -25,6 +25,8 @@ else()
   set(ks_isa_optimize -O3)
 endif()
 
+# With sanitizers -O3 takes the compiler minutes a unit.
+set(ks_isa_optimize $<IF:$<BOOL:${KS_SANITIZE}>,-O1,-O3>)
 foreach(isa ${ks_isas})
   add_library(ks_cpu_${isa} OBJECT kernels/cpu/isa_unit.c)
   target_compile_options(ks_cpu_${isa} PRIVATE ${ks_isa_optimize} ${ks_isa_flags_${isa}})
