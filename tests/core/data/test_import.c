@@ -41,7 +41,7 @@ Test(import, alpaca) {
             "Translate.\nGr\xc3\xbc\xc3\x9f"
             "e",
             "greetings", "greetings", NULL);
-  check_set(d, 1, "Say \"[x]\", {y}\xc3\xa9\xf0\x9f\x98\x80\\", "z", "z", "talk");
+  check_set(d, 1, "Say \"[x]\", {y}\xc3\xa9\xf0\x9f\x98\x80\\", "z \"], \" }", "z \"], \" }", "talk");
   check_set(d, 2, "n", "o", "o", "12");
   char hash[65];
   cr_assert_eq(ks_sha256_file(FIXTURES "good/alpaca.json", hash), KS_OK);
@@ -50,7 +50,8 @@ Test(import, alpaca) {
 }
 
 Test(import, alpaca_with_another_question) {
-  ks_import_params p = {.importer = "alpaca", .path = FIXTURES "good/alpaca.json", .question_field = "output"};
+  ks_import_params p = {
+      .importer = "alpaca", .path = FIXTURES "good/alpaca.json", .question_field = "output"};
   ks_dataset *d = import(&p);
   check_set(d, 0, "greetings", "greetings", "greetings", NULL);
   ks_dataset_destroy(d);
