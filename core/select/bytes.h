@@ -22,12 +22,17 @@ static inline ks_status ks_bytes_put_f64(ks_text *t, double v) {
 }
 
 static inline ks_status ks_bytes_put_f32s(ks_text *t, const float *v, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits;
-    memcpy(&bits, &v[i], sizeof bits);
-    char b[4] = {(char)(unsigned char)bits, (char)(unsigned char)(bits >> 8),
-                 (char)(unsigned char)(bits >> 16), (char)(unsigned char)(bits >> 24)};
-    KS_TRY(ks_text_add(t, b, sizeof b));
+  enum { BLOCK = 256 };
+  char b[4 * BLOCK];
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    int64_t count = ks_min_i64(n - begin, BLOCK);
+    for (int64_t i = 0; i < count; i++) {
+      uint32_t bits;
+      memcpy(&bits, &v[begin + i], sizeof bits);
+      for (int k = 0; k < 4; k++)
+        b[4 * i + k] = (char)(unsigned char)(bits >> (8 * k));
+    }
+    KS_TRY(ks_text_add(t, b, (size_t)(4 * count)));
   }
   return KS_OK;
 }

@@ -204,6 +204,8 @@ static ks_status load_text(ks_lexicons *l, const char *path, const char *s, size
     ks_log(KS_LOG_WARN, "lexicons",
            "%s: %lld entries are not one token each and can never match (the first in line %lld): left out",
            path, (long long)st.n_unmatchable, (long long)st.first_unmatchable);
+  if (l->n_postings == 0)
+    return KS_FAIL(KS_EDATA, "%s: not one of its words can match; give single words", path);
   return make_index(l);
 }
 

@@ -132,6 +132,7 @@ Test(lexicons, hostile_files) {
       {"good\tword\n\nname\t , ,\t\n", 0, "lexicons.txt:3: no word"},
       {"a\tb\nc\t\xFF\xFE\n", 0, "lexicons.txt:2: byte 6"},
       {"a\t\xED\xA0\x80\n", 0, "lexicons.txt:1"}, /* a surrogate */
+      {"a\tone two\n", 0, "not one of its words"},
       {"a\tb\0c\n", 6, "lexicons.txt:1: byte 3"},
       {"\xEF\xBB\xBF", 0, "no lexicon"},
   };
