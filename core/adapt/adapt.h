@@ -1,7 +1,7 @@
 /* LoRA adapters and their training.
  *
- * One job is one cell's fine-tuning at one trigger. A cohort's jobs train together: at each step every active job contributes its own
- * micro-batch as one segment; what a job computes is the same alone or in company, bit for bit.
+ * One job is one cell's fine-tuning at one trigger. A cohort's jobs train together: in each pass every active job contributes its own
+ * rows as one segment; what a job computes is the same alone or in company, bit for bit.
  */
 #ifndef KS_ADAPT_H
 #define KS_ADAPT_H
@@ -47,7 +47,7 @@ typedef struct {
   ks_schedule schedule;  /* after warm-up: constant, or falling to 0; with warm-up as transformers' get_*_schedule_with_warmup */
   float dropout;
   int64_t batch_size;    /* examples per optimizer step */
-  int64_t micro_batch;   /* examples per pass; gradients accumulate; 0: batch_size */
+  int64_t micro_batch;   /* examples per pass at most; gradients accumulate, with the same bits unless there is dropout; 0: batch_size */
   int64_t epochs;        /* passes over the examples; ignored when steps > 0 */
   int64_t steps;         /* optimizer steps; 0: by epochs */
   uint64_t seed;         /* order of examples and dropout */
@@ -73,7 +73,8 @@ typedef struct {
 } ks_train_job;
 
 /* The loss of a step is the mean over its target tokens (Hugging Face's default). Jobs may differ in everything. max_rows bounds a pass
- * (0: 4096); jobs that do not fit share by groups, with the same bits; a single micro-batch of more rows gets a pass of its own. A step
+ * (0: what suits the machine): larger batches come in several, with the same bits; only an example of more rows gets a pass of its own (with
+ * dropout, pieces of a batch are cut at 1024 rows whatever max_rows is, so that masks do not depend on it). A step
  * without any target token changes nothing and reports loss 0. A loss or gradient that is not finite: KS_ENUMERIC naming job and step.
  * A job without examples does nothing. Two jobs may not share an adapter. On failure (KS_EINTERRUPTED too) results are freed, adapters are
  * left as they are after the last whole step of each, gradients undefined; the next ks_train clears them. */

@@ -1,7 +1,6 @@
 /* Losses of many examples under many adapters. */
 #include "core/adapt/packing.h"
-
-enum { DEFAULT_ROWS = 4096 };
+#include "core/model/run.h"
 
 typedef struct {
   const ks_example *examples;
@@ -71,7 +70,7 @@ static ks_status evaluate_all(evaluation *e, const ks_progress *progress) {
 /* Checks every example, counts targets and finds the room that passes need. */
 static ks_status measure(const ks_model *model, const evaluation *e, int64_t n_adapters, int64_t max_rows,
                          int64_t *n_targets, ks_run_params *run) {
-  int64_t bound = max_rows > 0 ? max_rows : DEFAULT_ROWS, total = 0, longest = 1;
+  int64_t bound = max_rows > 0 ? max_rows : ks_run_default_rows(model, false), total = 0, longest = 1;
   for (int64_t i = 0; i < e->n; i++) {
     int32_t adapter = adapter_of(e, i);
     KS_TRY(ks_example_check(model, &e->examples[i], i));

@@ -1,8 +1,13 @@
-/* Fine-tuning of many adapters in lockstep. A round: every active job gives its next micro-batch, packed with
- * the others' into passes of at most max_rows; jobs whose optimizer step is complete take it. */
+/* Fine-tuning of many adapters in lockstep. A round: every active job gives the next piece of its batch,
+ * packed with the others' into passes of at most max_rows; jobs whose optimizer step is complete take it.
+ *
+ * A gradient is one chain of additions over the rows of a batch, however many passes they come in, so that
+ * pieces may be cut where memory and caches like it. Dropout's mask counts rows from the start of a piece:
+ * there the cuts are fixed. */
 #include "core/adapt/packing.h"
+#include "core/model/run.h"
 
-enum { DEFAULT_ROWS = 4096 };
+enum { DROPOUT_ROWS = 1024 };
 #define REPORT_SECONDS 0.1
 
 typedef struct {
@@ -11,9 +16,9 @@ typedef struct {
   int64_t *order;          /* [n_examples] permutation of this epoch */
   int64_t epoch;           /* that order was made for; -1: none yet */
   int64_t batch, end;      /* examples order[batch .. end) form this optimizer step */
-  int64_t next, micro_end; /* order[next ..) comes next; the micro-batch in the pass ends here */
+  int64_t next, piece_end; /* order[next ..) comes next; the piece in the pass ends here */
   int64_t step;            /* steps done */
-  int64_t n_passes;        /* micro-batches done, for dropout keys */
+  int64_t n_passes;        /* pieces done, for dropout keys */
   int64_t n_targets;       /* of this step's batch */
   double loss;             /* summed over this step's targets so far */
   ks_adapter_view view;
@@ -92,23 +97,21 @@ static ks_status check_adapter(const trainer *t, int64_t index) {
   return KS_OK;
 }
 
-static int compare_falling(const void *a, const void *b) {
-  int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-  return (x < y) - (x > y);
+/* Rows that a piece may have when it has more than one example. */
+static int64_t piece_rows(const trainer *tr, const ks_train_params *p) {
+  return p->dropout > 0 ? DROPOUT_ROWS : tr->max_rows;
 }
 
-/* Rows of the largest micro-batch that any order can give. */
-static ks_status largest_micro(const ks_train_job *job, int64_t *rows) {
-  int64_t *sizes = NULL;
-  KS_TRY(ks_alloc_array(&sizes, (size_t)job->n_examples, sizeof *sizes, "training"));
-  for (int64_t i = 0; i < job->n_examples; i++)
-    sizes[i] = ks_example_n_rows(&job->examples[i]);
-  qsort(sizes, (size_t)job->n_examples, sizeof *sizes, compare_falling);
-  *rows = 0;
-  for (int64_t i = 0; i < ks_min_i64(micro_size(&job->params), job->n_examples); i++)
-    *rows += sizes[i];
-  free(sizes);
-  return KS_OK;
+/* Rows of the largest piece that any order can give, at most. */
+static int64_t largest_piece(const trainer *tr, const ks_train_job *job) {
+  int64_t longest = 0, total = 0;
+  for (int64_t i = 0; i < job->n_examples; i++) {
+    longest = ks_max_i64(longest, ks_example_n_rows(&job->examples[i]));
+    total += ks_example_n_rows(&job->examples[i]);
+  }
+  int64_t several, micro = micro_size(&job->params);
+  if (!ks_mul_i64(longest, micro, &several)) several = total;
+  return ks_max_i64(longest, ks_min_i64(ks_min_i64(several, total), piece_rows(tr, &job->params)));
 }
 
 /* ---------------------------------------------------------------- order of examples */
@@ -188,7 +191,7 @@ static ks_status run_pass(trainer *tr) {
   KS_TRY(ks_forward_backward(tr->run, &p->batch, p->rows, p->targets, p->scale, p->n_targets, p->loss));
   for (int64_t m = 0; m < tr->n_members; m++) {
     trainee *t = &tr->trainees[tr->members[m]];
-    for (; t->next < t->micro_end; t->next++) {
+    for (; t->next < t->piece_end; t->next++) {
       const ks_example *e = &t->job->examples[t->order[t->next]];
       for (int64_t i = ks_example_n_targets(e); i > 0; i--)
         t->loss += *loss++;
@@ -206,23 +209,32 @@ static ks_status run_pass(trainer *tr) {
   return KS_OK;
 }
 
-/* Adds a job's next micro-batch, after running what is packed when it does not fit beside it. */
-static ks_status add_micro(trainer *tr, int64_t index) {
+/* Sets the end of a job's next piece; its rows. */
+static int64_t cut_piece(const trainer *tr, trainee *t) {
+  const ks_train_params *p = &t->job->params;
+  int64_t n_rows = 0, limit = piece_rows(tr, p), end = ks_min_i64(t->end, t->next + micro_size(p));
+  for (t->piece_end = t->next; t->piece_end < end; t->piece_end++) {
+    int64_t rows = ks_example_n_rows(&t->job->examples[t->order[t->piece_end]]);
+    if (t->piece_end > t->next && rows > limit - n_rows) break;
+    n_rows += rows;
+  }
+  return n_rows;
+}
+
+/* Adds a job's next piece, after running what is packed when it does not fit beside it. */
+static ks_status add_piece(trainer *tr, int64_t index) {
   trainee *t = &tr->trainees[index];
   const ks_train_params *p = &t->job->params;
   ks_batch *b = &tr->packing.batch;
-  int64_t n_rows = 0;
-  t->micro_end = ks_min_i64(t->end, t->next + micro_size(p));
-  for (int64_t i = t->next; i < t->micro_end; i++)
-    n_rows += ks_example_n_rows(&t->job->examples[t->order[i]]);
-  bool fits = b->n_rows + n_rows <= tr->max_rows && (b->n_rows == 0 || b->dropout == p->dropout);
+  int64_t n_rows = cut_piece(tr, t);
+  bool fits = n_rows <= tr->max_rows - b->n_rows && (b->n_rows == 0 || b->dropout == p->dropout);
   if (!fits && tr->n_members > 0) KS_TRY(run_pass(tr));
   tr->members[tr->n_members++] = index;
   if (n_rows == 0) return KS_OK;
   b->dropout = p->dropout;
   ks_packing_begin_segment(&tr->packing, &t->view,
                            ks_rng_key(p->seed, KS_RNG_DROPOUT, p->round, (uint64_t)t->n_passes));
-  for (int64_t i = t->next; i < t->micro_end; i++)
+  for (int64_t i = t->next; i < t->piece_end; i++)
     ks_packing_add(&tr->packing, &t->job->examples[t->order[i]], (float)(1.0 / (double)t->n_targets));
   return KS_OK;
 }
@@ -238,7 +250,7 @@ static ks_status train_all(trainer *tr) {
   KS_TRY(report(tr, true));
   while (tr->steps_done < tr->steps_all) {
     for (int64_t i = 0; i < tr->n; i++) {
-      if (is_active(&tr->trainees[i])) KS_TRY(add_micro(tr, i));
+      if (is_active(&tr->trainees[i])) KS_TRY(add_piece(tr, i));
     }
     KS_TRY(run_pass(tr));
     KS_TRY(report(tr, false));
@@ -263,7 +275,7 @@ static ks_status begin_job(trainer *tr, int64_t index, ks_run_params *run, int64
   KS_TRY(ks_alloc_array(&job->step_loss, (size_t)job->n_steps, sizeof(float), "training"));
   KS_TRY(ks_alloc_array(&job->step_grad_norm, (size_t)job->n_steps, sizeof(float), "training"));
   KS_TRY(ks_alloc_array(&t->order, (size_t)job->n_examples, sizeof *t->order, "training"));
-  KS_TRY(largest_micro(job, &rows));
+  rows = largest_piece(tr, job);
   KS_TRY(ks_mem_zero(tr->model->ctx, job->adapter->grads, (size_t)job->adapter->n_params * sizeof(float)));
   t->epoch = -1;
   t->view = ks_adapter_view_of(job->adapter);
@@ -309,8 +321,10 @@ ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, int64_t 
   if (!model || n_jobs < 0 || (n_jobs > 0 && !jobs) || max_rows < 0)
     return KS_FAIL(KS_EINVAL, "ks_train: NULL argument, n_jobs %lld or max_rows %lld", (long long)n_jobs,
                    (long long)max_rows);
-  trainer tr = {
-      .model = model, .n = n_jobs, .max_rows = max_rows > 0 ? max_rows : DEFAULT_ROWS, .progress = progress};
+  trainer tr = {.model = model,
+                .n = n_jobs,
+                .max_rows = max_rows > 0 ? max_rows : ks_run_default_rows(model, true),
+                .progress = progress};
   KS_TRY(ks_alloc_array(&tr.trainees, (size_t)n_jobs, sizeof *tr.trainees, "training"));
   for (int64_t i = 0; i < n_jobs; i++) {
     tr.trainees[i] = (trainee){.job = &jobs[i], .index = i};

@@ -43,8 +43,10 @@ static ks_status check_texts(const ks_model *model, const ks_tokens *texts, int6
 }
 
 /* The rows and sequences that the largest batch needs. */
-static void measure(const ks_tokens *texts, int64_t n, const ks_embed_params *p, ks_run_params *run) {
-  int64_t bound = p->batch_rows > 0 ? p->batch_rows : 2048, total = 0, longest = 1;
+static void measure(const ks_model *model, const ks_tokens *texts, int64_t n, const ks_embed_params *p,
+                    ks_run_params *run) {
+  int64_t bound = p->batch_rows > 0 ? p->batch_rows : ks_run_default_rows(model, false), total = 0,
+          longest = 1;
   for (int64_t i = 0; i < n; i++) {
     int64_t length = cut_length(&texts[i], p);
     longest = ks_max_i64(longest, length);
@@ -87,7 +89,7 @@ ks_status ks_embed_texts(ks_model *model, const ks_tokens *texts, int64_t n, con
   ks_run *run = NULL;
   packer k = {0};
   ks_run_params p = {.no_loss = true};
-  measure(texts, n, params, &p);
+  measure(model, texts, n, params, &p);
   KS_TRY_OUT(ks_run_create(model, &p, &run));
   KS_TRY_OUT(ks_alloc_array(&k.tokens, (size_t)p.max_rows, sizeof *k.tokens, "tokens of a batch"));
   KS_TRY_OUT(ks_alloc_array(&k.offsets, (size_t)p.max_seqs + 1, sizeof *k.offsets, "sequences of a batch"));

@@ -70,7 +70,7 @@ typedef struct {
 typedef struct {
   ks_pooling pooling;
   int64_t max_tokens;
-  int64_t batch_rows; /* rows a pass; 0: 2048 */
+  int64_t batch_rows; /* rows a pass; 0: what suits the machine */
 } ks_embed_params;
 ks_status ks_embed_texts(ks_model *model, const ks_tokens *texts, int64_t n, const ks_embed_params *params, const ks_progress *progress,
                          float *out);

@@ -252,6 +252,11 @@ void ks_run_destroy(ks_run *run) {
   free(run);
 }
 
+int64_t ks_run_default_rows(const ks_model *model, bool backward) {
+  int64_t a_thread = backward ? 512 : 256, rows = a_thread * ks_ctx_n_threads(model->ctx);
+  return ks_max_i64(rows, 2 * a_thread);
+}
+
 /* ---------------------------------------------------------------- describing a batch */
 
 static ks_status check_sequences(const ks_run *run, const ks_batch *b) {
