@@ -87,7 +87,7 @@ KS_INLINE void ks_v_store(float *x, ks_v a) {
 
 #if defined(__AVX512F__)
 KS_INLINE __mmask16 ks_tail_mask(int64_t n) {
-  return n >= KS_LANES ? 0xffff : (__mmask16)((1u << n) - 1);
+  return (__mmask16)(n >= KS_LANES ? 0xffffu : (1u << n) - 1);
 }
 #endif
 /* The first n lanes (n >= 16: all), the others 0; touches no byte beyond them. */
