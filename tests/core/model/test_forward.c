@@ -429,15 +429,12 @@ Test(forward, a_run_holds_what_was_promised) {
     size_t promised = 0;
     ks_twin_make(&t, ctx, &ks_twin_cases[i % KS_N_TWIN_CASES].config, KS_DTYPE_F32, 5);
     ks_must(ks_run_bytes(&t.model, &p, &promised));
-    ks_weight *w[3] = {t.model.head, t.model.layers[0].linear[0], t.model.layers[0].linear[6]};
-    size_t weights = 0;
-    (void)w;
     for (int64_t l = 0; p.backward && l < t.model.config.n_layers; l++) {
       for (int j = 0; j < KS_N_TARGETS; j++)
         ks_must(ks_weight_prepare_backward(ctx, t.model.layers[l].linear[j]));
     }
     if (p.backward) ks_must(ks_weight_prepare_backward(ctx, t.model.head));
-    weights = ks_mem_used(ctx);
+    size_t weights = ks_mem_used(ctx);
     ks_must(ks_run_create(&t.model, &p, &run));
     size_t used = ks_mem_used(ctx) - weights;
     cr_expect_leq(used, promised);
@@ -503,7 +500,38 @@ Test(forward, embeddings_are_pooled_hidden_states) {
   ks_ctx_destroy(ctx);
 }
 
-Test(forward, illegal_batches_are_refused) {
+Test(forward, illegal_sequences_are_refused) {
+  ks_ctx *ctx = ks_twin_ctx(1);
+  ks_twin t;
+  ks_twin_make(&t, ctx, &ks_twin_cases[0].config, KS_DTYPE_F32, 5);
+  ks_run *run = make_run(&t.model, true);
+  int32_t tokens[300] = {0}, alien[4] = {0, 1, 61, 2};
+  const struct {
+    const int32_t *tokens;
+    int64_t n_rows, n_seqs, offsets[4];
+  } bad[] = {{tokens, 201, 1, {0, 201}}, {tokens, 4, 3, {0, 3, 3, 4}}, {tokens, 4, 1, {1, 4}},
+             {tokens, 4, 1, {0, 3}},     {tokens, 65, 1, {0, 65}},     {alien, 4, 1, {0, 4}},
+             {tokens, 4, 9, {0, 4}},     {NULL, 4, 1, {0, 4}},         {tokens, 4, 1, {0, 5}}};
+  const float *hidden = NULL;
+  for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    ks_batch b = {.tokens = bad[i].tokens,
+                  .n_rows = bad[i].n_rows,
+                  .seq_offsets = bad[i].offsets,
+                  .n_seqs = bad[i].n_seqs};
+    cr_expect_eq(ks_forward(run, &b, &hidden), KS_EINVAL, "batch %zu", i);
+  }
+  ks_must(ks_forward(run, &(ks_batch){.n_rows = 0}, &hidden));
+  size_t bytes;
+  cr_expect_eq(ks_run_bytes(&t.model, &(ks_run_params){.max_rows = 0, .max_seqs = 1}, &bytes), KS_EINVAL);
+  cr_expect_eq(
+      ks_run_bytes(&t.model, &(ks_run_params){.max_rows = 1, .max_seqs = 1, .max_rank = 257}, &bytes),
+      KS_EINVAL);
+  ks_run_destroy(run);
+  ks_twin_free(&t);
+  ks_ctx_destroy(ctx);
+}
+
+Test(forward, illegal_segments_are_refused) {
   ks_ctx *ctx = ks_twin_ctx(1);
   const ks_model_config *c = &ks_twin_cases[0].config;
   ks_twin t;
@@ -511,85 +539,56 @@ Test(forward, illegal_batches_are_refused) {
   ks_twin_make(&t, ctx, c, KS_DTYPE_F32, 5);
   ks_twin_adapter_make(&a, ctx, c, 2, 1, 6);
   ks_twin_adapter_make(&wide, ctx, c, 9, 1, 6);
-  ks_run *run = make_run(&t.model, true), *forward_only = NULL;
-  ks_must(ks_run_create(&t.model, &(ks_run_params){.max_rows = 8, .max_seqs = 2, .no_loss = true},
-                        &forward_only));
-  int32_t tokens[300] = {0}, bad_tokens[4] = {0, 1, 61, 2}, targets[2] = {1, 2};
-  const int64_t good[] = {0, 4}, split[] = {0, 2, 4}, gap[] = {0, 3, 3, 4}, late[] = {1, 4},
-                short_[] = {0, 3};
-  const int64_t longer[] = {0, 65}, rows[] = {1, 3}, falling[] = {3, 1}, outside[] = {1, 4},
-                negative[] = {-1, 3};
-  const ks_segment middle = {1, 2, 0, 0}, beyond = {0, 5, 0, 0}, unknown = {0, 4, 1, 0},
-                   two[] = {{2, 2, 0, 0}, {0, 2, 0, 0}};
-  const ks_batch batches[] = {
-      {.tokens = tokens, .n_rows = 201, .seq_offsets = good, .n_seqs = 1},
-      {.tokens = tokens, .n_rows = 4, .seq_offsets = gap, .n_seqs = 3},
-      {.tokens = tokens, .n_rows = 4, .seq_offsets = late, .n_seqs = 1},
-      {.tokens = tokens, .n_rows = 4, .seq_offsets = short_, .n_seqs = 1},
-      {.tokens = tokens, .n_rows = 65, .seq_offsets = longer, .n_seqs = 1},
-      {.tokens = bad_tokens, .n_rows = 4, .seq_offsets = good, .n_seqs = 1},
-      {.tokens = tokens,
-       .n_rows = 4,
-       .seq_offsets = split,
-       .n_seqs = 2,
-       .segments = &middle,
-       .n_segments = 1,
-       .adapters = &a.view,
-       .n_adapters = 1},
-      {.tokens = tokens,
-       .n_rows = 4,
-       .seq_offsets = split,
-       .n_seqs = 2,
-       .segments = &beyond,
-       .n_segments = 1,
-       .adapters = &a.view,
-       .n_adapters = 1},
-      {.tokens = tokens,
-       .n_rows = 4,
-       .seq_offsets = split,
-       .n_seqs = 2,
-       .segments = &unknown,
-       .n_segments = 1,
-       .adapters = &a.view,
-       .n_adapters = 1},
-      {.tokens = tokens,
-       .n_rows = 4,
-       .seq_offsets = split,
-       .n_seqs = 2,
-       .segments = two,
-       .n_segments = 2,
-       .adapters = &a.view,
-       .n_adapters = 1},
-      {.tokens = tokens,
-       .n_rows = 4,
-       .seq_offsets = split,
-       .n_seqs = 2,
-       .segments = &(ks_segment){0, 4, 0, 0},
-       .n_segments = 1,
-       .adapters = &wide.view,
-       .n_adapters = 1},
-  };
+  ks_run *run = make_run(&t.model, true);
+  const int32_t tokens[4] = {0};
+  const int64_t offsets[] = {0, 2, 4};
+  const struct {
+    ks_segment segments[2];
+    int64_t n;
+    const ks_adapter_view *view;
+  } bad[] = {{{{1, 2, 0, 0}}, 1, &a.view},  {{{0, 5, 0, 0}}, 1, &a.view},
+             {{{0, 4, 1, 0}}, 1, &a.view},  {{{2, 2, 0, 0}, {0, 2, 0, 0}}, 2, &a.view},
+             {{{0, -2, 0, 0}}, 1, &a.view}, {{{0, 4, 0, 0}}, 1, &wide.view},
+             {{{-2, 4, 0, 0}}, 1, &a.view}};
   const float *hidden = NULL;
-  float loss[2], scale[2] = {1, 1};
-  for (size_t i = 0; i < sizeof batches / sizeof batches[0]; i++)
-    cr_expect_eq(ks_forward(run, &batches[i], &hidden), KS_EINVAL, "batch %zu", i);
-  ks_batch b = {.tokens = tokens, .n_rows = 4, .seq_offsets = good, .n_seqs = 1};
-  ks_must(ks_forward(run, &b, &hidden));
-  ks_must(ks_forward_loss(run, &b, rows, targets, 2, loss));
-  ks_must(ks_forward_loss(run, &b, NULL, NULL, 0, NULL));
-  ks_must(ks_forward(run, &(ks_batch){.n_rows = 0}, &hidden));
-  const int64_t *bad_rows[] = {falling, outside, negative};
-  for (int i = 0; i < 3; i++)
-    cr_expect_eq(ks_forward_loss(run, &b, bad_rows[i], targets, 2, loss), KS_EINVAL, "rows %d", i);
-  cr_expect_eq(ks_forward_loss(forward_only, &b, rows, targets, 2, loss), KS_EINVAL);
-  cr_expect_eq(ks_forward_backward(forward_only, &b, rows, targets, scale, 2, loss), KS_EINVAL);
-  cr_expect_eq(ks_forward_backward(run, &b, rows, targets, NULL, 2, loss), KS_EINVAL);
-  size_t bytes;
-  cr_expect_eq(ks_run_bytes(&t.model, &(ks_run_params){.max_rows = 0, .max_seqs = 1}, &bytes), KS_EINVAL);
-  ks_run_destroy(forward_only);
+  ks_batch b = {.tokens = tokens, .n_rows = 4, .seq_offsets = offsets, .n_seqs = 2, .n_adapters = 1};
+  for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    b.segments = bad[i].segments;
+    b.n_segments = bad[i].n;
+    b.adapters = bad[i].view;
+    cr_expect_eq(ks_forward(run, &b, &hidden), KS_EINVAL, "segments %zu", i);
+  }
+  b.segments = NULL;
+  cr_expect_eq(ks_forward(run, &b, &hidden), KS_EINVAL);
   ks_run_destroy(run);
   ks_twin_adapter_free(&a);
   ks_twin_adapter_free(&wide);
+  ks_twin_free(&t);
+  ks_ctx_destroy(ctx);
+}
+
+Test(forward, illegal_targets_and_runs_are_refused) {
+  ks_ctx *ctx = ks_twin_ctx(1);
+  ks_twin t;
+  ks_twin_make(&t, ctx, &ks_twin_cases[0].config, KS_DTYPE_F32, 5);
+  ks_run *run = make_run(&t.model, true), *mute = NULL;
+  ks_must(ks_run_create(&t.model, &(ks_run_params){.max_rows = 8, .max_seqs = 2, .no_loss = true}, &mute));
+  const int32_t tokens[4] = {0}, targets[2] = {1, 2};
+  const int64_t offsets[] = {0, 4}, rows[] = {1, 3};
+  const int64_t bad_rows[][2] = {{3, 1}, {1, 4}, {-1, 3}, {2, 2}};
+  float loss[2], scale[2] = {1, 1};
+  ks_batch b = {.tokens = tokens, .n_rows = 4, .seq_offsets = offsets, .n_seqs = 1};
+  ks_must(ks_forward_loss(run, &b, rows, targets, 2, loss));
+  ks_must(ks_forward_loss(run, &b, NULL, NULL, 0, NULL));
+  for (size_t i = 0; i < sizeof bad_rows / sizeof bad_rows[0]; i++)
+    cr_expect_eq(ks_forward_loss(run, &b, bad_rows[i], targets, 2, loss), KS_EINVAL, "rows %zu", i);
+  cr_expect_eq(ks_forward_loss(run, &b, rows, (const int32_t[]){1, 61}, 2, loss), KS_EINVAL,
+               "an alien target");
+  cr_expect_eq(ks_forward_loss(mute, &b, rows, targets, 2, loss), KS_EINVAL);
+  cr_expect_eq(ks_forward_backward(mute, &b, rows, targets, scale, 2, loss), KS_EINVAL);
+  cr_expect_eq(ks_forward_backward(run, &b, rows, targets, NULL, 2, loss), KS_EINVAL);
+  ks_run_destroy(mute);
+  ks_run_destroy(run);
   ks_twin_free(&t);
   ks_ctx_destroy(ctx);
 }
