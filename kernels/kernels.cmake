@@ -27,6 +27,12 @@ endif()
 
 # With sanitizers -O3 takes the compiler minutes a unit.
 set(ks_isa_optimize $<IF:$<BOOL:${KS_SANITIZE}>,-O1,-O3>)
+# Unrolled kernels under sanitizers take GCC minutes at -O3.
+set(ks_isa_optimize -O3)
+if(KS_SANITIZE)
+  set(ks_isa_optimize -O1)
+endif()
+
 foreach(isa ${ks_isas})
   add_library(ks_cpu_${isa} OBJECT kernels/cpu/isa_unit.c)
   target_compile_options(ks_cpu_${isa} PRIVATE ${ks_isa_optimize} ${ks_isa_flags_${isa}})
