@@ -98,7 +98,7 @@ static ks_status keep_variants(const ks_stage *s, lesson *l, const ks_variant *v
                               .rouge1 = variants[i].rouge1,
                               .n_tokens = variants[i].n_tokens};
     KS_TRY(ks_strdup(variants[i].question ? variants[i].question : "", &row->question));
-    counts->synth_tried++;
+    counts->synth_tried += variants[i].verdict != KS_VARIANT_NO_ROOM;
     counts->synth_tokens += variants[i].n_tokens;
     if (variants[i].verdict != KS_VARIANT_ACCEPTED) continue;
     counts->synth_accepted++;

@@ -129,15 +129,42 @@ ks_status ks_world_encode_prompt(const ks_world *w, const char *question, int64_
   return KS_OK;
 }
 
+/* The response's tokens as they follow the prompt: those of both encoded together, less the prompt's. Where
+ * the two texts merge at the seam (so that the prompt's tokens are not the beginning of the whole's), the
+ * response is encoded by itself. */
+static ks_status encode_response(const ks_world *w, const char *question, const char *response, int32_t **ids,
+                                 int64_t *n) {
+  ks_text text = {0};
+  int32_t *prompt = NULL;
+  int64_t n_prompt;
+  *ids = NULL;
+  ks_status status;
+  KS_TRY_OUT(render(w->config->prompt.answer, question, &text));
+  KS_TRY_OUT(ks_world_encode(w, text.data, true, &prompt, &n_prompt));
+  size_t seam = text.len;
+  KS_TRY_OUT(ks_text_addf(&text, "%s%s", w->config->prompt.response_prefix, response));
+  KS_TRY_OUT(ks_world_encode(w, text.data, true, ids, n));
+  if (*n >= n_prompt && memcmp(*ids, prompt, (size_t)n_prompt * sizeof *prompt) == 0) {
+    *n -= n_prompt;
+    memmove(*ids, *ids + n_prompt, (size_t)*n * sizeof **ids);
+    goto out;
+  }
+  free(*ids);
+  *ids = NULL;
+  KS_TRY_OUT(ks_world_encode(w, text.data + seam, false, ids, n));
+out:
+  free(prompt);
+  ks_text_free(&text);
+  return status;
+}
+
 ks_status ks_world_encode_example(const ks_world *w, const char *question, const char *response,
                                   int64_t max_tokens, int32_t **ids, int64_t *n, int64_t *begin) {
   int32_t *answer = NULL;
   int64_t n_answer;
-  ks_text text = {0};
   *ids = NULL;
   ks_status status;
-  KS_TRY_OUT(ks_text_addf(&text, "%s%s", w->config->prompt.response_prefix, response));
-  KS_TRY_OUT(ks_world_encode(w, text.data, false, &answer, &n_answer));
+  KS_TRY_OUT(encode_response(w, question, response, &answer, &n_answer));
   int32_t eos = ks_tokenizer_eos(w->tokenizer);
   int64_t n_end = eos >= 0 ? 1 : 0;
   int64_t room = ks_max_i64(max_tokens - n_answer - n_end, max_tokens / 2);
@@ -160,7 +187,6 @@ out:
     *ids = NULL;
   }
   free(answer);
-  ks_text_free(&text);
   return status;
 }
 
