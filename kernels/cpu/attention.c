@@ -59,31 +59,35 @@ KS_INLINE int64_t attention_visible(const attention_task *t, int64_t r) {
 /* Lanes from n on become -inf. */
 KS_INLINE ks_v attention_mask(ks_v x, int64_t n) {
   static const float lane[KS_LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return n >= KS_LANES ? x
-                       : ks_v_select(ks_v_lt(ks_v_load(lane), ks_v_set((float)n)), x, ks_v_set(-INFINITY));
+  return ks_v_select(ks_v_lt(ks_v_load(lane), ks_v_set((float)n)), x, ks_v_set(-INFINITY));
 }
 
-/* Scores of one row in place to exp(score - new maximum); returns the factor for what was summed before. */
+/* Scores of one row against a block in place to exp(score - new maximum), the first n of them; the others to
+ * 0. Returns the factor for what was summed before. */
 KS_INLINE float attention_softmax_row(float *s, int64_t n, float scale, float *max, float *sum) {
-  ks_v factor = ks_v_set(scale), top = ks_v_set(-INFINITY);
-  for (int64_t j = 0; j < n; j += KS_LANES) {
-    ks_v x = attention_mask(ks_v_mul(ks_v_load(s + j), factor), n - j);
-    ks_v_store(s + j, x);
-    top = ks_v_max(top, x);
-  }
-  float old = *max, row_top = ks_v_max_lane(top), now = row_top > old ? row_top : old;
-  float base_value = now == -INFINITY ? 0.0f : now; /* nothing but -inf so far: exp(-inf - 0) = 0 */
-  ks_v base = ks_v_set(base_value), partial = ks_v_load(sum);
-  float keep = 1.0f;
+  enum { VECS = ATTENTION_KEYS / KS_LANES };
+  ks_v x[VECS];
+#pragma GCC unroll 4
+  for (int v = 0; v < VECS; v++)
+    x[v] = ks_v_mul(ks_v_load(s + v * KS_LANES), ks_v_set(scale));
+  if (n < ATTENTION_KEYS)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++)
+      x[v] = attention_mask(x[v], n - v * KS_LANES);
+  ks_v top = ks_v_max(ks_v_max(x[0], x[1]), ks_v_max(x[2], x[3]));
+  float old = *max, row_top = ks_v_max_lane(top), now = row_top > old ? row_top : old, keep = 1.0f;
+  /* nothing but -inf so far: exp(-inf - 0) = 0 */
+  ks_v base = ks_v_set(now == -INFINITY ? 0.0f : now), partial = ks_v_load(sum);
   if (old != now) {
     ks_v c = ks_v_exp(ks_v_sub(ks_v_set(old), base));
     keep = c.p[0][0];
     partial = ks_v_mul(partial, c);
   }
-  for (int64_t j = 0; j < n; j += KS_LANES) {
-    ks_v p = ks_v_exp(ks_v_sub(ks_v_load(s + j), base));
-    ks_v_store(s + j, p);
-    partial = ks_v_add(partial, p);
+#pragma GCC unroll 4
+  for (int v = 0; v < VECS; v++) {
+    x[v] = ks_v_exp(ks_v_sub(x[v], base));
+    ks_v_store(s + v * KS_LANES, x[v]);
+    partial = ks_v_add(partial, x[v]);
   }
   ks_v_store(sum, partial);
   *max = now;
@@ -122,27 +126,19 @@ static void attention_tile(const attention_task *t, const attention_work *w, int
                                        w->sum + (r0 + r) * KS_LANES);
     if (keep != 1.0f) attention_scale(w->o + (r0 + r) * d, d, keep);
   }
-  tile_args pv = {.a = w->scores,
-                  .a_row = ATTENTION_KEYS,
-                  .a_col = 1,
-                  .b = values,
-                  .b_row = kv,
-                  .c = w->o + r0 * d,
-                  .c_row = d,
-                  .m = rows,
-                  .n = d,
-                  .depth = seen[0],
-                  .accumulate = true};
-  tile_product(pv);
-  for (int64_t r = 0; r < rows; r++) { /* on the diagonal later rows see more */
-    if (seen[r] == seen[0]) continue;
-    pv.a = w->scores + r * ATTENTION_KEYS + seen[0];
-    pv.b = values + seen[0] * kv;
-    pv.c = w->o + (r0 + r) * d;
-    pv.m = 1;
-    pv.depth = seen[r] - seen[0];
-    tile_product(pv);
-  }
+  /* On the diagonal later rows see more; a row reads no value that it does not see. */
+  tile_product((tile_args){.a = w->scores,
+                           .a_row = ATTENTION_KEYS,
+                           .a_col = 1,
+                           .b = values,
+                           .b_row = kv,
+                           .c = w->o + r0 * d,
+                           .c_row = d,
+                           .m = rows,
+                           .n = d,
+                           .depth = seen[0],
+                           .accumulate = true,
+                           .row_depth = most > seen[0] ? seen : NULL});
 }
 
 static void attention_finish_row(const attention_task *t, const attention_work *w, int64_t r) {

@@ -28,6 +28,8 @@ typedef struct {
   int64_t c_row;
   int64_t m, n, depth;
   bool accumulate;
+  const int64_t
+      *row_depth; /* NULL, or [m] never falling, row_depth[0] >= depth: row i goes on to its own depth */
 } tile_args;
 
 /* One block of `rows` rows and `vecs` vectors at t->a, t->b, t->c; the last vector holds `last` columns. */
@@ -62,6 +64,19 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
     a += a_col;
     b += b_row;
   }
+  if (t->row_depth)
+    for (int64_t k = t->depth; k < t->row_depth[rows - 1]; k++) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) {
+        if (k >= t->row_depth[r]) continue;
+        ks_v x = ks_v_set(a[r * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++)
+          acc[r][v] = ks_v_fma(x, TILE_LOAD(v, b + v * KS_LANES), acc[r][v]);
+      }
+      a += a_col;
+      b += b_row;
+    }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -117,6 +132,7 @@ static void tile_product(tile_args t) {
       int64_t rows = ks_min_i64(whole.m - i, TILE_ROWS);
       t.a = whole.a + i * whole.a_row;
       t.c = whole.c + i * whole.c_row + j;
+      t.row_depth = whole.row_depth ? whole.row_depth + i : NULL;
       tile_blocks[rows - 1][vecs - 1](&t, last);
       i += rows;
     }

@@ -151,18 +151,22 @@ KS_INLINE ks_v ks_v_select(ks_vi mask, ks_v a, ks_v b) {
   KS_EACH_PART(i) r.p[i] = (ks_part)((mask.p[i] & (ks_ipart)a.p[i]) | (~mask.p[i] & (ks_ipart)b.p[i]));
   return r;
 }
-/* a > b ? a : b, so that a NaN in a gives b and a NaN in b gives b. */
+/* a > b ? a : b, so that a NaN in either gives b. */
 KS_INLINE ks_v ks_v_max(ks_v a, ks_v b) {
 #if defined(__AVX512F__)
   return (ks_v){{_mm512_max_ps(a.p[0], b.p[0])}};
+#elif defined(__AVX2__)
+  return (ks_v){{_mm256_max_ps(a.p[0], b.p[0]), _mm256_max_ps(a.p[1], b.p[1])}};
 #else
   return ks_v_select(ks_v_gt(a, b), a, b);
 #endif
 }
-/* a < b ? a : b */
+/* a < b ? a : b, so that a NaN in either gives b. */
 KS_INLINE ks_v ks_v_min(ks_v a, ks_v b) {
 #if defined(__AVX512F__)
   return (ks_v){{_mm512_min_ps(a.p[0], b.p[0])}};
+#elif defined(__AVX2__)
+  return (ks_v){{_mm256_min_ps(a.p[0], b.p[0]), _mm256_min_ps(a.p[1], b.p[1])}};
 #else
   return ks_v_select(ks_v_lt(a, b), a, b);
 #endif
@@ -188,31 +192,54 @@ KS_INLINE ks_v ks_v_sqrt(ks_v a) {
   return a;
 }
 
+/* The first eight lanes and the last eight. */
+#if defined(__AVX512F__)
+#define KS_V_HALVES(a, lo, hi) __m256 lo = _mm512_castps512_ps256(a.p[0]), hi = _mm512_extractf32x8_ps(a.p[0], 1)
+#elif defined(__AVX2__)
+#define KS_V_HALVES(a, lo, hi) __m256 lo = a.p[0], hi = a.p[1]
+#endif
+
 /* Lanes folded as a fixed tree: (i, i + 8), then 4, 2, 1. */
 KS_INLINE float ks_v_sum(ks_v a) {
+#if defined(__AVX2__)
+  KS_V_HALVES(a, lo, hi);
+  lo = _mm256_add_ps(lo, hi);
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(lo), _mm256_extractf128_ps(lo, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+#else
   float x[KS_LANES];
   ks_v_store(x, a);
   for (int h = KS_LANES / 2; h > 0; h /= 2)
     for (int i = 0; i < h; i++)
       x[i] += x[i + h];
   return x[0];
+#endif
 }
 /* The largest lane; NaN lanes may be ignored or win: not for input that can hold them unchecked. */
 KS_INLINE float ks_v_max_lane(ks_v a) {
+#if defined(__AVX2__)
+  KS_V_HALVES(a, lo, hi);
+  lo = _mm256_max_ps(lo, hi);
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(lo), _mm256_extractf128_ps(lo, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+#else
   float x[KS_LANES];
   ks_v_store(x, a);
   for (int h = KS_LANES / 2; h > 0; h /= 2)
     for (int i = 0; i < h; i++)
       x[i] = x[i] > x[i + h] ? x[i] : x[i + h];
   return x[0];
+#endif
 }
 
 /* exp(x) within 1.5 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor to degree 7 (truncation 0.09 half ulps),
- * 2^n in two factors so that results down to the smallest denormal are right. NaN stays NaN; above 88.73 inf;
- * below -103.98 0. */
+ * scaled by 2^n with one rounding, so that results down to the smallest denormal are right. NaN stays NaN (the clamp
+ * keeps it, and then it spreads); above 88.73 inf; below -103.98 0. */
 KS_INLINE ks_v ks_v_exp(ks_v x) {
   const float round = 0x1.8p23f; /* adding it leaves n in the low bits of the mantissa */
-  ks_v c = ks_v_min(ks_v_max(x, ks_v_set(-104.0f)), ks_v_set(89.0f));
+  ks_v c = ks_v_min(ks_v_set(89.0f), ks_v_max(ks_v_set(-104.0f), x));
   ks_v shifted = ks_v_fma(c, ks_v_set(0x1.715476p+0f), ks_v_set(round));
   ks_v n = ks_v_sub(shifted, ks_v_set(round));
   ks_v r = ks_v_fma(n, ks_v_set(-0x1.62e4p-1f), c); /* the product is exact: 15 bits times 8 */
@@ -225,14 +252,18 @@ KS_INLINE ks_v ks_v_exp(ks_v x) {
   q = ks_v_fma(q, r, ks_v_set(0.5f));
   q = ks_v_fma(q, ks_v_mul(r, r), r);
   q = ks_v_add(q, ks_v_set(1.0f));
-  ks_v a, b;
+#if defined(__AVX512F__)
+  return (ks_v){{_mm512_scalef_ps(q.p[0], n.p[0])}};
+#else
+  ks_v a, b; /* 2^n in two factors: the first product is exact */
   KS_EACH_PART(i) {
     ks_ipart k = (ks_ipart)shifted.p[i] - 0x4b400000;
     ks_ipart half = k >> 1;
     a.p[i] = (ks_part)((half + 127) << 23);
     b.p[i] = (ks_part)((k - half + 127) << 23);
   }
-  return ks_v_select(ks_v_ne(x, x), x, ks_v_mul(ks_v_mul(q, a), b));
+  return ks_v_mul(ks_v_mul(q, a), b);
+#endif
 }
 
 #endif
