@@ -116,6 +116,13 @@ static ks_status read_rope(const source *s, ks_model_config *c) {
   KS_TRY(get_double(s, "rope_theta", 10000.0, &c->rope_theta));
   if (!rope.json) return KS_OK;
   if (!json_is_object(rope.json)) return KS_FAIL(KS_EDATA, "%s: %s is no object", s->path, key);
+  const char *member;
+  json_t *value;
+  json_object_foreach((json_t *)(uintptr_t)rope.json, member, value) {
+    if (json_is_object(value))
+      return KS_FAIL(KS_EUNSUPPORTED, "%s: %s of each kind of layer (\"%.100s\"); one for all is supported",
+                     s->path, key, member);
+  }
   const json_t *type_value = get(&rope, "rope_type") ? get(&rope, "rope_type") : get(&rope, "type");
   const char *type = type_value ? json_string_value(type_value) : "default";
   KS_TRY_AS(get_double(&rope, "rope_theta", c->rope_theta, &c->rope_theta), "%s", key);

@@ -50,19 +50,23 @@ static ks_status check_sizes(const ks_model_config *c) {
   return KS_OK;
 }
 
+static bool add_i64(int64_t a, int64_t b, int64_t *out) {
+  return !__builtin_add_overflow(a, b, out);
+}
+
 /* The bytes of all weights in float32 must be a size. */
 static ks_status check_products(const ks_model_config *c) {
-  int64_t q, mlp, attention, layer, layers, vocab, bytes;
-  bool fits =
-      ks_mul_i64(c->n_heads, c->head_dim, &q) && q <= INT32_MAX &&
-      ks_mul_i64(q, c->hidden_size, &attention) && ks_mul_i64(c->intermediate_size, c->hidden_size, &mlp) &&
-      ks_mul_i64(attention, 4, &attention) && ks_mul_i64(mlp, 3, &mlp) &&
-      !__builtin_add_overflow(attention, mlp, &layer) &&
-      !__builtin_add_overflow(layer, (int64_t)1 << 34, &layer) && ks_mul_i64(layer, c->n_layers, &layers) &&
-      ks_mul_i64(c->vocab_size, c->hidden_size, &vocab) && ks_mul_i64(vocab, 2, &vocab) &&
-      !__builtin_add_overflow(layers, vocab, &bytes) && ks_mul_i64(bytes, 4, &bytes);
-  if (!fits) return KS_FAIL(KS_EDATA, "the sizes of the weights overflow");
-  return KS_OK;
+  int64_t q, attention, mlp, layer, all, vocab, bytes;
+  bool fits = ks_mul_i64(c->n_heads, c->head_dim, &q) && q <= INT32_MAX &&
+              ks_mul_i64(q, c->hidden_size, &attention) && ks_mul_i64(attention, 4, &attention) &&
+              ks_mul_i64(c->intermediate_size, c->hidden_size, &mlp) && ks_mul_i64(mlp, 3, &mlp) &&
+              add_i64(attention, mlp, &layer);
+  /* norms and biases */
+  fits = fits && add_i64(layer, 4 * c->hidden_size + 2 * c->intermediate_size + 5 * q, &layer) &&
+         ks_mul_i64(layer, c->n_layers, &all) && ks_mul_i64(c->vocab_size, c->hidden_size, &vocab) &&
+         ks_mul_i64(vocab, 2, &vocab) && add_i64(all, vocab, &all) && add_i64(all, c->hidden_size, &all) &&
+         ks_mul_i64(all, 4, &bytes);
+  return fits ? KS_OK : KS_FAIL(KS_EDATA, "the sizes of the weights overflow");
 }
 
 static ks_status check_rope(const ks_model_config *c) {
