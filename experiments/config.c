@@ -1,4 +1,5 @@
 #include "experiments/config_internal.h"
+#include "experiments/paths.h"
 
 #include <limits.h>
 #include <stdarg.h>
@@ -258,6 +259,22 @@ static ks_status set_string(ks_settings *s, const char *key, const char *value) 
   return s->problems->status;
 }
 
+/* A model that is one file has its tokenizer beside it: named here, so that the resolved text says which. */
+static ks_status fill_tokenizer(ks_settings *s) {
+  const ks_setting *model = &s->of[ks_key_find("model.path")],
+                   *tokenizer = &s->of[ks_key_find("model.tokenizer")];
+  char *found = NULL;
+  if (*tokenizer->values[0].s || !ks_file_exists(model->values[0].s)) return KS_OK;
+  ks_status status = ks_tokenizer_path_find(NULL, model->values[0].s, &found);
+  if (status == KS_ECONFIG)
+    ks_problem(s->problems, model->where, "model.tokenizer: none beside %s; name it", model->values[0].s);
+  else if (status != KS_OK)
+    return status;
+  if (found) status = set_string(s, "model.tokenizer", found);
+  free(found);
+  return status == KS_ECONFIG ? KS_OK : status;
+}
+
 static ks_status text_of(const ks_settings *settings, const ks_config *c, bool for_results, ks_text *out) {
   const char *group = "";
   for (int i = 0; i < ks_n_keys; i++) {
@@ -306,6 +323,7 @@ static ks_status load(ks_settings *s, const char *path, const char *const *sets,
     apply_set(s, sets[i]);
   KS_TRY(fill_names(s, path, m));
   if (whole) ks_settings_check(s);
+  if (whole) KS_TRY(fill_tokenizer(s));
   KS_TRY(problems_status(s->problems));
   KS_TRY(set_string(s, "experiment.name", m->name));
   KS_TRY(set_string(s, "experiment.output", m->output));

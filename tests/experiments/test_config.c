@@ -351,3 +351,39 @@ Test(config, floats_are_written_shortest) {
     ks_text_free(&text);
   }
 }
+
+/* A model in one file gets the tokenizer beside it, and the resolved text says which. */
+Test(config, the_tokenizer_beside_the_model_is_found) {
+  static const struct {
+    const char *files[4], *found; /* found NULL: an error */
+  } cases[] = {{{"model.bin", "tok512.bin", "tok512.model"}, "tok512.bin"},
+               {{"model.bin", "tok512.bin", "tokenizer.model"}, "tokenizer.model"},
+               {{"model.bin", "tok1.bin", "tok2.bin", "tok.model"}, "tok.model"},
+               {{"model.bin", "tok1.bin", "tok2.bin"}, NULL},
+               {{"model.bin"}, NULL}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    char folder[] = "/tmp/ks_model_XXXXXX", set[PATH_MAX], path[PATH_MAX];
+    cr_assert(mkdtemp(folder));
+    for (int f = 0; f < 4 && cases[i].files[f]; f++) {
+      snprintf(path, sizeof path, "%s/%s", folder, cases[i].files[f]);
+      cr_assert_eq(ks_file_write_atomic(path, "x", 1), KS_OK);
+    }
+    snprintf(set, sizeof set, "model.path=%s/model.bin", folder);
+    const char *sets[] = {set};
+    ks_matrix *m;
+    ks_status s = ks_config_load(NULL, sets, 1, &m);
+    snprintf(path, sizeof path, "%s/%s", folder, cases[i].found ? cases[i].found : "");
+    if (cases[i].found)
+      cr_expect(s == KS_OK && strcmp(m->cells[0].config.model.tokenizer, path) == 0 && strstr(m->text, path),
+                "case %zu", i);
+    else
+      cr_expect(s == KS_ECONFIG && strstr(ks_error_message(), "model.tokenizer: none beside"), "case %zu: %s",
+                i, ks_error_message());
+    ks_matrix_destroy(m);
+    for (int f = 0; f < 4 && cases[i].files[f]; f++) {
+      snprintf(path, sizeof path, "%s/%s", folder, cases[i].files[f]);
+      unlink(path);
+    }
+    rmdir(folder);
+  }
+}
