@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct {
   const char *name, *what;
@@ -41,7 +42,17 @@ static int unknown_verb(const char *word) {
   return ks_cli_finish(KS_FAIL(KS_ECONFIG, "there is no verb %s; keepsake --help lists them", word));
 }
 
+/* Threads of an idle team wait in a loop for milliseconds by libgomp's default: on a machine that others use
+ * too, each wait can then cost a time slice (measured: 30 s instead of 2 s). They shall sleep soon. libgomp
+ * reads its environment before main, so the program starts itself once more. */
+static void wait_briefly(char **argv) {
+  if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || setenv("GOMP_SPINCOUNT", "5000", 1) != 0)
+    return;
+  execv("/proc/self/exe", argv); /* comes back only when it cannot: then all is as before, only slower */
+}
+
 int main(int argc, char **argv) {
+  wait_briefly(argv);
   signal(SIGPIPE, SIG_IGN); /* a closed pipe is an error that ks_cli_finish reports */
   ks_cli_log_start();
   ks_interrupt_catch();
