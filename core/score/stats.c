@@ -24,18 +24,63 @@ double ks_median(double *values, int64_t n) {
   return ks_quantile(values, n, 0.5);
 }
 
+/* The mean of one resample of a table. */
+typedef double (*draw_function)(const void *table, ks_rng rng);
+
+static ks_status check_request(const char *what, double level, int64_t n_resamples, const ks_interval *out) {
+  return out && level > 0 && level < 1 && n_resamples >= 1
+             ? KS_OK
+             : KS_FAIL(
+                   KS_EINVAL,
+                   "%s: level %g and %lld resamples; give a level between 0 and 1, at least 1 resample and "
+                   "a place for the result",
+                   what, level, (long long)n_resamples);
+}
+
+static ks_status find_bounds(draw_function draw, const void *table, double level, int64_t n_resamples,
+                             uint64_t seed, ks_interval *out) {
+  double *means;
+  KS_TRY(ks_alloc_array(&means, (size_t)n_resamples, sizeof *means, "bootstrap: means"));
+  /* one stream a resample: the first resamples stay the same when more are asked for */
+  for (int64_t r = 0; r < n_resamples; r++)
+    means[r] = draw(table, ks_rng_make(seed, KS_RNG_BOOTSTRAP, (uint64_t)r));
+  out->low = ks_quantile(means, n_resamples, (1 - level) / 2);
+  out->high = ks_quantile(means, n_resamples, 1 - (1 - level) / 2);
+  free(means);
+  return KS_OK;
+}
+
+static ks_status subtract(const double *a, const double *b, int64_t n, double **out) {
+  if (n > 0 && (!a || !b))
+    return KS_FAIL(KS_EINVAL, "paired bootstrap: %lld pairs are announced but an array is NULL",
+                   (long long)n);
+  KS_TRY(ks_alloc_array(out, (size_t)n, sizeof **out, "paired bootstrap: differences"));
+  for (int64_t i = 0; i < n; i++)
+    (*out)[i] = a[i] - b[i];
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- nested */
+
 /* Groups that have values: first value and count. */
 typedef struct {
   int64_t first, n;
 } group;
 
-static double draw_mean(const double *values, const group *groups, int64_t n_groups, ks_rng rng) {
+typedef struct {
+  const double *values;
+  group *groups;
+  int64_t n_groups;
+} nested_table;
+
+static double draw_nested(const void *table, ks_rng rng) {
+  const nested_table *t = table;
   double sum = 0;
   int64_t n = 0;
-  for (int64_t g = 0; g < n_groups; g++) {
-    const group *drawn = &groups[ks_rng_below(&rng, (uint64_t)n_groups)];
+  for (int64_t g = 0; g < t->n_groups; g++) {
+    const group *drawn = &t->groups[ks_rng_below(&rng, (uint64_t)t->n_groups)];
     for (int64_t i = 0; i < drawn->n; i++)
-      sum += values[drawn->first + (int64_t)ks_rng_below(&rng, (uint64_t)drawn->n)];
+      sum += t->values[drawn->first + (int64_t)ks_rng_below(&rng, (uint64_t)drawn->n)];
     n += drawn->n;
   }
   return sum / (double)n;
@@ -55,15 +100,8 @@ static ks_status check_groups(const int64_t *group_sizes, int64_t n_groups, int6
 
 ks_status ks_bootstrap(const double *values, const int64_t *group_sizes, int64_t n_groups, double level,
                        int64_t n_resamples, uint64_t seed, ks_interval *out) {
-  int64_t n_values = 0, n_filled = 0;
-  double *means = NULL;
-  group *groups = NULL;
-  ks_status status = KS_OK;
-  if (!out || !(level > 0 && level < 1) || n_resamples < 1)
-    return KS_FAIL(
-        KS_EINVAL,
-        "bootstrap: level %g and %lld resamples; give a level between 0 and 1 and at least 1 resample", level,
-        (long long)n_resamples);
+  int64_t n_values = 0;
+  KS_TRY(check_request("bootstrap", level, n_resamples, out));
   KS_TRY(check_groups(group_sizes, n_groups, &n_values));
   if (n_values > 0 && !values)
     return KS_FAIL(KS_EINVAL, "bootstrap: %lld values are announced but the array is NULL",
@@ -74,38 +112,120 @@ ks_status ks_bootstrap(const double *values, const int64_t *group_sizes, int64_t
     sum += values[i];
   if (n_values == 0 || isnan(sum)) return KS_OK;
 
-  KS_TRY_OUT(ks_alloc_array(&groups, (size_t)n_groups, sizeof *groups, "bootstrap: groups"));
-  KS_TRY_OUT(ks_alloc_array(&means, (size_t)n_resamples, sizeof *means, "bootstrap: means"));
+  nested_table t = {values, NULL, 0};
+  KS_TRY(ks_alloc_array(&t.groups, (size_t)n_groups, sizeof *t.groups, "bootstrap: groups"));
   for (int64_t g = 0, first = 0; g < n_groups; first += group_sizes[g++])
-    if (group_sizes[g] > 0) groups[n_filled++] = (group){first, group_sizes[g]};
-  /* one stream a resample: the first resamples stay the same when more are asked for */
-  for (int64_t r = 0; r < n_resamples; r++)
-    means[r] = draw_mean(values, groups, n_filled, ks_rng_make(seed, KS_RNG_BOOTSTRAP, (uint64_t)r));
-  out->mean = sum / (double)n_values;
-  out->low = ks_quantile(means, n_resamples, (1 - level) / 2);
-  out->high = ks_quantile(means, n_resamples, 1 - (1 - level) / 2);
-out:
-  free(groups);
-  free(means);
+    if (group_sizes[g] > 0) t.groups[t.n_groups++] = (group){first, group_sizes[g]};
+  ks_status status = find_bounds(draw_nested, &t, level, n_resamples, seed, out);
+  if (status == KS_OK) out->mean = sum / (double)n_values;
+  free(t.groups);
   return status;
 }
 
 ks_status ks_bootstrap_paired(const double *a, const double *b, const int64_t *group_sizes, int64_t n_groups,
                               double level, int64_t n_resamples, uint64_t seed, ks_interval *out) {
   int64_t n_values = 0;
-  double *differences = NULL;
+  double *differences;
   KS_TRY(check_groups(group_sizes, n_groups, &n_values));
-  if (n_values > 0 && (!a || !b))
-    return KS_FAIL(KS_EINVAL, "paired bootstrap: %lld pairs are announced but an array is NULL",
-                   (long long)n_values);
-  KS_TRY(
-      ks_alloc_array(&differences, (size_t)n_values, sizeof *differences, "paired bootstrap: differences"));
-  for (int64_t i = 0; i < n_values; i++)
-    differences[i] = a[i] - b[i];
+  KS_TRY(subtract(a, b, n_values, &differences));
   ks_status status = ks_bootstrap(differences, group_sizes, n_groups, level, n_resamples, seed, out);
   free(differences);
   return status;
 }
+
+/* ---------------------------------------------------------------- crossed */
+
+typedef struct {
+  double *values; /* [n_rows, n_columns] */
+  int64_t n_rows, n_columns;
+  int64_t *drawn; /* scratch: [n_rows] */
+} crossed_table;
+
+static double draw_crossed(const void *table, ks_rng rng) {
+  const crossed_table *t = table;
+  double sum = 0;
+  for (int64_t i = 0; i < t->n_rows; i++)
+    t->drawn[i] = (int64_t)ks_rng_below(&rng, (uint64_t)t->n_rows);
+  for (int64_t j = 0; j < t->n_columns; j++) {
+    const double *column = t->values + ks_rng_below(&rng, (uint64_t)t->n_columns);
+    for (int64_t i = 0; i < t->n_rows; i++)
+      sum += column[t->drawn[i] * t->n_columns];
+  }
+  return sum / (double)(t->n_rows * t->n_columns);
+}
+
+/* sqrt(n / (n - 1)) - 1; a single row or column has no deviation to stretch. */
+static double stretch(int64_t n) {
+  return n > 1 ? sqrt((double)n / (double)(n - 1)) - 1 : 0;
+}
+
+/* The deviations of the row means and of the column means from the mean, stretched; what is left of each
+ * value stays as it is. */
+static void fill_stretched(const double *values, double mean, crossed_table *t) {
+  int64_t n_rows = t->n_rows, n_columns = t->n_columns;
+  for (int64_t i = 0; i < n_rows; i++) {
+    double sum = 0;
+    for (int64_t j = 0; j < n_columns; j++)
+      sum += values[i * n_columns + j];
+    for (int64_t j = 0; j < n_columns; j++)
+      t->values[i * n_columns + j] =
+          values[i * n_columns + j] + stretch(n_rows) * (sum / (double)n_columns - mean);
+  }
+  for (int64_t j = 0; j < n_columns; j++) {
+    double sum = 0;
+    for (int64_t i = 0; i < n_rows; i++)
+      sum += values[i * n_columns + j];
+    for (int64_t i = 0; i < n_rows; i++)
+      t->values[i * n_columns + j] += stretch(n_columns) * (sum / (double)n_rows - mean);
+  }
+}
+
+static ks_status check_shape(int64_t n_rows, int64_t n_columns, int64_t *n_values) {
+  if (n_rows < 0 || n_columns < 0 || __builtin_mul_overflow(n_rows, n_columns, n_values))
+    return KS_FAIL(KS_EINVAL, "crossed bootstrap: %lld seeds and %lld questions; give sizes of 0 or more",
+                   (long long)n_rows, (long long)n_columns);
+  return KS_OK;
+}
+
+ks_status ks_bootstrap_crossed(const double *values, int64_t n_seeds, int64_t n_questions, double level,
+                               int64_t n_resamples, uint64_t seed, ks_interval *out) {
+  int64_t n_values;
+  ks_status status;
+  KS_TRY(check_request("crossed bootstrap", level, n_resamples, out));
+  KS_TRY(check_shape(n_seeds, n_questions, &n_values));
+  if (n_values > 0 && !values)
+    return KS_FAIL(KS_EINVAL, "crossed bootstrap: %lld values are announced but the array is NULL",
+                   (long long)n_values);
+  *out = (ks_interval){NAN, NAN, NAN, n_values};
+  double sum = 0;
+  for (int64_t i = 0; i < n_values; i++)
+    sum += values[i];
+  if (n_values == 0 || !isfinite(sum)) return KS_OK;
+
+  crossed_table t = {.n_rows = n_seeds, .n_columns = n_questions};
+  KS_TRY_OUT(ks_alloc_array(&t.values, (size_t)n_values, sizeof *t.values, "crossed bootstrap: values"));
+  KS_TRY_OUT(ks_alloc_array(&t.drawn, (size_t)n_seeds, sizeof *t.drawn, "crossed bootstrap: seeds"));
+  fill_stretched(values, sum / (double)n_values, &t);
+  KS_TRY_OUT(find_bounds(draw_crossed, &t, level, n_resamples, seed, out));
+  out->mean = sum / (double)n_values;
+out:
+  free(t.values);
+  free(t.drawn);
+  return status;
+}
+
+ks_status ks_bootstrap_crossed_paired(const double *a, const double *b, int64_t n_seeds, int64_t n_questions,
+                                      double level, int64_t n_resamples, uint64_t seed, ks_interval *out) {
+  int64_t n_values;
+  double *differences;
+  KS_TRY(check_shape(n_seeds, n_questions, &n_values));
+  KS_TRY(subtract(a, b, n_values, &differences));
+  ks_status status = ks_bootstrap_crossed(differences, n_seeds, n_questions, level, n_resamples, seed, out);
+  free(differences);
+  return status;
+}
+
+/* ---------------------------------------------------------------- chi-square */
 
 /* Regularised incomplete gamma functions: P(a, x) by its series (DLMF 8.7.1), Q(a, x) by its continued
  * fraction (DLMF 8.9.2, evaluated by Lentz's method as modified by Thompson and Barnett 1986). Each is used

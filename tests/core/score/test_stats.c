@@ -138,6 +138,125 @@ Test(stats, paired_is_the_bootstrap_of_differences) {
   cr_assert(alone.high - alone.low > 10 * (paired.high - paired.low));
 }
 
+static ks_interval crossed(const double *values, int64_t n_seeds, int64_t n_questions, uint64_t seed) {
+  ks_interval out;
+  ks_status s = ks_bootstrap_crossed(values, n_seeds, n_questions, 0.95, 1000, seed, &out);
+  cr_assert(s == KS_OK, "%s", ks_error_message());
+  return out;
+}
+
+Test(stats, crossed_of_degenerate_tables) {
+  const double values[] = {2, 2, 2, 2, 2, 2, 1, 3}, with_nan[] = {1, NAN, 3, 4},
+               with_inf[] = {1, INFINITY, 3, 4};
+  const struct {
+    const double *values;
+    int64_t n_seeds, n_questions;
+    double mean, low, high;
+  } cases[] = {
+      {NULL, 0, 5, NAN, NAN, NAN},
+      {NULL, 5, 0, NAN, NAN, NAN},
+      {values, 1, 1, 2, 2, 2},
+      {values, 2, 3, 2, 2, 2},
+      {with_nan, 2, 2, NAN, NAN, NAN},
+      {with_inf, 2, 2, NAN, NAN, NAN},
+      /* deviations of 1 are stretched by sqrt(2), whichever way the two lie */
+      {values + 6, 2, 1, 2, 2 - sqrt(2), 2 + sqrt(2)},
+      {values + 6, 1, 2, 2, 2 - sqrt(2), 2 + sqrt(2)},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    ks_interval out = crossed(cases[i].values, cases[i].n_seeds, cases[i].n_questions, 1);
+    const double want[] = {cases[i].mean, cases[i].low, cases[i].high}, got[] = {out.mean, out.low, out.high};
+    cr_expect(out.n == cases[i].n_seeds * cases[i].n_questions);
+    for (int j = 0; j < 3; j++) /* one stretch and two sums of at most six values */
+      cr_expect(isnan(want[j]) ? isnan(got[j]) : fabs(got[j] - want[j]) <= (4 + sqrt(6)) * 0x1p-53 * 4,
+                "case %zu: %g, want %g", i, got[j], want[j]);
+  }
+}
+
+/* One seed, or the same answers from every seed: what is drawn are questions, as in the nested bootstrap of
+ * one group; the interval is that one's, stretched. */
+Test(stats, crossed_draws_questions_once_for_all_seeds) {
+  enum { N_SEEDS = 4, N_QUESTIONS = 40, N_RESAMPLES = 4000 };
+  double values[N_SEEDS * N_QUESTIONS], squares = 0, sum = 0;
+  ks_rng rng = ks_rng_make(5, KS_RNG_TEST, 0);
+  for (int i = 0; i < N_SEEDS * N_QUESTIONS; i++)
+    values[i] = i < N_QUESTIONS ? ks_rng_normal(&rng) : values[i - N_QUESTIONS];
+  for (int i = 0; i < N_QUESTIONS; i++)
+    sum += values[i];
+  for (int i = 0; i < N_QUESTIONS; i++)
+    squares += (values[i] - sum / N_QUESTIONS) * (values[i] - sum / N_QUESTIONS);
+  double se = sqrt(squares / (N_QUESTIONS - 1) / N_QUESTIONS);
+  for (int64_t n_seeds = 1; n_seeds <= N_SEEDS; n_seeds += N_SEEDS - 1) {
+    ks_interval out;
+    cr_assert(ks_bootstrap_crossed(values, n_seeds, N_QUESTIONS, 0.95, N_RESAMPLES, 1, &out) == KS_OK);
+    /* widths of 2 * 1.96 standard errors; Monte Carlo: see width_is_that_of_theory */
+    cr_expect(fabs((out.high - out.low) - 2 * 1.96 * se) <= 2 * 4 * 0.042 * se, "%lld seeds: width %g, se %g",
+              (long long)n_seeds, out.high - out.low, se);
+  }
+  ks_interval a = crossed(values, N_SEEDS, N_QUESTIONS, 3), b = crossed(values, N_SEEDS, N_QUESTIONS, 3),
+              c = crossed(values, N_SEEDS, N_QUESTIONS, 4);
+  cr_expect(a.low == b.low && a.high == b.high && a.low != c.low);
+}
+
+Test(stats, crossed_paired_is_the_bootstrap_of_differences) {
+  enum { N_SEEDS = 3, N_QUESTIONS = 16, N = N_SEEDS * N_QUESTIONS };
+  double a[N], b[N], d[N];
+  ks_rng rng = ks_rng_make(6, KS_RNG_TEST, 0);
+  for (int i = 0; i < N; i++) {
+    a[i] = ks_rng_normal(&rng);
+    b[i] = ks_rng_normal(&rng);
+    d[i] = a[i] - b[i];
+  }
+  ks_interval paired, want = crossed(d, N_SEEDS, N_QUESTIONS, 5);
+  cr_assert(ks_bootstrap_crossed_paired(a, b, N_SEEDS, N_QUESTIONS, 0.95, 1000, 5, &paired) == KS_OK);
+  cr_assert(paired.mean == want.mean && paired.low == want.low && paired.high == want.high && paired.n == N);
+}
+
+/* value = seed + question + noise, all normal; the truth is 0. The same cases with more experiments make the
+ * table in core/score/score.h. */
+static void crossed_coverage(int64_t n_seeds, const double sd[3], uint64_t id, double *crossed_part,
+                             double *nested_part) {
+  enum { N_EXPERIMENTS = 300, N_RESAMPLES = 200, N_QUESTIONS = 48, MAX_SEEDS = 12 };
+  double values[MAX_SEEDS * N_QUESTIONS], question[N_QUESTIONS];
+  int64_t sizes[MAX_SEEDS];
+  int n_crossed = 0, n_nested = 0;
+  ks_rng rng = ks_rng_make(13, KS_RNG_TEST, id);
+  for (int e = 0; e < N_EXPERIMENTS; e++) {
+    for (int j = 0; j < N_QUESTIONS; j++)
+      question[j] = sd[1] * ks_rng_normal(&rng);
+    for (int64_t i = 0; i < n_seeds; i++) {
+      double shift = sd[0] * ks_rng_normal(&rng);
+      sizes[i] = N_QUESTIONS;
+      for (int j = 0; j < N_QUESTIONS; j++)
+        values[i * N_QUESTIONS + j] = shift + question[j] + sd[2] * ks_rng_normal(&rng);
+    }
+    ks_interval c, n;
+    cr_assert(ks_bootstrap_crossed(values, n_seeds, N_QUESTIONS, 0.95, N_RESAMPLES, (uint64_t)e, &c) ==
+              KS_OK);
+    cr_assert(ks_bootstrap(values, sizes, n_seeds, 0.95, N_RESAMPLES, (uint64_t)e, &n) == KS_OK);
+    n_crossed += c.low <= 0 && 0 <= c.high;
+    n_nested += n.low <= 0 && 0 <= n.high;
+  }
+  *crossed_part = (double)n_crossed / N_EXPERIMENTS;
+  *nested_part = (double)n_nested / N_EXPERIMENTS;
+}
+
+Test(stats, crossed_interval_covers) {
+  static const struct {
+    int64_t n_seeds;
+    double sd[3], least;
+  } cases[] = {{3, {0.15, 1, 0.5}, 0.89}, {12, {0.15, 1, 0.5}, 0.89}, {3, {0.3, 0.3, 1}, 0.86},
+               {12, {0.3, 0.3, 1}, 0.91}, {3, {1, 1, 1}, 0.74},       {12, {1, 1, 1}, 0.88}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    double here, nested;
+    crossed_coverage(cases[i].n_seeds, cases[i].sd, i, &here, &nested);
+    cr_log_info("%lld seeds, sd %g %g %g: crossed %.3f, nested %.3f", (long long)cases[i].n_seeds,
+                cases[i].sd[0], cases[i].sd[1], cases[i].sd[2], here, nested);
+    cr_expect(here >= cases[i].least, "case %zu covers %.3f", i, here);
+    cr_expect(here > nested, "case %zu: %.3f, nested %.3f", i, here, nested);
+  }
+}
+
 /* How often the 95 % interval holds the truth, 0, in 500 simulated experiments; with few groups the
  * percentile bootstrap promises less than 95 %. */
 static double coverage(int64_t n_groups, int64_t n_each, double group_sd, uint64_t id) {
@@ -208,4 +327,12 @@ Test(stats, refuses_bad_arguments) {
   cr_assert(eq(int, ks_bootstrap(v, ok, -1, 0.9, 10, 1, &out), KS_EINVAL));
   cr_assert(eq(int, ks_bootstrap(v, ok, 1, 0.9, 10, 1, NULL), KS_EINVAL));
   cr_assert(eq(int, ks_bootstrap_paired(v, NULL, ok, 1, 0.9, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, 1, 2, 1, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, 1, 2, 0.9, 0, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, -1, 2, 0.9, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, 1, -2, 0.9, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, INT64_MAX, 2, 0.9, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(NULL, 1, 2, 0.9, 10, 1, &out), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed(v, 1, 2, 0.9, 10, 1, NULL), KS_EINVAL));
+  cr_assert(eq(int, ks_bootstrap_crossed_paired(v, NULL, 1, 2, 0.9, 10, 1, &out), KS_EINVAL));
 }
