@@ -14,6 +14,7 @@ typedef struct {
   bool complete;
   ks_row_checkpoint last; /* zero when there is none yet */
   double *rouge1;
+  int64_t *questions; /* [n_values] */
   int64_t n_values;
   double loss_sum;
   int64_t loss_tokens;
@@ -27,6 +28,7 @@ static void cell_result_free(cell_result *c) {
   free(c->policy);
   free(c->settings);
   free(c->rouge1);
+  free(c->questions);
 }
 
 /* The configuration without its line "seed = N;". */
@@ -72,8 +74,10 @@ static ks_status read_answers(cell_result *c) {
   for (int64_t i = 0; i < n; i++)
     last = ks_max_i64(last, rows[i].window);
   ks_status status = ks_alloc_array(&c->rouge1, (size_t)n, sizeof *c->rouge1, "answers");
+  if (status == KS_OK) status = ks_alloc_array(&c->questions, (size_t)n, sizeof *c->questions, "answers");
   for (int64_t i = 0; i < n && status == KS_OK; i++) {
     if (rows[i].window != last) continue;
+    c->questions[c->n_values] = rows[i].set_id;
     c->rouge1[c->n_values++] = rows[i].rouge1_f1;
     c->loss_sum += rows[i].loss_sum;
     c->loss_tokens += rows[i].loss_tokens;
@@ -201,6 +205,10 @@ static ks_status label_of(const cell_result *c, char **out) {
   return status;
 }
 
+static bool same_questions(const int64_t *a, const int64_t *b, int64_t n) {
+  return n == 0 || memcmp(a, b, (size_t)n * sizeof *a) == 0;
+}
+
 static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r) {
   KS_TRY(label_of(&cells[0], &r->label));
   KS_TRY(ks_strdup(cells[0].policy, &r->policy));
@@ -209,15 +217,22 @@ static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r)
   for (int64_t i = 0; i < n; i++)
     r->n_values += cells[i].n_values;
   KS_TRY(ks_alloc_array(&r->rouge1, (size_t)r->n_values, sizeof *r->rouge1, "report"));
+  KS_TRY(ks_alloc_array(&r->questions, (size_t)r->n_values, sizeof *r->questions, "report"));
   KS_TRY(ks_alloc_array(&r->group_sizes, (size_t)n, sizeof *r->group_sizes, "report"));
   KS_TRY(ks_alloc_array(&r->seeds, (size_t)n, sizeof *r->seeds, "report"));
   double loss = 0;
   int64_t at = 0, tokens = 0;
   ks_sha256 h;
   ks_sha256_init(&h);
+  r->crossed = true;
   for (int64_t i = 0; i < n; i++) {
     const cell_result *c = &cells[i];
-    if (c->n_values) memcpy(r->rouge1 + at, c->rouge1, (size_t)c->n_values * sizeof *r->rouge1);
+    if (c->n_values) {
+      memcpy(r->rouge1 + at, c->rouge1, (size_t)c->n_values * sizeof *r->rouge1);
+      memcpy(r->questions + at, c->questions, (size_t)c->n_values * sizeof *r->questions);
+    }
+    r->crossed = r->crossed && c->n_values == cells[0].n_values &&
+                 same_questions(c->questions, cells[0].questions, c->n_values);
     at += c->n_values;
     r->group_sizes[i] = c->n_values;
     r->seeds[i] = c->seed;
@@ -263,16 +278,28 @@ static bool pairs_with(const ks_report_row *a, const ks_report_row *b) {
   if (a == b || a->n_cells != b->n_cells) return false;
   for (int64_t i = 0; i < a->n_cells; i++)
     if (a->seeds[i] != b->seeds[i] || a->group_sizes[i] != b->group_sizes[i]) return false;
-  return true;
+  return same_questions(a->questions, b->questions, a->n_values);
+}
+
+static ks_status add_interval(const ks_report_params *p, ks_report_row *row) {
+  return row->crossed ? ks_bootstrap_crossed(row->rouge1, row->n_cells, row->group_sizes[0], p->level,
+                                             p->n_resamples, p->seed, &row->rouge1_ci)
+                      : ks_bootstrap(row->rouge1, row->group_sizes, row->n_cells, p->level, p->n_resamples,
+                                     p->seed, &row->rouge1_ci);
+}
+
+static ks_status add_difference(const ks_report_params *p, const ks_report_row *base, ks_report_row *row) {
+  return row->crossed
+             ? ks_bootstrap_crossed_paired(row->rouge1, base->rouge1, row->n_cells, row->group_sizes[0],
+                                           p->level, p->n_resamples, p->seed, &row->difference)
+             : ks_bootstrap_paired(row->rouge1, base->rouge1, row->group_sizes, row->n_cells, p->level,
+                                   p->n_resamples, p->seed, &row->difference);
 }
 
 static ks_status add_statistics(ks_report *r) {
   const ks_report_params *p = &r->params;
-  for (int64_t i = 0; i < r->n_rows; i++) {
-    ks_report_row *row = &r->rows[i];
-    KS_TRY(ks_bootstrap(row->rouge1, row->group_sizes, row->n_cells, p->level, p->n_resamples, p->seed,
-                        &row->rouge1_ci));
-  }
+  for (int64_t i = 0; i < r->n_rows; i++)
+    KS_TRY(add_interval(p, &r->rows[i]));
   const ks_report_row *floor = find_policy(r, "none"), *ceiling = find_policy(r, "all");
   for (int64_t i = 0; i < r->n_rows; i++) {
     ks_report_row *row = &r->rows[i];
@@ -280,9 +307,7 @@ static ks_status add_statistics(ks_report *r) {
       row->gap =
           (row->rouge1_ci.mean - floor->rouge1_ci.mean) / (ceiling->rouge1_ci.mean - floor->rouge1_ci.mean);
     const ks_report_row *base = find_baseline(r, row, p->baseline);
-    if (base && pairs_with(row, base))
-      KS_TRY(ks_bootstrap_paired(row->rouge1, base->rouge1, row->group_sizes, row->n_cells, p->level,
-                                 p->n_resamples, p->seed, &row->difference));
+    if (base && pairs_with(row, base)) KS_TRY(add_difference(p, base, row));
   }
   return KS_OK;
 }
@@ -328,6 +353,7 @@ void ks_report_destroy(ks_report *r) {
     free(r->rows[i].policy);
     free(r->rows[i].settings);
     free(r->rows[i].rouge1);
+    free(r->rows[i].questions);
     free(r->rows[i].group_sizes);
     free(r->rows[i].seeds);
   }

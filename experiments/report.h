@@ -27,9 +27,11 @@ typedef struct {
   double *rouge1; /* ROUGE-1 F1 of every answer at the last checkpoint, cell by cell in the order of seeds */
   int64_t *group_sizes; /* [n_cells] answers of each cell */
   int64_t *seeds;       /* [n_cells] */
+  int64_t *questions; /* [n_values] the sets that were answered */
   int64_t n_values;
+  bool crossed;           /* all cells answer the same questions in the same order */
   ks_interval rouge1_ci;  /* over seeds and questions */
-  ks_interval difference; /* paired with the baseline of the same settings; n = 0: none */
+  ks_interval difference; /* paired with the baseline of the same settings, seeds, questions; n = 0: none */
   double gap;             /* (ROUGE-1 - floor) / (ceiling - floor); NaN without both */
   double loss;            /* per token of the preferred responses */
   double sets_kept, bytes_used, annotations,

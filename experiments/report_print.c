@@ -73,6 +73,21 @@ static ks_status add_table(const ks_report *r, int n_columns, void (*head)(const
   return status;
 }
 
+/* What the intervals are of. */
+static const char *interval_note(const ks_report *r) {
+  int64_t n_seeds = 1, n_crossed = 0;
+  for (int64_t i = 0; i < r->n_rows; i++) {
+    n_seeds = ks_max_i64(n_seeds, r->rows[i].n_cells);
+    n_crossed += r->rows[i].crossed;
+  }
+  if (n_seeds == 1) return "questions alone: one seed says nothing about others";
+  if (n_crossed == r->n_rows) return "seeds and questions, crossed; narrow when few seeds (3) differ much";
+  if (n_crossed == 0)
+    return "seeds, then each seed's own questions (nested); narrow when few seeds (3) differ much";
+  return "seeds and questions: crossed where a row's seeds share the questions, else nested; narrow when few "
+         "seeds (3) differ much";
+}
+
 ks_status ks_report_table(const ks_report *r, ks_text *out) {
   int64_t n_cells = 0, n_complete = 0;
   for (int64_t i = 0; i < r->n_rows; i++) {
@@ -92,9 +107,10 @@ ks_status ks_report_table(const ks_report *r, ks_text *out) {
       "floor: none (never fine-tuned)   ceiling: all (keeps everything, annotated on everything: no budget "
       "holds)\n"
       "gap: share of the way from floor to ceiling   vs %s: paired difference, same seeds and questions\n"
+      "CI: bootstrap over %s\n"
       "loss: nats per token of the preferred responses   seconds: mean of a cell, its share of the cohort's "
       "passes\n",
-      r->params.baseline);
+      r->params.baseline, interval_note(r));
 }
 
 /* ---------------------------------------------------------------- csv */
