@@ -1,4 +1,5 @@
 #include "core/base/base.h"
+#include "core/base/sha256_blocks.h"
 
 #include <criterion/criterion.h>
 #include <signal.h>
@@ -63,6 +64,85 @@ Test(base, sha256_of_known_messages) {
       ks_sha256_add(&h, cases[i].text, strlen(cases[i].text));
     ks_sha256_finish(&h, hex);
     cr_expect_str_eq(hex, cases[i].want);
+  }
+}
+
+static const struct {
+  const char *name;
+  ks_sha256_blocks_function blocks;
+} sha256_ways[] = {{"plain", ks_sha256_blocks_plain},
+#ifdef __x86_64__
+                   {"x86", ks_sha256_blocks_x86}
+#endif
+};
+
+static bool sha256_way_runs(size_t way) {
+#ifdef __x86_64__
+  if (sha256_ways[way].blocks == ks_sha256_blocks_x86) return ks_sha256_x86_supported();
+#endif
+  return sha256_ways[way].blocks == ks_sha256_blocks_plain;
+}
+
+/* One way over a message padded here, in calls of random numbers of blocks. */
+static void sha256_of_blocks(ks_sha256_blocks_function blocks, const unsigned char *message, size_t n,
+                             ks_rng *rng, char hex[65]) {
+  uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  size_t n_blocks = (n + 9 + 63) / 64;
+  unsigned char *padded = calloc(n_blocks, 64);
+  cr_assert(padded != NULL);
+  if (n) memcpy(padded, message, n);
+  padded[n] = 0x80;
+  for (size_t i = 0; i < 8; i++)
+    padded[64 * n_blocks - 1 - i] = (unsigned char)((uint64_t)n * 8 >> 8 * i);
+  for (size_t at = 0, take; at < n_blocks; at += take) {
+    take = (size_t)ks_rng_below(rng, n_blocks - at + 1);
+    blocks(state, padded + 64 * at, take);
+  }
+  for (int i = 0; i < 8; i++)
+    snprintf(hex + 8 * i, 9, "%08x", state[i]);
+  free(padded);
+}
+
+Test(base, sha256_is_the_same_both_ways_and_in_all_pieces) {
+  enum { N_CASES = 600, LONGEST = 700 };
+  unsigned char bytes[LONGEST + 64];
+  ks_rng rng = ks_rng_make(21, KS_RNG_TEST, 0);
+  char want[65], got[65];
+  for (int c = 0; c < N_CASES; c++) {
+    size_t n = c < 200 ? (size_t)c : (size_t)ks_rng_below(&rng, LONGEST + 1);
+    unsigned char *message = bytes + ks_rng_below(&rng, 64); /* at any alignment */
+    for (size_t i = 0; i < n; i++)
+      message[i] = (unsigned char)ks_rng_u64(&rng);
+    sha256_of_blocks(ks_sha256_blocks_plain, message, n, &rng, want);
+    for (size_t way = 1; way < sizeof sha256_ways / sizeof *sha256_ways; way++) {
+      if (!sha256_way_runs(way)) continue;
+      sha256_of_blocks(sha256_ways[way].blocks, message, n, &rng, got);
+      cr_assert_str_eq(got, want, "%s, %zu bytes: %s", sha256_ways[way].name, n, got);
+    }
+    ks_sha256 h;
+    ks_sha256_init(&h);
+    for (size_t at = 0, take; at < n; at += take) {
+      take = (size_t)ks_rng_below(&rng, n - at + 1);
+      ks_sha256_add(&h, message + at, take);
+    }
+    ks_sha256_finish(&h, got);
+    cr_assert_str_eq(got, want, "%zu bytes in pieces: %s", n, got);
+  }
+}
+
+Test(base, sha256_ways_know_the_published_message) {
+  /* "abc" (FIPS 180-2, appendix B.1) */
+  char hex[65];
+  ks_rng rng = ks_rng_make(22, KS_RNG_TEST, 0);
+  for (size_t way = 0; way < sizeof sha256_ways / sizeof *sha256_ways; way++) {
+    if (!sha256_way_runs(way)) {
+      cr_log_warn("%s: not on this machine", sha256_ways[way].name);
+      continue;
+    }
+    sha256_of_blocks(sha256_ways[way].blocks, (const unsigned char *)"abc", 3, &rng, hex);
+    cr_expect_str_eq(hex, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", "%s",
+                     sha256_ways[way].name);
   }
 }
 
