@@ -229,7 +229,10 @@ static ks_status read_merge(const json_t *entry, ks_text *joined, size_t *n_left
 }
 
 static ks_status merge_token(const json_t *vocab, const char *bytes, size_t n, int32_t *id) {
-  const json_t *v = json_object_getn(vocab, bytes, n);
+  char *key; /* jansson 2.13, Ubuntu 22.04's, cannot look up a span */
+  KS_TRY(ks_strndup(bytes, n, &key));
+  const json_t *v = strlen(key) == n ? json_object_get(vocab, key) : NULL;
+  free(key);
   if (!v) return KS_FAIL(KS_EDATA, "\"%.*s\" is not in the vocabulary", (int)(n < 100 ? n : 100), bytes);
   *id = (int32_t)json_integer_value(v);
   return KS_OK;
