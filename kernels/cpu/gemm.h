@@ -1,8 +1,8 @@
-/* Products: packing of X, blocking, threads. Layouts and the order of operations: gemm_tile.h. */
+/* Products: blocking and threads. Layouts and the order of operations: gemm_tile.h. */
 #ifndef KS_CPU_GEMM_H
 #define KS_CPU_GEMM_H
 
-#include "kernels/cpu/gemm_tile.h"
+#include "kernels/cpu/lora_project.h"
 
 /* C = X B (+ C) (+ bias) (+ the rank-r terms of LoRA: scale * u B_l^T forward, v A_l backward). */
 typedef struct {
@@ -15,87 +15,17 @@ typedef struct {
   int64_t ldc;
   bool accumulate;
   int64_t n_rows;
-  const ks_linear_args *lora; /* or NULL */
+  const ks_linear_args *lora;    /* whose terms to add, or NULL */
+  const ks_linear_args *project; /* whose u or v to make from the packed X before that, or NULL; with float32
+                                    and when each thread has all columns of its rows */
   bool backward;
 } gemm_args;
 
-/* ---------------------------------------------------------------- packing X */
-
-/* (a0, b0, a1, b1, ...) */
-KS_INLINE void gemm_interleave(ks_v a, ks_v b, ks_v *low, ks_v *high) {
-  ks_ipart l, h;
-  for (int j = 0; j < KS_PART_LANES; j++) {
-    l[j] = j / 2 + j % 2 * KS_PART_LANES;
-    h[j] = l[j] + KS_PART_LANES / 2;
-  }
-  ks_part out[2 * KS_PARTS];
-  KS_EACH_PART(i) {
-    out[2 * i] = __builtin_shuffle(a.p[i], b.p[i], l);
-    out[2 * i + 1] = __builtin_shuffle(a.p[i], b.p[i], h);
-  }
-  KS_EACH_PART(i) {
-    low->p[i] = out[i];
-    high->p[i] = out[KS_PARTS + i];
-  }
-}
-
-/* Round to nearest even to the upper half of each lane; NaN keeps its sign and becomes quiet. */
-KS_INLINE ks_ipart gemm_round_bf16(ks_part x) {
-  ks_ipart bits = (ks_ipart)x;
-  ks_ipart rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
-  ks_ipart nan = x != x;
-  return (nan & (bits | 0x400000) & (int32_t)0xffff0000) | (~nan & rounded);
-}
-
-/* Up to 16 units of a row from x on, times s: 16 floats, or 32 as pairs of bf16. n: floats that are left. */
-KS_INLINE ks_v gemm_load_units(const float *x, int64_t n, bool bf16, ks_v s) {
-  ks_v a = ks_v_mul(ks_v_load_n(x, n), s);
-  if (!bf16) return a;
-  ks_v b = ks_v_mul(ks_v_load_n(x + KS_LANES, ks_max_i64(n - KS_LANES, 0)), s);
-#if defined(__AVX512BF16__)
-  return (ks_v){{(ks_part)_mm512_cvtne2ps_pbh(b.p[0], a.p[0])}};
-#else
-  ks_ipart even, odd;
-  for (int j = 0; j < KS_PART_LANES; j++) {
-    even[j] = 2 * j;
-    odd[j] = 2 * j + 1;
-  }
-  ks_part all[2 * KS_PARTS];
-  KS_EACH_PART(i) {
-    all[i] = (ks_part)gemm_round_bf16(a.p[i]);
-    all[KS_PARTS + i] = (ks_part)gemm_round_bf16(b.p[i]);
-  }
-  ks_v r;
-  KS_EACH_PART(i) {
-    ks_ipart e = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], even);
-    ks_ipart o = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], odd);
-    r.p[i] = (ks_part)(((e >> 16) & 0xffff) | o);
-  }
-  return r;
-#endif
-}
-
-/* Rows 2i and 2i + 1 of x [n_rows, ldx], columns [0, n), times scale (times row_scale[row]) into pair i of
- * `a`. */
-static void gemm_pack_rows(float *a, const float *x, int64_t ldx, int64_t n_rows, int64_t n, bool bf16,
-                           float scale, const float *row_scale) {
-  const int64_t step = bf16 ? 2 * KS_LANES : KS_LANES;
-  for (int64_t i = 0; i < n_rows; i += 2, a += GEMM_PAIR) {
-    bool two = i + 1 < n_rows;
-    const float *x0 = x + i * ldx, *x1 = two ? x0 + ldx : x0;
-    ks_v s0 = ks_v_set(row_scale ? scale * row_scale[i] : scale);
-    ks_v s1 = ks_v_set(row_scale && two ? scale * row_scale[i + 1] : scale);
-    float *out = a;
-    for (int64_t j = 0; j < n; j += step, out += 2 * KS_LANES) {
-      ks_v r0 = gemm_load_units(x0 + j, n - j, bf16, s0);
-      ks_v r1 = two ? gemm_load_units(x1 + j, n - j, bf16, s1) : ks_v_zero();
-      ks_v low, high;
-      gemm_interleave(r0, r1, &low, &high);
-      ks_v_store(out, low);
-      ks_v_store(out + KS_LANES, high);
-    }
-  }
-}
+typedef struct {
+  float a[GEMM_MC / 2 * GEMM_PAIR]; /* a block of X */
+  float u[GEMM_MC * GEMM_U_PAIR];   /* left factors of rank-r terms: at most a pair for each row */
+  float ranks[LORA_MIXED * GEMM_KC * KS_LANES]; /* lora_block */
+} gemm_scratch;
 
 /* ---------------------------------------------------------------- blocks */
 
@@ -107,94 +37,130 @@ static int64_t gemm_tile_rows(int64_t n_rows) {
   return rows + rows % 2;
 }
 
-typedef struct {
-  float a[GEMM_MC / 2 * GEMM_PAIR]; /* a block of X */
-  float u[GEMM_MC * GEMM_PAIR];     /* its rank-r factors, a pair at least for each term */
-} gemm_scratch;
-
-/* A tile of a rank-r term: C[row, row + n_rows) += u r. */
+/* The part of a rank-r term that falls into one tile of the product. */
 typedef struct {
   const float *u, *r;
-  int64_t row, n_rows, rank;
+  int64_t tile, row, n_rows, rank; /* rows counted from the block's first */
 } gemm_piece;
 
-/* Cuts the terms that meet rows [row, row + n_rows) into tiles with packed, scaled u. */
-static int gemm_pack_terms(const gemm_args *g, int64_t row, int64_t n_rows, float *packed,
+/* Rows [row, row + n_rows) of C in tiles of tile_rows: packs the left factors of all rank-r terms that meet
+ * them. */
+static int gemm_pack_terms(const gemm_args *g, int64_t row, int64_t n_rows, int64_t tile_rows, float *packed,
                            gemm_piece *pieces) {
   const ks_linear_args *l = g->lora;
   int n = 0;
   for (int64_t s = 0; l && s < l->n_segments; s++) {
     const ks_segment *seg = &l->segments[s];
-    int64_t begin = ks_max_i64(seg->row_begin, row),
-            end = ks_min_i64(seg->row_begin + seg->n_rows, row + n_rows);
-    if (seg->adapter < 0 || begin >= end) continue;
-    const ks_lora *lora = &l->loras[seg->adapter];
-    if (lora->rank == 0) continue;
-    const float *u = g->backward ? l->v : l->u, *r = g->backward ? lora->a : lora->b_t;
-    int64_t step = gemm_tile_rows(end - begin);
-    for (int64_t first = begin; first < end; first += step) {
-      int64_t rows = ks_min_i64(step, end - first);
-      gemm_pack_rows(packed, u + first * l->u_stride, l->u_stride, rows, lora->rank, false,
+    const ks_lora *lora = lora_of(l, seg);
+    if (!lora) continue;
+    const int64_t end = ks_min_i64(seg->row_begin + seg->n_rows - row, n_rows);
+    for (int64_t i = ks_max_i64(seg->row_begin - row, 0), next; i < end; i = next) {
+      next = ks_min_i64((i / tile_rows + 1) * tile_rows, end);
+      const float *u = (g->backward ? l->v : l->u) + (row + i) * l->u_stride;
+      gemm_pack_rows(packed, GEMM_U_PAIR, u, l->u_stride, next - i, lora->rank, false,
                      g->backward ? 1 : lora->scale, NULL);
-      pieces[n++] = (gemm_piece){packed, r, first, rows, lora->rank};
-      packed += (rows + 1) / 2 * GEMM_PAIR;
+      pieces[n++] =
+          (gemm_piece){packed, g->backward ? lora->a : lora->b_t, i / tile_rows, i, next - i, lora->rank};
+      packed += (next - i + 1) / 2 * GEMM_U_PAIR;
     }
   }
   return n;
 }
 
+/* One block of rows and one of k. */
+typedef struct {
+  const gemm_args *g;
+  int64_t row, n_rows, tile_rows;
+  int64_t unit, n_units;
+  int64_t first_col, n_cols;
+  gemm_scratch *scratch;
+  gemm_piece pieces[GEMM_MC];
+  int n_pieces; /* 0 but in the last block of k */
+} gemm_block;
+
+/* Columns [col, col + n_cols) of a block, which start at a panel. */
+static void gemm_run_columns(const gemm_block *k, int64_t col, int64_t n_cols) {
+  const gemm_args *g = k->g;
+  const gemm_layout *b = g->b;
+  const gemm_kind kind = b->dtype == KS_DTYPE_BF16 ? GEMM_BF16 : GEMM_F32;
+  const gemm_piece *piece = k->pieces, *pieces_end = piece + k->n_pieces;
+  gemm_tile t = {.b = (const float *)b->data + col / GEMM_PANEL * b->panel_units + k->unit * GEMM_PANEL,
+                 .b_panel = b->panel_units,
+                 .n_units = k->n_units,
+                 .ldc = g->ldc,
+                 .n_cols = n_cols,
+                 .bias = k->unit == 0 && g->bias ? g->bias + col : NULL,
+                 .load_c = k->unit > 0 || g->accumulate,
+                 .next = b->panel_units,
+                 .next_step = GEMM_PANEL * k->tile_rows / k->n_rows,
+                 .ldr = b->n_cols};
+  for (int64_t i = 0; i < k->n_rows; i += k->tile_rows) {
+    const int64_t rows = ks_min_i64(k->tile_rows, k->n_rows - i), tile = i / k->tile_rows;
+    float *c = g->c + (k->row + i) * g->ldc + col;
+    t.a = k->scratch->a + i / 2 * GEMM_PAIR;
+    t.c = c;
+    /* A term that covers the tile goes on in its registers; smaller ones follow. */
+    bool whole = piece < pieces_end && piece->tile == tile && piece->n_rows == rows;
+    t.rank = whole ? piece->rank : 0;
+    t.u = whole ? piece->u : NULL;
+    t.r = whole ? piece->r + col : NULL;
+    gemm_kernels[rows][kind](&t);
+    piece += whole;
+    for (; piece < pieces_end && piece->tile == tile; piece++) {
+      gemm_tile term = {.c = c + (piece->row - i) * g->ldc,
+                        .ldc = g->ldc,
+                        .n_cols = n_cols,
+                        .load_c = true,
+                        .u = piece->u,
+                        .r = piece->r + col,
+                        .rank = piece->rank,
+                        .ldr = b->n_cols};
+      gemm_kernels[piece->n_rows][GEMM_TERM](&term);
+    }
+    t.next += t.n_units * t.next_step;
+  }
+}
+
+static void gemm_run_block(gemm_block *k, bool last) {
+  const gemm_args *g = k->g;
+  const bool bf16 = g->b->dtype == KS_DTYPE_BF16;
+  const int64_t col = k->unit * (bf16 ? 2 : 1), n = ks_min_i64(k->n_units * (bf16 ? 2 : 1), g->b->k - col);
+  gemm_pack_rows(k->scratch->a, GEMM_PAIR, g->x + k->row * g->ldx + col, g->ldx, k->n_rows, n, bf16, 1,
+                 g->x_scale ? g->x_scale + k->row : NULL);
+  if (g->project) {
+    lora_block b = {.l = g->project,
+                    .backward = g->backward,
+                    .packed = k->scratch->a,
+                    .row = k->row,
+                    .n_rows = k->n_rows,
+                    .col = col,
+                    .k = n,
+                    .n = g->b->k,
+                    .ranks = k->scratch->ranks};
+    lora_project_block(&b);
+  }
+  k->n_pieces = last ? gemm_pack_terms(g, k->row, k->n_rows, k->tile_rows, k->scratch->u, k->pieces) : 0;
+  /* One tile sweeps all columns; several share each panel while it is near. */
+  const int64_t step = k->tile_rows >= k->n_rows ? k->n_cols : GEMM_PANEL;
+  for (int64_t c = 0; c < k->n_cols; c += step)
+    gemm_run_columns(k, k->first_col + c, ks_min_i64(step, k->n_cols - c));
+}
+
 /* Rows [r0, r1) of the panels [p0, p1), in one thread. */
 static void gemm_range(const gemm_args *g, int64_t r0, int64_t r1, int64_t p0, int64_t p1,
                        gemm_scratch *scratch) {
-  const gemm_layout *b = g->b;
-  const bool bf16 = b->dtype == KS_DTYPE_BF16;
-  const int64_t unit_k = bf16 ? 2 : 1;
-  const int64_t n_units = b->panel_units / GEMM_PANEL;
+  const int64_t n_units = g->b->panel_units / GEMM_PANEL;
   const int64_t n_blocks = ks_max_i64((n_units + GEMM_KC - 1) / GEMM_KC, 1);
-  const int64_t block_units = (n_units + n_blocks - 1) / n_blocks;
-  const int64_t first_col = p0 * GEMM_PANEL, n_cols = ks_min_i64(p1 * GEMM_PANEL, b->n_cols) - first_col;
-  gemm_piece pieces[GEMM_MC];
-  for (int64_t row = r0; row < r1; row += GEMM_MC) {
-    const int64_t rows = ks_min_i64(GEMM_MC, r1 - row);
-    const int64_t tile_rows = gemm_tile_rows(rows);
-    /* One tile sweeps all columns; several share each panel while it is in the first cache. */
-    const int64_t step = tile_rows >= rows ? n_cols : GEMM_PANEL;
-    int n_pieces = 0;
-    for (int64_t block = 0; block < n_blocks; block++) {
-      const int64_t unit = block * block_units, units = ks_min_i64(block_units, n_units - unit);
-      const int64_t k = unit * unit_k;
-      gemm_pack_rows(scratch->a, g->x + row * g->ldx + k, g->ldx, rows, ks_min_i64(units * unit_k, b->k - k),
-                     bf16, 1, g->x_scale ? g->x_scale + row : NULL);
-      const bool last = block == n_blocks - 1;
-      if (last) n_pieces = gemm_pack_terms(g, row, rows, scratch->u, pieces);
-      for (int64_t col = 0; col < n_cols; col += step) {
-        const int64_t cols = ks_min_i64(step, n_cols - col);
-        gemm_tile t = {.b = (const float *)b->data + (p0 + col / GEMM_PANEL) * b->panel_units +
-                            unit * GEMM_PANEL,
-                       .b_panel = b->panel_units,
-                       .n_units = units,
-                       .ldc = g->ldc,
-                       .n_cols = cols,
-                       .bias = block == 0 && g->bias ? g->bias + first_col + col : NULL,
-                       .load_c = block > 0 || g->accumulate};
-        float *c = g->c + first_col + col;
-        for (int64_t i = 0; i < rows; i += tile_rows) {
-          t.a = scratch->a + i / 2 * GEMM_PAIR;
-          t.c = c + (row + i) * g->ldc;
-          gemm_kernels[ks_min_i64(tile_rows, rows - i)][bf16 ? GEMM_PACKED_BF16 : GEMM_PACKED](&t);
-        }
-        for (int i = 0; last && i < n_pieces; i++) {
-          const gemm_piece *p = &pieces[i];
-          t.a = p->u;
-          t.b = p->r + first_col + col;
-          t.b_step = b->n_cols;
-          t.n_units = p->rank;
-          t.c = c + p->row * g->ldc;
-          t.bias = NULL;
-          t.load_c = true;
-          gemm_kernels[p->n_rows][GEMM_PLAIN](&t);
-        }
-      }
+  const int64_t units = (n_units + n_blocks - 1) / n_blocks;
+  gemm_block k = {.g = g, .first_col = p0 * GEMM_PANEL, .scratch = scratch};
+  k.n_cols = ks_min_i64(p1 * GEMM_PANEL, g->b->n_cols) - k.first_col;
+  for (k.row = r0; k.row < r1; k.row += GEMM_MC) {
+    k.n_rows = ks_min_i64(GEMM_MC, r1 - k.row);
+    k.tile_rows = gemm_tile_rows(k.n_rows);
+    for (int64_t i = 0; i < n_blocks; i++) {
+      k.unit = i * units;
+      k.n_units = ks_min_i64(units, n_units - k.unit);
+      gemm_run_block(&k, i == n_blocks - 1);
     }
   }
 }

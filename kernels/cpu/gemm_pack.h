@@ -1,0 +1,96 @@
+/* Packing of the left factor of a product: gemm_tile.h says into what. */
+#ifndef KS_CPU_GEMM_PACK_H
+#define KS_CPU_GEMM_PACK_H
+
+#include "kernels/cpu/gemm_tile.h"
+
+/* (a0, b0, a1, b1, ...) */
+KS_INLINE void gemm_interleave(ks_v a, ks_v b, ks_v *low, ks_v *high) {
+  ks_ipart l, h;
+  for (int j = 0; j < KS_PART_LANES; j++) {
+    l[j] = j / 2 + j % 2 * KS_PART_LANES;
+    h[j] = l[j] + KS_PART_LANES / 2;
+  }
+  ks_part out[2 * KS_PARTS];
+  KS_EACH_PART(i) {
+    out[2 * i] = __builtin_shuffle(a.p[i], b.p[i], l);
+    out[2 * i + 1] = __builtin_shuffle(a.p[i], b.p[i], h);
+  }
+  KS_EACH_PART(i) {
+    low->p[i] = out[i];
+    high->p[i] = out[KS_PARTS + i];
+  }
+}
+
+/* Round to nearest even to the upper half of each lane; NaN keeps its sign and becomes quiet. */
+KS_INLINE ks_ipart gemm_round_bf16(ks_part x) {
+  ks_ipart bits = (ks_ipart)x;
+  ks_ipart rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
+  ks_ipart nan = x != x;
+  return (nan & (bits | 0x400000) & (int32_t)0xffff0000) | (~nan & rounded);
+}
+
+/* Up to 16 units of a row from x on, times s: 16 floats, or 32 as pairs of bf16. n: floats that are left. */
+KS_INLINE ks_v gemm_load_units(const float *x, int64_t n, bool bf16, ks_v s) {
+  ks_v a = ks_v_mul(ks_v_load_n(x, n), s);
+  if (!bf16) return a;
+  ks_v b = ks_v_mul(ks_v_load_n(x + KS_LANES, ks_max_i64(n - KS_LANES, 0)), s);
+#if defined(__AVX512BF16__)
+  return (ks_v){{(ks_part)_mm512_cvtne2ps_pbh(b.p[0], a.p[0])}};
+#else
+  ks_ipart even, odd;
+  for (int j = 0; j < KS_PART_LANES; j++) {
+    even[j] = 2 * j;
+    odd[j] = 2 * j + 1;
+  }
+  ks_part all[2 * KS_PARTS];
+  KS_EACH_PART(i) {
+    all[i] = (ks_part)gemm_round_bf16(a.p[i]);
+    all[KS_PARTS + i] = (ks_part)gemm_round_bf16(b.p[i]);
+  }
+  ks_v r;
+  KS_EACH_PART(i) {
+    ks_ipart e = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], even);
+    ks_ipart o = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], odd);
+    r.p[i] = (ks_part)(((e >> 16) & 0xffff) | o);
+  }
+  return r;
+#endif
+}
+
+/* Rows 2i and 2i + 1 of x [n_rows, ldx], columns [0, n), times scale (times row_scale[row]) into pair i of
+ * `a`. */
+static void gemm_pack_rows(float *a, int64_t pair, const float *x, int64_t ldx, int64_t n_rows, int64_t n,
+                           bool bf16, float scale, const float *row_scale) {
+  const int64_t step = bf16 ? 2 * KS_LANES : KS_LANES;
+  for (int64_t i = 0; i < n_rows; i += 2, a += pair) {
+    bool two = i + 1 < n_rows;
+    const float *x0 = x + i * ldx, *x1 = two ? x0 + ldx : x0;
+    ks_v s0 = ks_v_set(row_scale ? scale * row_scale[i] : scale);
+    ks_v s1 = ks_v_set(row_scale && two ? scale * row_scale[i + 1] : scale);
+    float *out = a;
+    for (int64_t j = 0; j < n; j += step, out += 2 * KS_LANES) {
+      ks_v r0 = gemm_load_units(x0 + j, n - j, bf16, s0);
+      ks_v r1 = two ? gemm_load_units(x1 + j, n - j, bf16, s1) : ks_v_zero();
+      ks_v low, high;
+      gemm_interleave(r0, r1, &low, &high);
+      ks_v_store(out, low);
+      ks_v_store(out + KS_LANES, high);
+    }
+  }
+}
+
+/* 16 rows of 16 lanes become 16 columns. */
+KS_INLINE void gemm_transpose(ks_v row[KS_LANES]) {
+  for (int round = 0; round < 4; round++) {
+    ks_v next[KS_LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < KS_LANES / 2; i++)
+      gemm_interleave(row[i], row[i + KS_LANES / 2], &next[2 * i], &next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < KS_LANES; i++)
+      row[i] = next[i];
+  }
+}
+
+#endif
