@@ -1,6 +1,7 @@
 /* Small dense products for attention and similarity, on matrices that lie where they lie.
  *
- *   c[i, j] = (c[i, j] or 0) + sum over k of a(i, k) * b[k, j],   a(i, k) = a[i * a_row + k * a_col]
+ *   c[i, j] = (0, c[i, j] or c[i, j] * row_scale[i]) + sum over k of a(i, k) * b[k, j]
+ *   a(i, k) = a[i * a_row + k * a_col]
  *
  * Every element of c is one fma chain over k in rising order, whatever the shape: splitting m, n or (with
  * accumulate) the depth changes no bit. Vectors run over j, so b has unit stride there; where it has not,
@@ -28,8 +29,9 @@ typedef struct {
   int64_t c_row;
   int64_t m, n, depth;
   bool accumulate;
-  const int64_t
-      *row_depth; /* NULL, or [m] never falling, row_depth[0] >= depth: row i goes on to its own depth */
+  const float *row_scale; /* NULL, or [m] with accumulate */
+  /* NULL, or [m] never falling from depth on: row i goes on to its own depth. */
+  const int64_t *row_depth;
 } tile_args;
 
 /* One block of `rows` rows and `vecs` vectors at t->a, t->b, t->c; the last vector holds `last` columns. */
@@ -49,6 +51,12 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++)
       acc[r][v] = t->accumulate ? TILE_LOAD(v, t->c + r * c_row + v * KS_LANES) : ks_v_zero();
+  if (t->row_scale)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; v++)
+        acc[r][v] = ks_v_mul(acc[r][v], ks_v_set(t->row_scale[r]));
   for (int64_t k = 0; k < t->depth; k++) {
     ks_v row[TILE_VECS];
 #pragma GCC unroll 4
@@ -132,6 +140,7 @@ static void tile_product(tile_args t) {
       int64_t rows = ks_min_i64(whole.m - i, TILE_ROWS);
       t.a = whole.a + i * whole.a_row;
       t.c = whole.c + i * whole.c_row + j;
+      t.row_scale = whole.row_scale ? whole.row_scale + i : NULL;
       t.row_depth = whole.row_depth ? whole.row_depth + i : NULL;
       tile_blocks[rows - 1][vecs - 1](&t, last);
       i += rows;
