@@ -218,7 +218,10 @@ Test(sim, reports_group_seeds_and_check_themselves) {
   char *digest = strstr(csv.data, r->rows[1].digest);
   cr_assert(digest != NULL);
   digest[0] = digest[0] == '0' ? '1' : '0';
-  digest[-2] = digest[-2] == '9' ? '1' : '9'; /* last digit of acceptance */
+  char *acceptance = digest - 2;
+  while (acceptance[-1] != ',')
+    acceptance--;
+  acceptance[0] = acceptance[0] == '9' ? '1' : '9'; /* its first digit: the last may be within rounding */
   MUST(ks_file_write_atomic(path, csv.data, csv.len));
   cr_expect(ks_report_check(r, path, 0.02, &out) == KS_EMISMATCH);
   cr_expect(strstr(out.data, "DIFFERS") != NULL, "%s", out.data);
