@@ -65,10 +65,19 @@ typedef struct {
 } ks_model_load_params;
 #define KS_MODEL_LOAD_DEFAULT ((ks_model_load_params){.dtype = KS_DTYPE_F32})
 
-/* Loads a llama2.c file (legacy or version 1), or a Hugging Face folder (config.json + safetensors in one file or
- * several through model.safetensors.index.json; F32, F16, BF16). The kind is found from the content. llama2.c's rotary
- * pairs (2j, 2j+1) are brought to the half-split order by permuting the rows of q and k at load.
- * Every size in a header is checked against the file before use. Errors: KS_EDATA with path, byte offset or tensor name. */
+/* Loads a llama2.c file (legacy or version 1), or a Hugging Face folder of a LlamaForCausalLM, MistralForCausalLM,
+ * Qwen2ForCausalLM or Qwen3ForCausalLM (config.json + safetensors in one file or several through
+ * model.safetensors.index.json; F32, F16, BF16). The kind is found from the content. llama2.c's rotary pairs (2j, 2j+1)
+ * are brought to the half-split order by permuting the rows of q and k at load.
+ * - End tokens: generation_config.json's where it names some, else config.json's; llama2.c: 2 and 1 (its stories end where
+ *   the next begins).
+ * - A model that attends within a sliding window gets the window as max_seq_len, with a warning in the log: up to there it
+ *   computes the same.
+ * - sha256 is of all bytes behind the header, of several files one after the other by name.
+ * - The file is mapped, packed tensor by tensor and let go: memory peaks at the packed model and one tensor.
+ * Every size in a header is checked against the file before use. Errors: KS_EDATA with path, byte offset or tensor name;
+ * KS_EUNSUPPORTED names what is not supported (other architectures, rotary scalings, quantized weights, a tensor that the
+ * model would not use). */
 ks_status ks_model_load(ks_ctx *ctx, const char *path, const ks_model_load_params *params, ks_model **out);
 /* Normal(0, 0.02) weights, norms 1: for benchmarks and tests. */
 ks_status ks_model_create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed, ks_model **out);
