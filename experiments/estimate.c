@@ -24,12 +24,18 @@ static ks_status take_sample(ks_world *w, sample *s) {
     s->example_tokens += (double)n_example / (double)n;
     s->prompt_tokens += (double)begin / (double)n;
   }
-  double start = ks_clock_seconds();
-  KS_TRY(ks_world_score_sets(w, ids, n, NULL));
-  for (int64_t i = 0; i < n; i++)
-    tokens += (double)w->scores[ids[i]].n_tokens;
+  /* The first pass warms up; of the others the fastest counts: the machine may be busy elsewhere. */
+  for (int round = 0; round < 4; round++) {
+    double start = ks_clock_seconds(), round_tokens = 0;
+    for (int64_t i = 0; i < n; i++)
+      w->scores[ids[i]].known = false;
+    KS_TRY(ks_world_score_sets(w, ids, n, NULL));
+    for (int64_t i = 0; i < n; i++)
+      round_tokens += (double)w->scores[ids[i]].n_tokens;
+    tokens = round_tokens;
+    if (round > 0) s->embed_rate = fmax(s->embed_rate, tokens / fmax(ks_clock_seconds() - start, 1e-6));
+  }
   s->scored_tokens = tokens / (double)n;
-  s->embed_rate = tokens / fmax(ks_clock_seconds() - start, 1e-6);
   return KS_OK;
 }
 

@@ -112,15 +112,18 @@ typedef struct {
   int64_t n_trials;
   int64_t window;
   const ks_progress *progress;
+  struct ks_lesson *lessons; /* from synthesize to train; ks_stage_end frees it */
 } ks_stage;
 
-ks_status ks_stage_embed(const ks_stage *s);  /* score and embed what arrives in this window */
-ks_status ks_stage_select(const ks_stage *s); /* offer; ask on admission */
+ks_status ks_stage_embed(ks_stage *s);  /* score and embed what arrives in this window */
+ks_status ks_stage_select(ks_stage *s); /* offer; ask on admission */
 ks_status
-ks_stage_annotate(const ks_stage *s); /* ask at the trigger; the model's own answers where they are wanted */
-ks_status ks_stage_learn(const ks_stage *s); /* synthesize, fine-tune */
-ks_status ks_stage_evaluate(const ks_stage *s);
-ks_status ks_stage_record(const ks_stage *s);
+ks_stage_annotate(ks_stage *s); /* ask at the trigger; the model's own answers where they are wanted */
+ks_status ks_stage_synthesize(ks_stage *s); /* gather what trains, write variants */
+ks_status ks_stage_train(ks_stage *s);
+ks_status ks_stage_evaluate(ks_stage *s);
+ks_status ks_stage_record(ks_stage *s);
+void ks_stage_end(ks_stage *s); /* after the last stage, or the one that failed */
 
 /* The response that a kept set trains on, or NULL when it is left out. */
 const char *ks_trial_training_response(const ks_world *w, const ks_trial *t, const ks_kept *kept);

@@ -179,7 +179,7 @@ static ks_status call_trials(const ks_stage *s, exam *e) {
   return KS_OK;
 }
 
-ks_status ks_stage_evaluate(const ks_stage *s) {
+ks_status ks_stage_evaluate(ks_stage *s) {
   double start = ks_clock_seconds();
   const ks_world *w = s->world;
   const ks_config *c = w->config;

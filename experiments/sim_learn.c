@@ -4,16 +4,16 @@
 #include <math.h>
 
 /* One trial's texts of this trigger. */
-typedef struct {
+typedef struct ks_lesson {
   ks_trial *trial;
   ks_synth_source *sources; /* [n_sources] kept sets that train; strings borrowed from buffer and world */
   int64_t *set_ids;
   int64_t n_sources;
   ks_example *examples; /* tokens owned */
   int64_t n_examples, cap;
-} lesson;
+} ks_lesson;
 
-static void lesson_free(lesson *l) {
+static void lesson_free(ks_lesson *l) {
   for (int64_t i = 0; i < l->n_examples; i++)
     free((void *)(uintptr_t)l->examples[i].tokens);
   free(l->examples);
@@ -21,7 +21,7 @@ static void lesson_free(lesson *l) {
   free(l->set_ids);
 }
 
-static ks_status add_example(const ks_world *w, lesson *l, const char *question, const char *response) {
+static ks_status add_example(const ks_world *w, ks_lesson *l, const char *question, const char *response) {
   const ks_config *c = l->trial->config;
   if (l->n_examples == l->cap) {
     int64_t cap = l->cap ? 2 * l->cap : 64;
@@ -42,7 +42,7 @@ static ks_status add_example(const ks_world *w, lesson *l, const char *question,
   return KS_OK;
 }
 
-static ks_status gather_sources(const ks_stage *s, lesson *l, int32_t adapter) {
+static ks_status gather_sources(const ks_stage *s, ks_lesson *l, int32_t adapter) {
   const ks_buffer *b = ks_selector_buffer(l->trial->selector);
   KS_TRY(ks_alloc_array(&l->sources, (size_t)b->n_used, sizeof *l->sources, "kept sets"));
   KS_TRY(ks_alloc_array(&l->set_ids, (size_t)b->n_used, sizeof *l->set_ids, "kept sets"));
@@ -84,7 +84,7 @@ static bool same_synthesis(const ks_config *a, const ks_config *b) {
          a->synth.min_rouge1 == b->synth.min_rouge1 && a->synth.max_rouge1 == b->synth.max_rouge1;
 }
 
-static ks_status keep_variants(const ks_stage *s, lesson *l, const ks_variant *variants, int64_t n,
+static ks_status keep_variants(const ks_stage *s, ks_lesson *l, const ks_variant *variants, int64_t n,
                                int64_t first_source) {
   ks_row_checkpoint *counts = &l->trial->checkpoint;
   for (int64_t i = 0; i < n; i++) {
@@ -108,7 +108,7 @@ static ks_status keep_variants(const ks_stage *s, lesson *l, const ks_variant *v
 }
 
 /* Synthesizes for lessons[first] and all later ones of the same settings; marks them done. */
-static ks_status synthesize_group(const ks_stage *s, lesson *lessons, const ks_adapter_view *views,
+static ks_status synthesize_group(const ks_stage *s, ks_lesson *lessons, const ks_adapter_view *views,
                                   int64_t first, bool *done) {
   const ks_config *c = lessons[first].trial->config;
   ks_synth_source *sources = NULL;
@@ -140,7 +140,7 @@ out:
   return status;
 }
 
-static ks_status synthesize_all(const ks_stage *s, lesson *lessons) {
+static ks_status synthesize_all(const ks_stage *s, ks_lesson *lessons) {
   double start = ks_clock_seconds();
   ks_adapter_view *views = NULL;
   bool *done = NULL;
@@ -185,7 +185,7 @@ static ks_train_params train_params(const ks_config *c, int64_t window) {
                            .round = (uint64_t)window};
 }
 
-static ks_status note_training(const ks_stage *s, lesson *l, const ks_train_job *job) {
+static ks_status note_training(const ks_stage *s, ks_lesson *l, const ks_train_job *job) {
   ks_row_checkpoint *counts = &l->trial->checkpoint;
   counts->train_examples = l->n_examples;
   counts->train_steps = job->n_steps;
@@ -202,7 +202,7 @@ static ks_status note_training(const ks_stage *s, lesson *l, const ks_train_job 
   return KS_OK;
 }
 
-static ks_status train_all(const ks_stage *s, lesson *lessons) {
+static ks_status train_all(const ks_stage *s, ks_lesson *lessons) {
   double start = ks_clock_seconds();
   ks_train_job *jobs;
   int64_t n_jobs = 0;
@@ -238,20 +238,23 @@ out:
   return status;
 }
 
-ks_status ks_stage_learn(const ks_stage *s) {
-  lesson *lessons;
-  KS_TRY(ks_alloc_array(&lessons, (size_t)s->n_trials, sizeof *lessons, "lessons"));
-  ks_status status = KS_OK;
+ks_status ks_stage_synthesize(ks_stage *s) {
+  KS_TRY(ks_alloc_array(&s->lessons, (size_t)s->n_trials, sizeof *s->lessons, "lessons"));
   for (int64_t i = 0; i < s->n_trials; i++) {
-    lessons[i].trial = s->trials[i];
+    s->lessons[i].trial = s->trials[i];
     if (!s->trials[i]->policy->trains) continue;
-    KS_TRY_OUT(gather_sources(s, &lessons[i], s->trials[i]->config->synth.adapted ? (int32_t)i : -1));
+    KS_TRY(gather_sources(s, &s->lessons[i], s->trials[i]->config->synth.adapted ? (int32_t)i : -1));
   }
-  KS_TRY_OUT(synthesize_all(s, lessons));
-  KS_TRY_OUT(train_all(s, lessons));
-out:
-  for (int64_t i = 0; i < s->n_trials; i++)
-    lesson_free(&lessons[i]);
-  free(lessons);
-  return status;
+  return synthesize_all(s, s->lessons);
+}
+
+ks_status ks_stage_train(ks_stage *s) {
+  return train_all(s, s->lessons);
+}
+
+void ks_stage_end(ks_stage *s) {
+  for (int64_t i = 0; s->lessons && i < s->n_trials; i++)
+    lesson_free(&s->lessons[i]);
+  free(s->lessons);
+  s->lessons = NULL;
 }

@@ -21,11 +21,23 @@ typedef struct {
 /* Rough shares of a window's time, for the progress bar alone. */
 static const struct {
   const char *label;
-  ks_status (*run)(const ks_stage *);
+  ks_status (*run)(ks_stage *);
   double weight;
 } stages[] = {{"embed", ks_stage_embed, 0.05},       {"select", ks_stage_select, 0.02},
-              {"annotate", ks_stage_annotate, 0.02}, {"learn", ks_stage_learn, 0.55},
-              {"evaluate", ks_stage_evaluate, 0.34}, {"record", ks_stage_record, 0.02}};
+              {"annotate", ks_stage_annotate, 0.02}, {"synthesize", ks_stage_synthesize, 0.10},
+              {"train", ks_stage_train, 0.45},       {"evaluate", ks_stage_evaluate, 0.34},
+              {"record", ks_stage_record, 0.02}};
+
+static ks_status run_stages(cohort *c, ks_stage *stage) {
+  double done = 0;
+  for (size_t i = 0; i < sizeof stages / sizeof *stages; i++) {
+    if (c->options->bar) ks_bar_stage(c->options->bar, done, done + stages[i].weight);
+    KS_TRY(ks_progress_report(stage->progress, stages[i].label, 0, 1));
+    KS_TRY(stages[i].run(stage));
+    done += stages[i].weight;
+  }
+  return KS_OK;
+}
 
 static ks_status run_window(cohort *c, int64_t window, int64_t n_windows) {
   ks_stage stage = {
@@ -37,14 +49,9 @@ static ks_status run_window(cohort *c, int64_t window, int64_t n_windows) {
   snprintf(label, sizeof label, "window %lld/%lld", (long long)window + 1, (long long)n_windows);
   double width = (c->end - c->begin) / (double)n_windows, at = c->begin + width * (double)window;
   if (c->options->bar) ks_bar_share(c->options->bar, at, at + width, label);
-  double done = 0;
-  for (size_t i = 0; i < sizeof stages / sizeof *stages; i++) {
-    if (c->options->bar) ks_bar_stage(c->options->bar, done, done + stages[i].weight);
-    KS_TRY(ks_progress_report(stage.progress, stages[i].label, 0, 1));
-    KS_TRY(stages[i].run(&stage));
-    done += stages[i].weight;
-  }
-  return KS_OK;
+  ks_status status = run_stages(c, &stage);
+  ks_stage_end(&stage);
+  return status;
 }
 
 static ks_status open_trials(cohort *c, int64_t first, const bool *done) {

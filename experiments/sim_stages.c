@@ -6,7 +6,7 @@ static int64_t window_end(const ks_trial *t) {
   return ks_min_i64(t->n_arrivals + t->config->window.size, t->n_stream);
 }
 
-ks_status ks_stage_embed(const ks_stage *s) {
+ks_status ks_stage_embed(ks_stage *s) {
   int64_t *ids, n = 0, most = 0;
   for (int64_t i = 0; i < s->n_trials; i++)
     most += window_end(s->trials[i]) - s->trials[i]->n_arrivals;
@@ -65,7 +65,7 @@ static ks_status offer_one(const ks_stage *s, ks_trial *t, int64_t index) {
   return status;
 }
 
-ks_status ks_stage_select(const ks_stage *s) {
+ks_status ks_stage_select(ks_stage *s) {
   for (int64_t i = 0; i < s->n_trials; i++) {
     ks_trial *t = s->trials[i];
     KS_TRY(ks_progress_report(s->progress, "select", (double)i, (double)s->n_trials));
@@ -94,7 +94,7 @@ const char *ks_trial_training_response(const ks_world *w, const ks_trial *t, con
   return response && response[0] ? response : NULL;
 }
 
-ks_status ks_stage_annotate(const ks_stage *s) {
+ks_status ks_stage_annotate(ks_stage *s) {
   double start = ks_clock_seconds();
   int64_t most = 0, n = 0, *ids;
   for (int64_t i = 0; i < s->n_trials; i++) {
@@ -177,7 +177,7 @@ static ks_status record_one(ks_trial *t, int64_t window) {
   return KS_OK;
 }
 
-ks_status ks_stage_record(const ks_stage *s) {
+ks_status ks_stage_record(ks_stage *s) {
   for (int64_t i = 0; i < s->n_trials; i++)
     KS_TRY(record_one(s->trials[i], s->window));
   return KS_OK;

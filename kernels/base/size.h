@@ -21,11 +21,12 @@ static inline bool ks_mul_i64(int64_t a, int64_t b, int64_t *out) {
   return !__builtin_mul_overflow(a, b, out);
 }
 
-/* *out = zeroed array [n] of `size`-byte elements, aligned to 64 bytes; never NULL on KS_OK (n may be 0).
+/* *out = zeroed array [n] of `size`-byte elements, aligned to 64 bytes; never NULL on KS_OK (n may be 0), NULL on failure.
  * The caller frees it with free(). `what` names it in the message: KS_EOVERFLOW or KS_ENOMEM. */
 static inline ks_status ks_alloc_array(void *out, size_t n, size_t size, const char *what) {
   size_t bytes, rounded;
   void *p = NULL;
+  memcpy(out, &p, sizeof p);
   if (!ks_mul_size(n, size, &bytes) || !ks_add_size(bytes, 64, &rounded))
     return KS_FAIL(KS_EOVERFLOW, "%s: %zu elements of %zu bytes do not fit an address space", what, n, size);
   rounded &= ~(size_t)63;

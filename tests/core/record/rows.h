@@ -87,7 +87,9 @@ static inline int64_t count_differences(ks_table t, const void *a, const void *b
 /* A folder of this test's own. */
 static inline const char *test_folder(void) {
   static char folder[] = "/tmp/keepsake-record-XXXXXX";
-  if (folder[sizeof folder - 2] == 'X') cr_assert(mkdtemp(folder) != NULL);
+  static bool made;
+  if (!made) cr_assert(mkdtemp(folder) != NULL);
+  made = true;
   return folder;
 }
 
