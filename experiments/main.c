@@ -53,6 +53,7 @@ static void wait_briefly(char **argv) {
 
 int main(int argc, char **argv) {
   wait_briefly(argv);
+  signal(SIGXFSZ, SIG_IGN); /* so is a file that may not grow */
   signal(SIGPIPE, SIG_IGN); /* a closed pipe is an error that ks_cli_finish reports */
   ks_cli_log_start();
   ks_interrupt_catch();
