@@ -154,8 +154,11 @@ static void gemm_range(const gemm_args *g, int64_t r0, int64_t r1, int64_t p0, i
   const int64_t units = (n_units + n_blocks - 1) / n_blocks;
   gemm_block k = {.g = g, .first_col = p0 * GEMM_PANEL, .scratch = scratch};
   k.n_cols = ks_min_i64(p1 * GEMM_PANEL, g->b->n_cols) - k.first_col;
-  for (k.row = r0; k.row < r1; k.row += GEMM_MC) {
-    k.n_rows = ks_min_i64(GEMM_MC, r1 - k.row);
+  const int64_t n_row_blocks = (r1 - r0 + GEMM_MC - 1) / GEMM_MC;
+  int64_t rows = (r1 - r0 + n_row_blocks - 1) / n_row_blocks;
+  rows += rows % 2;
+  for (k.row = r0; k.row < r1; k.row += rows) {
+    k.n_rows = ks_min_i64(rows, r1 - k.row);
     k.tile_rows = gemm_tile_rows(k.n_rows);
     for (int64_t i = 0; i < n_blocks; i++) {
       k.unit = i * units;

@@ -5,7 +5,8 @@
 #include "kernels/cpu/weight.h"
 #include <math.h>
 
-enum { HEAD_BLOCK_FLOATS = 4 << 20, HEAD_MIN_ROWS = 64, HEAD_MAX_ROWS = 256 };
+/* Rows that the product takes at a time anyway; half of them when their logits would not fit any cache. */
+enum { HEAD_ROWS = GEMM_MC, HEAD_BLOCK_FLOATS = 8 << 20 };
 
 /* Floats from one row of logits to the next. */
 static int64_t head_stride(const ks_weight *w) {
@@ -13,9 +14,8 @@ static int64_t head_stride(const ks_weight *w) {
 }
 
 static int64_t head_block_rows(const ks_weight *w, int64_t n_rows) {
-  int64_t rows = HEAD_BLOCK_FLOATS / ks_max_i64(head_stride(w), 1);
-  rows = ks_min_i64(ks_max_i64(rows, HEAD_MIN_ROWS), HEAD_MAX_ROWS);
-  return ks_min_i64(rows - rows % 2, n_rows);
+  int64_t rows = head_stride(w) * HEAD_ROWS > HEAD_BLOCK_FLOATS ? HEAD_ROWS / 2 : HEAD_ROWS;
+  return ks_min_i64(rows, n_rows);
 }
 
 static size_t head_loss_workspace(const ks_weight *w, int64_t n_rows) {
@@ -24,11 +24,15 @@ static size_t head_loss_workspace(const ks_weight *w, int64_t n_rows) {
 }
 
 static float head_max(const float *z, int64_t n) {
-  ks_v m = ks_v_set(-__builtin_inff());
+  ks_v m[4], low = ks_v_set(-__builtin_inff());
+  for (int c = 0; c < 4; c++)
+    m[c] = low;
   int64_t j = 0;
-  for (; j + KS_LANES <= n; j += KS_LANES)
-    m = ks_v_max(ks_v_load(z + j), m);
-  float max = ks_v_max_lane(m);
+  for (; j + 4 * KS_LANES <= n; j += 4 * KS_LANES)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++)
+      m[c] = ks_v_max(ks_v_load(z + j + c * KS_LANES), m[c]);
+  float max = ks_v_max_lane(ks_v_max(ks_v_max(m[0], m[1]), ks_v_max(m[2], m[3])));
   for (; j < n; j++)
     if (z[j] > max) max = z[j];
   return max;
@@ -36,15 +40,22 @@ static float head_max(const float *z, int64_t n) {
 
 /* z = exp(z - max) in place; returns the sum, in 64 chains. */
 static float head_exp(float *z, int64_t n, float max) {
+  const ks_v m = ks_v_set(max);
   ks_v sum[4] = {ks_v_zero(), ks_v_zero(), ks_v_zero(), ks_v_zero()};
-  for (int64_t j = 0; j < n; j += 4 * KS_LANES)
-    for (int c = 0; c < 4 && j + c * KS_LANES < n; c++) {
-      float *p = z + j + c * KS_LANES;
-      int64_t left = n - j - c * KS_LANES;
-      ks_v e = ks_v_exp(ks_v_sub(ks_v_load_n(p, left), ks_v_set(max)));
-      ks_v_store_n(p, e, left);
-      sum[c] = ks_v_add(sum[c], ks_v_load_n(p, left));
+  int64_t j = 0;
+  for (; j + 4 * KS_LANES <= n; j += 4 * KS_LANES)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+      ks_v e = ks_v_exp(ks_v_sub(ks_v_load(z + j + c * KS_LANES), m));
+      ks_v_store(z + j + c * KS_LANES, e);
+      sum[c] = ks_v_add(sum[c], e);
     }
+  for (int c = 0; j < n; c++, j += KS_LANES) {
+    float tail[KS_LANES] = {0};
+    ks_v_store_n(tail, ks_v_exp(ks_v_sub(ks_v_load_n(z + j, n - j), m)), n - j);
+    ks_v_store_n(z + j, ks_v_load(tail), n - j);
+    sum[c] = ks_v_add(sum[c], ks_v_load(tail));
+  }
   return ks_v_sum(ks_v_add(ks_v_add(sum[0], sum[1]), ks_v_add(sum[2], sum[3])));
 }
 
