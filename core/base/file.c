@@ -8,12 +8,24 @@
 #include <unistd.h>
 
 static ks_status io_fail(const char *path, const char *what) {
+  static const struct {
+    int error;
+    ks_status status;
+    const char *remedy;
+  } known[] = {{ENOENT, KS_EDATA, "check the path"},
+               {EACCES, KS_EIO, "check its permissions"},
+               {EPERM, KS_EIO, "check its permissions"},
+               {EROFS, KS_EIO, "choose a place that can be written"},
+               {ENOTDIR, KS_EIO, "a file stands where a folder should; choose another place"},
+               {ENOSPC, KS_EIO, "free some space, or choose another disk, and run again"},
+               {EDQUOT, KS_EIO, "free some space, or choose another disk, and run again"},
+               {EFBIG, KS_EIO,
+                "free some space, raise the limit on file sizes, or choose another disk, and run again"}};
   int e = errno;
-  const char *remedy = e == ENOENT   ? "check the path"
-                       : e == EACCES ? "check its permissions"
-                       : e == ENOSPC ? "free some space and run again"
-                                     : "see the reason";
-  return KS_FAIL(e == ENOENT ? KS_EDATA : KS_EIO, "%s: cannot %s: %s; %s", path, what, strerror(e), remedy);
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+    if (known[i].error == e)
+      return KS_FAIL(known[i].status, "%s: cannot %s: %s; %s", path, what, strerror(e), known[i].remedy);
+  return KS_FAIL(KS_EIO, "%s: cannot %s: %s", path, what, strerror(e));
 }
 
 static ks_status open_regular(const char *path, int *fd, size_t *n) {
