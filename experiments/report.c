@@ -20,6 +20,8 @@ typedef struct {
   int64_t loss_tokens;
   double seconds[KS_N_STAGES];
   char digest[65];
+  ks_row_checkpoint *checkpoints; /* [n_checkpoints] */
+  int64_t n_checkpoints;
 } cell_result;
 
 static void cell_result_free(cell_result *c) {
@@ -28,6 +30,7 @@ static void cell_result_free(cell_result *c) {
   free(c->policy);
   free(c->settings);
   free(c->rouge1);
+  ks_rows_free(KS_TABLE_checkpoint, c->checkpoints, c->n_checkpoints);
   free(c->questions);
 }
 
@@ -87,12 +90,10 @@ static ks_status read_answers(cell_result *c) {
 }
 
 static ks_status read_counts(cell_result *c) {
-  ks_row_checkpoint *checkpoints;
   ks_row_time *times;
   int64_t n;
-  KS_TRY(ks_record_read_rows(c->path, KS_TABLE_checkpoint, (void **)&checkpoints, &n));
-  if (n > 0) c->last = checkpoints[n - 1];
-  ks_rows_free(KS_TABLE_checkpoint, checkpoints, n);
+  KS_TRY(ks_record_read_rows(c->path, KS_TABLE_checkpoint, (void **)&c->checkpoints, &c->n_checkpoints));
+  if (c->n_checkpoints > 0) c->last = c->checkpoints[c->n_checkpoints - 1];
   KS_TRY(ks_record_read_rows(c->path, KS_TABLE_time, (void **)&times, &n));
   for (int64_t i = 0; i < n; i++) {
     const double stage[KS_N_STAGES] = {times[i].embed,      times[i].select, times[i].annotate,
@@ -209,6 +210,25 @@ static bool same_questions(const int64_t *a, const int64_t *b, int64_t n) {
   return n == 0 || memcmp(a, b, (size_t)n * sizeof *a) == 0;
 }
 
+static ks_status make_curve(const cell_result *cells, int64_t n, ks_report_row *r) {
+  r->n_curve = cells[0].n_checkpoints;
+  for (int64_t i = 1; i < n; i++)
+    r->n_curve = ks_min_i64(r->n_curve, cells[i].n_checkpoints);
+  KS_TRY(ks_alloc_array(&r->curve, (size_t)r->n_curve, sizeof *r->curve, "report"));
+  for (int64_t w = 0; w < r->n_curve; w++) {
+    r->curve[w].arrivals = cells[0].checkpoints[w].arrivals;
+    r->curve[w].low = INFINITY;
+    r->curve[w].high = -INFINITY;
+    for (int64_t i = 0; i < n; i++) {
+      double rouge1 = cells[i].checkpoints[w].eval_rouge1_f1;
+      r->curve[w].mean += rouge1 / (double)n;
+      r->curve[w].low = fmin(r->curve[w].low, rouge1);
+      r->curve[w].high = fmax(r->curve[w].high, rouge1);
+    }
+  }
+  return KS_OK;
+}
+
 static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r) {
   KS_TRY(label_of(&cells[0], &r->label));
   KS_TRY(ks_strdup(cells[0].policy, &r->policy));
@@ -250,7 +270,7 @@ static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r)
   ks_sha256_finish(&h, r->digest);
   r->loss = tokens > 0 ? loss / (double)tokens : NAN;
   r->gap = NAN;
-  return KS_OK;
+  return make_curve(cells, n, r);
 }
 
 static const ks_report_row *find_policy(const ks_report *r, const char *policy) {
@@ -352,6 +372,7 @@ void ks_report_destroy(ks_report *r) {
     free(r->rows[i].label);
     free(r->rows[i].policy);
     free(r->rows[i].settings);
+    free(r->rows[i].curve);
     free(r->rows[i].rouge1);
     free(r->rows[i].questions);
     free(r->rows[i].group_sizes);

@@ -27,7 +27,7 @@ typedef struct {
   double *rouge1; /* ROUGE-1 F1 of every answer at the last checkpoint, cell by cell in the order of seeds */
   int64_t *group_sizes; /* [n_cells] answers of each cell */
   int64_t *seeds;       /* [n_cells] */
-  int64_t *questions; /* [n_values] the sets that were answered */
+  int64_t *questions;   /* [n_values] the sets that were answered */
   int64_t n_values;
   bool crossed;           /* all cells answer the same questions in the same order */
   ks_interval rouge1_ci;  /* over seeds and questions */
@@ -38,6 +38,11 @@ typedef struct {
       acceptance;              /* means over cells; acceptance: admissions / arrivals */
   double seconds[KS_N_STAGES]; /* sum over checkpoints, mean over cells */
   char digest[65];             /* of the cells' digests */
+  struct {
+    int64_t arrivals;
+    double mean, low, high; /* ROUGE-1 over the cells: mean, least, most; NaN where not evaluated */
+  } * curve;                /* [n_curve] checkpoints that all cells have */
+  int64_t n_curve;
 } ks_report_row;
 
 typedef struct {
@@ -58,6 +63,9 @@ ks_status ks_report_table(const ks_report *r, ks_text *out);
 /* One line a row: machine-readable, columns as in results/README.md; everything but seconds is reproducible.
  */
 ks_status ks_report_csv(const ks_report *r, ks_text *out);
+/* The learning curves: a line each row and checkpoint: label,arrivals,rouge1,least,most. results/curve.gp
+ * draws them. */
+ks_status ks_report_curve(const ks_report *r, ks_text *out);
 /* Compares with a reference in that form. Equal digests: the same bits. Else counts must be equal, the loss
  * within `tolerance` (relative) and the mean ROUGE-1 within the reference's interval widened by `tolerance`.
  * What differs goes to out, a line each; KS_EMISMATCH then. A row that is missing on either side differs. */

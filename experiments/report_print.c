@@ -181,6 +181,22 @@ ks_status ks_report_csv(const ks_report *report, ks_text *out) {
   return KS_OK;
 }
 
+/* ---------------------------------------------------------------- curves */
+
+ks_status ks_report_curve(const ks_report *r, ks_text *out) {
+  KS_TRY(ks_text_add_str(out, "label,arrivals,rouge1,least,most\n"));
+  for (int64_t i = 0; i < r->n_rows; i++)
+    for (int64_t w = 0; w < r->rows[i].n_curve; w++) {
+      if (isnan(r->rows[i].curve[w].mean)) continue;
+      KS_TRY(ks_text_addf(out, "%s,%lld", r->rows[i].label, (long long)r->rows[i].curve[w].arrivals));
+      KS_TRY(add_number(out, r->rows[i].curve[w].mean));
+      KS_TRY(add_number(out, r->rows[i].curve[w].low));
+      KS_TRY(add_number(out, r->rows[i].curve[w].high));
+      KS_TRY(ks_text_add_str(out, "\n"));
+    }
+  return KS_OK;
+}
+
 /* ---------------------------------------------------------------- check */
 
 typedef struct {

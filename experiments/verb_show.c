@@ -9,6 +9,7 @@ static const ks_option show_options[] = {
     {"csv", NULL, "comma-separated, as a reference for keepsake check"},
     {"baseline", "POLICY", "paired differences against this policy (random)"},
     {"level", "P", "confidence level (0.95)"},
+    {"curve", NULL, "ROUGE-1 at every checkpoint, comma-separated; results/curve.gp draws it"},
     {"digest", NULL, "a digest of each cell's results, without times: equal for equal results"},
     {0}};
 static const ks_command show_command = {
@@ -25,6 +26,8 @@ static ks_status show(const ks_args *args) {
   if (ks_args_has(args, "digest"))
     for (int64_t i = 0; i < report->n_rows && status == KS_OK; i++)
       status = ks_text_addf(&text, "%s  %s\n", report->rows[i].digest, report->rows[i].label);
+  else if (ks_args_has(args, "curve"))
+    status = ks_report_curve(report, &text);
   else
     status = ks_args_has(args, "csv") ? ks_report_csv(report, &text) : ks_report_table(report, &text);
   if (status == KS_OK) fputs(text.data, stdout);
