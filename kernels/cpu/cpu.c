@@ -111,23 +111,38 @@ void ks_cpu_ctx_exit(ks_ctx *ctx) {
   ks_cpu *cpu = ctx->impl;
   if (!cpu) return;
   free(cpu->scratch);
+  free(cpu->shared);
   free(cpu);
   ctx->impl = NULL;
+}
+
+/* Contents need not survive growth. */
+static ks_status grow(ks_ctx *ctx, void **p, size_t *held, size_t bytes) {
+  void *grown = NULL;
+  KS_TRY(ks_cpu_alloc(bytes, "cpu workspace", &grown));
+  ks_mem_account(ctx, bytes, *held);
+  free(*p);
+  *p = grown;
+  *held = bytes;
+  return KS_OK;
 }
 
 ks_status ks_cpu_scratch_reserve(ks_ctx *ctx, size_t bytes_per_thread) {
   ks_cpu *cpu = ctx->impl;
   if (bytes_per_thread <= cpu->scratch_bytes) return KS_OK;
-  size_t rounded, total;
-  void *grown = NULL;
+  size_t rounded, total, held = cpu->scratch_bytes * (size_t)ctx->n_threads;
   if (!ks_add_size(bytes_per_thread, 4095, &rounded) ||
       !ks_mul_size(rounded &= ~(size_t)4095, (size_t)ctx->n_threads, &total))
-    return KS_FAIL(KS_EOVERFLOW, "cpu: scratch of %zu bytes a thread is too large", bytes_per_thread);
-  KS_TRY(ks_cpu_alloc(total, "cpu scratch", &grown));
-  ks_mem_account(ctx, total, cpu->scratch_bytes * (size_t)ctx->n_threads);
-  free(cpu->scratch);
-  cpu->scratch = grown;
+    return KS_FAIL(KS_EOVERFLOW, "cpu: workspace of %zu bytes a thread is too large", bytes_per_thread);
+  KS_TRY(grow(ctx, &cpu->scratch, &held, total));
   cpu->scratch_bytes = rounded;
+  return KS_OK;
+}
+
+ks_status ks_cpu_shared_reserve(ks_ctx *ctx, size_t bytes, void **out) {
+  ks_cpu *cpu = ctx->impl;
+  if (bytes > cpu->shared_bytes) KS_TRY(grow(ctx, &cpu->shared, &cpu->shared_bytes, bytes));
+  *out = cpu->shared;
   return KS_OK;
 }
 

@@ -12,8 +12,10 @@
 
 /* The backend's own state: ctx->impl. */
 typedef struct {
-  unsigned char *scratch; /* n_threads slices of scratch_bytes each */
+  void *scratch; /* n_threads slices of scratch_bytes each */
   size_t scratch_bytes;
+  void *shared; /* of all threads */
+  size_t shared_bytes;
 } ks_cpu;
 
 /* Functions of all instruction sets (cpu.c). */
@@ -31,9 +33,11 @@ ks_status ks_cpu_alloc(size_t bytes, const char *what, void **out);
 /* Memory for each thread of the next parallel region, kept and reused; call it before the region. Contents
  * are undefined. Slices are 64-byte aligned. KS_ENOMEM. */
 ks_status ks_cpu_scratch_reserve(ks_ctx *ctx, size_t bytes_per_thread);
+/* The same for one array of all threads. */
+ks_status ks_cpu_shared_reserve(ks_ctx *ctx, size_t bytes, void **out);
 KS_INLINE void *ks_cpu_scratch(const ks_ctx *ctx, int thread) {
   const ks_cpu *cpu = ctx->impl;
-  return cpu->scratch + (size_t)thread * cpu->scratch_bytes;
+  return (unsigned char *)cpu->scratch + (size_t)thread * cpu->scratch_bytes;
 }
 
 /* How many threads to use for work of about `flops` simple operations in all: one when waking the others

@@ -116,7 +116,11 @@ static ks_status head_loss(ks_ctx *ctx, const ks_head_loss_args *a) {
                   .stride = head_stride(a->w),
                   .block = head_block_rows(a->w, a->n_rows)};
   job.factors = job.logits + job.block * job.stride;
-  if (a->dx) KS_TRY(weight_backward(ctx, a->w, &job.backward));
+  gemm_layout backward;
+  if (a->dx) {
+    KS_TRY(weight_backward(ctx, a->w, &backward));
+    job.backward = &backward;
+  }
   KS_TRY(ks_cpu_scratch_reserve(ctx, sizeof(gemm_scratch)));
 #pragma omp parallel num_threads(ks_cpu_threads(ctx, a->n_rows * a->w->n_out * (a->w->n_in / 4 + 8)))
   {

@@ -17,7 +17,8 @@ static bool linear_has_lora(const ks_linear_args *a) {
   return any;
 }
 
-/* Work for the choice of threads. Few rows are bound by reading the weights, which takes as long as five rows do. */
+/* Work for the choice of threads. Few rows are bound by reading the weights, which takes as long as five rows
+ * do. */
 static int64_t linear_work(const ks_linear_args *a) {
   return ks_max_i64(a->n_rows, 5) * (a->w->n_out * a->w->n_in / 6);
 }
@@ -199,7 +200,11 @@ static ks_status linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
                  .lora = has_lora && !(a->dropout > 0) ? a : NULL,
                  .backward = true};
   if (!a->dx && !has_lora) return KS_OK;
-  if (a->dx) KS_TRY(weight_backward(ctx, a->w, &g.b));
+  gemm_layout w;
+  if (a->dx) {
+    KS_TRY(weight_backward(ctx, a->w, &w));
+    g.b = &w;
+  }
   KS_TRY(ks_cpu_scratch_reserve(ctx, sizeof(linear_scratch)));
 #pragma omp parallel num_threads(ks_cpu_threads(ctx, linear_work(a)))
   linear_backward_part(a, g, has_lora, ks_cpu_scratch(ctx, omp_get_thread_num()));

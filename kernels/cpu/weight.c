@@ -1,4 +1,4 @@
-/* Frozen weights: packed layouts for y = x W^T (panels of outputs) and dx = dy W (panels of inputs); rows as
+/* Frozen weights: packed for y = x W^T (panels of outputs) and for dx = dy W (panels of inputs); rows as
  * embeddings. */
 #include "kernels/cpu/weight.h"
 
@@ -10,84 +10,111 @@ static float weight_from_f16(uint16_t h) {
     float x = (float)fraction * 0x1p-24f;
     return sign ? -x : x;
   }
-  if (exponent == 31)
-    bits = sign | 0x7f800000 | fraction << 13;
-  else
-    bits = sign | (exponent + 112) << 23 | fraction << 13;
+  bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-static float weight_from_bf16(uint16_t h) {
-  uint32_t bits = (uint32_t)h << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-/* Round to nearest even. */
-static uint16_t weight_to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (x != x) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static float weight_value(const void *values, ks_dtype dtype, int64_t i) {
-  if (dtype == KS_DTYPE_F32) return ((const float *)values)[i];
-  uint16_t h = ((const uint16_t *)values)[i];
-  return dtype == KS_DTYPE_BF16 ? weight_from_bf16(h) : weight_from_f16(h);
+/* Values [i, i + n) of an array of any type, n <= 16; the other lanes 0. */
+static ks_v weight_load(const void *values, ks_dtype dtype, int64_t i, int64_t n) {
+  if (n <= 0) return ks_v_zero();
+  if (dtype == KS_DTYPE_F32) return ks_v_load_n((const float *)values + i, n);
+  float x[KS_LANES] = {0};
+  const uint16_t *h = (const uint16_t *)values + i;
+  for (int64_t j = 0; j < n; j++) {
+    uint32_t bits = (uint32_t)h[j] << 16;
+    if (dtype == KS_DTYPE_F16)
+      x[j] = weight_from_f16(h[j]);
+    else
+      memcpy(&x[j], &bits, sizeof bits);
+  }
+  return ks_v_load(x);
 }
 
 /* ---------------------------------------------------------------- layouts */
 
-/* Element (k, column) of a packed matrix. */
-KS_INLINE float *gemm_at_f32(const gemm_layout *l, int64_t k, int64_t col) {
-  return (float *)l->data + col / GEMM_PANEL * l->panel_units + k * GEMM_PANEL + col % GEMM_PANEL;
-}
-KS_INLINE uint16_t *gemm_at_bf16(const gemm_layout *l, int64_t k, int64_t col) {
-  return (uint16_t *)l->data +
-         2 * (col / GEMM_PANEL * l->panel_units + k / 2 * GEMM_PANEL + col % GEMM_PANEL) + k % 2;
-}
-
-static int64_t gemm_n_panels(const gemm_layout *l) {
+static int64_t layout_n_panels(const gemm_layout *l) {
   return (l->n_cols + GEMM_PANEL - 1) / GEMM_PANEL;
 }
-static size_t gemm_layout_bytes(const gemm_layout *l) {
-  return (size_t)(gemm_n_panels(l) * l->panel_units) * sizeof(float);
+static size_t layout_bytes(const gemm_layout *l) {
+  return (size_t)(layout_n_panels(l) * l->panel_units) * sizeof(float);
 }
 
-static ks_status gemm_layout_make(gemm_layout *l, int64_t n_cols, int64_t k, ks_dtype dtype) {
+static gemm_layout layout_of(int64_t n_cols, int64_t k, ks_dtype dtype) {
   int64_t n_units = dtype == KS_DTYPE_BF16 ? (k + 1) / 2 : k;
-  *l = (gemm_layout){.n_cols = n_cols, .k = k, .panel_units = n_units * GEMM_PANEL, .dtype = dtype};
-  return ks_cpu_alloc(gemm_layout_bytes(l), "packed weight", &l->data);
+  return (gemm_layout){.n_cols = n_cols, .k = k, .panel_units = n_units * GEMM_PANEL, .dtype = dtype};
 }
 
-static void weight_pack_forward(const gemm_layout *l, const ks_weight_params *p, int64_t panel) {
-  int64_t first = panel * GEMM_PANEL, end = ks_min_i64(first + GEMM_PANEL, l->n_cols);
-  /* A few inputs at a time, so that the lines written stay in the cache. */
-  for (int64_t k0 = 0; k0 < l->k; k0 += 64)
-    for (int64_t o = first; o < end; o++)
-      for (int64_t k = k0; k < ks_min_i64(k0 + 64, l->k); k++) {
-        float x = weight_value(p->values, p->values_dtype, o * l->k + k);
-        if (l->dtype == KS_DTYPE_F32)
-          *gemm_at_f32(l, k, o) = x;
-        else
-          *gemm_at_bf16(l, k, o) = weight_to_bf16(x);
-      }
+/* The 16 columns from `col` on of unit `unit`. */
+static float *layout_at(const gemm_layout *l, int64_t unit, int64_t col) {
+  return (float *)l->data + col / GEMM_PANEL * l->panel_units + unit * GEMM_PANEL + col % GEMM_PANEL;
 }
 
-static void weight_pack_backward(const gemm_layout *b, const gemm_layout *f, int64_t panel) {
-  int64_t first = panel * GEMM_PANEL, end = ks_min_i64(first + GEMM_PANEL, b->n_cols);
-  for (int64_t k0 = 0; k0 < b->k; k0 += GEMM_PANEL)
-    for (int64_t i = first; i < end; i++)
-      for (int64_t k = k0; k < ks_min_i64(k0 + GEMM_PANEL, b->k); k++) {
-        if (b->dtype == KS_DTYPE_F32)
-          *gemm_at_f32(b, k, i) = *gemm_at_f32(f, i, k);
-        else
-          *gemm_at_bf16(b, k, i) = *gemm_at_bf16(f, i, k);
-      }
+/* rows[i] holds row k + i of 16 columns, as floats (bf16: already rounded): writes those that the layout has.
+ */
+static void layout_store(const gemm_layout *l, int64_t k, int64_t col, const ks_v rows[KS_LANES]) {
+  const int64_t n = ks_min_i64(KS_LANES, l->k - k);
+  if (l->dtype == KS_DTYPE_F32) {
+    for (int64_t i = 0; i < n; i++)
+      ks_v_store(layout_at(l, k + i, col), rows[i]);
+    return;
+  }
+  for (int64_t i = 0; i < n; i += 2) {
+    ks_v unit;
+    KS_EACH_PART(p) {
+      ks_ipart even = (ks_ipart)rows[i].p[p] >> 16 & 0xffff, odd = (ks_ipart)rows[i + 1].p[p];
+      unit.p[p] = (ks_part)(even | (odd & (int32_t)0xffff0000));
+    }
+    ks_v_store(layout_at(l, (k + i) / 2, col), unit);
+  }
+}
+
+/* rows[i] = row k + i of 16 columns, as floats; zeros beyond the layout's k. */
+static void layout_load(const gemm_layout *l, int64_t k, int64_t col, ks_v rows[KS_LANES]) {
+  for (int64_t i = 0; i < KS_LANES; i++) {
+    if (k + i >= l->k) {
+      rows[i] = ks_v_zero();
+      continue;
+    }
+    bool bf16 = l->dtype == KS_DTYPE_BF16;
+    rows[i] = ks_v_load(layout_at(l, bf16 ? (k + i) / 2 : k + i, col));
+    if (!bf16) continue;
+    KS_EACH_PART(p) {
+      ks_ipart unit = (ks_ipart)rows[i].p[p];
+      rows[i].p[p] = (ks_part)((k + i) % 2 ? unit & (int32_t)0xffff0000 : unit << 16);
+    }
+  }
+}
+
+/* Sixteen columns of a forward layout from W [n_out, n_in] as given. */
+static void layout_pack(const gemm_layout *l, const ks_weight_params *p, int64_t col) {
+  for (int64_t k = 0; k < l->k; k += KS_LANES) {
+    ks_v rows[KS_LANES];
+    for (int64_t i = 0; i < KS_LANES; i++)
+      rows[i] = weight_load(p->values, p->values_dtype, (col + i) * l->k + k,
+                            col + i < l->n_cols ? ks_min_i64(KS_LANES, l->k - k) : 0);
+    gemm_transpose(rows);
+    for (int64_t i = 0; l->dtype == KS_DTYPE_BF16 && i < KS_LANES; i++)
+      KS_EACH_PART(part) rows[i].p[part] = (ks_part)gemm_round_bf16(rows[i].p[part]);
+    layout_store(l, k, col, rows);
+  }
+}
+
+/* Sixteen columns of the transpose `to` of `from`. */
+static void layout_transpose(const gemm_layout *to, const gemm_layout *from, int64_t col) {
+  for (int64_t k = 0; k < to->k; k += KS_LANES) {
+    ks_v rows[KS_LANES];
+    layout_load(from, col, k, rows);
+    gemm_transpose(rows);
+    layout_store(to, k, col, rows);
+  }
+}
+
+static void weight_transpose(ks_ctx *ctx, const gemm_layout *to, const gemm_layout *from) {
+#pragma omp parallel for num_threads(ks_cpu_threads(ctx, to->k * to->n_cols)) schedule(static)
+  for (int64_t col = 0; col < layout_n_panels(to) * GEMM_PANEL; col += KS_LANES)
+    layout_transpose(to, from, col);
 }
 
 /* ---------------------------------------------------------------- operations */
@@ -108,17 +135,18 @@ static ks_status weight_create(ks_ctx *ctx, const ks_weight_params *p, ks_weight
   ks_status status = ks_alloc_array(&impl, 1, sizeof *impl, "weight");
   if (status != KS_OK) return status;
   w->impl = impl;
-  KS_TRY_OUT(gemm_layout_make(&impl->forward, p->n_out, p->n_in, p->dtype));
-  int64_t n_panels = gemm_n_panels(&impl->forward);
-  w->bytes = gemm_layout_bytes(&impl->forward);
+  impl->forward = layout_of(p->n_out, p->n_in, p->dtype);
+  KS_TRY_OUT(ks_cpu_alloc(layout_bytes(&impl->forward), "packed weight", &impl->forward.data));
+  const int64_t n_padded = layout_n_panels(&impl->forward) * GEMM_PANEL;
+  w->bytes = layout_bytes(&impl->forward);
   if (p->bias) {
-    KS_TRY_OUT(ks_alloc_array(&impl->bias, (size_t)(n_panels * GEMM_PANEL), sizeof(float), "bias"));
+    KS_TRY_OUT(ks_alloc_array(&impl->bias, (size_t)n_padded, sizeof(float), "bias"));
     memcpy(impl->bias, p->bias, (size_t)p->n_out * sizeof(float));
-    w->bytes += (size_t)(n_panels * GEMM_PANEL) * sizeof(float);
+    w->bytes += (size_t)n_padded * sizeof(float);
   }
 #pragma omp parallel for num_threads(ks_cpu_threads(ctx, p->n_out * p->n_in)) schedule(static)
-  for (int64_t i = 0; i < n_panels; i++)
-    weight_pack_forward(&impl->forward, p, i);
+  for (int64_t col = 0; col < n_padded; col += KS_LANES)
+    layout_pack(&impl->forward, p, col);
 out:
   if (status != KS_OK) weight_destroy(ctx, w);
   return status;
@@ -127,11 +155,22 @@ out:
 static ks_status weight_prepare_backward(ks_ctx *ctx, ks_weight *w) {
   weight_impl *impl = w->impl;
   if (impl->backward.data) return KS_OK;
-  KS_TRY(gemm_layout_make(&impl->backward, w->n_in, w->n_out, w->dtype));
-  w->bytes += gemm_layout_bytes(&impl->backward);
-#pragma omp parallel for num_threads(ks_cpu_threads(ctx, w->n_out * w->n_in)) schedule(static)
-  for (int64_t i = 0; i < gemm_n_panels(&impl->backward); i++)
-    weight_pack_backward(&impl->backward, &impl->forward, i);
+  gemm_layout l = layout_of(w->n_in, w->n_out, w->dtype);
+  KS_TRY(ks_cpu_alloc(layout_bytes(&l), "packed weight", &l.data));
+  weight_transpose(ctx, &l, &impl->forward);
+  impl->backward = l;
+  w->bytes += layout_bytes(&l);
+  return KS_OK;
+}
+
+/* The layout that input gradients read: prepared, or made for this call in memory that all weights share. */
+static ks_status weight_backward(ks_ctx *ctx, const ks_weight *w, gemm_layout *out) {
+  const weight_impl *impl = w->impl;
+  *out = impl->backward;
+  if (out->data) return KS_OK;
+  *out = layout_of(w->n_in, w->n_out, w->dtype);
+  KS_TRY(ks_cpu_shared_reserve(ctx, layout_bytes(out), &out->data));
+  weight_transpose(ctx, out, &impl->forward);
   return KS_OK;
 }
 
@@ -139,16 +178,20 @@ static ks_status weight_prepare_backward(ks_ctx *ctx, ks_weight *w) {
  * element. */
 static void weight_read_row(const ks_weight *w, int64_t row, float *y) {
   const weight_impl *impl = w->impl;
-  const bool runs = impl->backward.data != NULL;
-  const gemm_layout *l = runs ? &impl->backward : &impl->forward;
+  const bool bf16 = w->dtype == KS_DTYPE_BF16, runs = impl->backward.data != NULL;
   for (int64_t i = 0; i < w->n_in; i++) {
-    int64_t k = runs ? row : i, col = runs ? i : row;
-    y[i] = w->dtype == KS_DTYPE_F32 ? *gemm_at_f32(l, k, col) : weight_from_bf16(*gemm_at_bf16(l, k, col));
+    const gemm_layout *l = runs ? &impl->backward : &impl->forward;
+    const int64_t k = runs ? row : i, col = runs ? i : row;
+    const float *unit = layout_at(l, bf16 ? k / 2 : k, col);
+    uint32_t bits;
+    memcpy(&bits, unit, sizeof bits);
+    if (bf16) bits = k % 2 ? bits & 0xffff0000u : bits << 16;
+    memcpy(&y[i], &bits, sizeof bits);
   }
 }
 
 static ks_status embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
-#pragma omp parallel for num_threads(ks_cpu_threads(ctx, a->n_rows * a->w->n_in)) schedule(static)
+#pragma omp parallel for num_threads(ks_cpu_threads(ctx, 4 * a->n_rows * a->w->n_in)) schedule(static)
   for (int64_t i = 0; i < a->n_rows; i++)
     weight_read_row(a->w, a->tokens[i], a->y + i * a->w->n_in);
   return KS_OK;
