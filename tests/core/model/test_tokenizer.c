@@ -329,6 +329,123 @@ Test(tokenizer, json_refused) {
   remove_folder(folder);
 }
 
+/* A whole word that no merges lead to. */
+Test(tokenizer, json_ignores_merges) {
+  static const char *const options[] = {"", "\"ignore_merges\":true,"};
+  char *folder = make_folder();
+  for (size_t i = 0; i < 2; i++) {
+    ks_text json = {0};
+    cr_assert_eq(
+        ks_text_addf(&json,
+                     "{\"model\":{%s\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"abb\":3},\"merges\":[\"a b\"]}}",
+                     options[i]),
+        KS_OK);
+    put(folder, "t.json", json.data, json.len);
+    ks_tokenizer *t = load(folder, "t.json", 0);
+    id_list l = encode(t, "abb", 3);
+    cr_expect_eq(l.n, i == 0 ? 2 : 1);
+    cr_expect_eq(l.ids[0], i == 0 ? 2 : 3);
+    free(l.ids);
+    ks_tokenizer_destroy(t);
+    ks_text_free(&json);
+  }
+  remove_folder(folder);
+}
+
+/* ---------------------------------------------------------------- merging against its definition */
+
+enum { N_PIECES = 60 };
+typedef struct {
+  char bytes[N_PIECES][8];
+  float scores[N_PIECES];
+} small_vocab;
+
+static int find_piece(const small_vocab *v, const char *bytes, size_t n) {
+  for (int i = 3; i < N_PIECES; i++)
+    if (strlen(v->bytes[i]) == n && memcmp(v->bytes[i], bytes, n) == 0) return i;
+  return -1;
+}
+
+/* llama2.c's file with single characters and random longer pieces; scores with many ties. */
+static void draw_vocab(ks_rng *rng, small_vocab *v, ks_text *file) {
+  const int32_t longest = 7;
+  memset(v, 0, sizeof *v);
+  cr_assert_eq(ks_text_add(file, (const char *)&longest, 4), KS_OK);
+  for (int i = 0; i < N_PIECES; i++) {
+    char *piece = v->bytes[i];
+    if (i < 3) {
+      snprintf(piece, 8, "<%d>", i);
+    } else if (i < 6) {
+      piece[0] = " ab"[i - 3];
+    } else {
+      do {
+        size_t n = 2 + (size_t)ks_rng_below(rng, 6);
+        memset(piece, 0, 8);
+        for (size_t j = 0; j < n; j++)
+          piece[j] = " ab"[ks_rng_below(rng, 3)];
+      } while (find_piece(v, piece, strlen(piece)) != i);
+    }
+    v->scores[i] = -(float)ks_rng_below(rng, 6);
+    int32_t n = (int32_t)strlen(piece);
+    cr_assert_eq(ks_text_add(file, (const char *)&v->scores[i], 4), KS_OK);
+    cr_assert_eq(ks_text_add(file, (const char *)&n, 4), KS_OK);
+    cr_assert_eq(ks_text_add(file, piece, (size_t)n), KS_OK);
+  }
+}
+
+/* Again and again the pair of the highest score, of these the leftmost. */
+static size_t merge_plainly(const small_vocab *v, const char *text, size_t n, int *ids) {
+  size_t n_ids = 0;
+  ids[n_ids++] = find_piece(v, " ", 1);
+  for (size_t i = 0; i < n; i++)
+    ids[n_ids++] = find_piece(v, text + i, 1);
+  for (;;) {
+    size_t best = n_ids;
+    int best_id = -1;
+    for (size_t i = 0; i + 1 < n_ids; i++) {
+      char both[16];
+      snprintf(both, sizeof both, "%s%s", v->bytes[ids[i]], v->bytes[ids[i + 1]]);
+      int id = find_piece(v, both, strlen(both));
+      if (id < 0 || (best_id >= 0 && v->scores[id] <= v->scores[best_id])) continue;
+      best = i;
+      best_id = id;
+    }
+    if (best_id < 0) return n_ids;
+    ids[best] = best_id;
+    memmove(ids + best + 1, ids + best + 2, (n_ids - best - 2) * sizeof *ids);
+    n_ids--;
+  }
+}
+
+Test(tokenizer, merging_as_defined) {
+  char *folder = make_folder();
+  for (uint64_t round = 0; round < 40; round++) {
+    ks_rng rng = ks_rng_make(3, KS_RNG_TEST, round);
+    small_vocab v;
+    ks_text file = {0};
+    draw_vocab(&rng, &v, &file);
+    put(folder, "t.json", file.data, file.len);
+    ks_tokenizer *t = load(folder, "t.json", N_PIECES);
+    for (int k = 0; k < 60; k++) {
+      char text[64];
+      int expected[64];
+      size_t n = 1 + (size_t)ks_rng_below(&rng, 60);
+      for (size_t i = 0; i < n; i++)
+        text[i] = " ab"[ks_rng_below(&rng, 3)];
+      id_list l = encode(t, text, n);
+      size_t n_expected = merge_plainly(&v, text, n, expected);
+      bool same = l.n == n_expected;
+      for (size_t i = 0; same && i < l.n; i++)
+        same = l.ids[i] == expected[i];
+      cr_assert(same, "round %d, text \"%.*s\"", (int)round, (int)n, text);
+      free(l.ids);
+    }
+    ks_tokenizer_destroy(t);
+    ks_text_free(&file);
+  }
+  remove_folder(folder);
+}
+
 Test(tokenizer, no_file) {
   ks_tokenizer *t = (ks_tokenizer *)&t;
   cr_expect_eq(ks_tokenizer_load("/nonexistent/tokenizer.model", 0, &t), KS_EDATA);
