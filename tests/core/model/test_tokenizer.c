@@ -374,7 +374,8 @@ static void draw_vocab(ks_rng *rng, small_vocab *v, ks_text *file) {
   for (int i = 0; i < N_PIECES; i++) {
     char *piece = v->bytes[i];
     if (i < 3) {
-      snprintf(piece, 8, "<%d>", i);
+      memcpy(piece, "<0>", 4);
+      piece[1] = (char)('0' + i);
     } else if (i < 6) {
       piece[0] = " ab"[i - 3];
     } else {
