@@ -177,20 +177,24 @@ KS_INLINE void gemm_split(int64_t n, int64_t grain, int part, int n_parts, int64
   *end = ks_min_i64(n_grains * (part + 1) / n_parts * grain, n);
 }
 
-/* Teams split rows first, as every part of rows reads all of B, but keep two tiles of rows for a thread. */
-static int gemm_row_parts(int64_t n_rows, int n_threads) {
+/* How many parts the rows are cut into; the columns into n_threads / parts. Rows come first, as then the
+ * factors of LoRA's terms are made and used in one thread; but every part of rows reads all of B, so parts
+ * keep two tiles of rows, and whole blocks of rows where B is too large for the near caches. */
+static int gemm_row_parts(const gemm_args *g, int n_threads) {
+  const bool large = g->b && g->b->n_cols * g->b->k > 4 << 20 && g->b->n_cols >= 16 * GEMM_PANEL * n_threads;
+  const int64_t rows = large ? GEMM_MC : 2 * GEMM_MR;
   int parts = n_threads;
-  while (parts > 1 && (n_threads % parts != 0 || n_rows < 2 * GEMM_MR * parts))
+  while (parts > 1 && (n_threads % parts != 0 || g->n_rows < rows * parts))
     parts--;
   return parts;
 }
 
 /* Rows of thread `thread`: those of its part of the product, shared out among the threads that split its
  * columns. */
-static void gemm_row_share(int64_t n_rows, int thread, int n_threads, int64_t *begin, int64_t *end) {
-  int row_parts = gemm_row_parts(n_rows, n_threads), col_parts = n_threads / row_parts;
+static void gemm_row_share(const gemm_args *g, int thread, int n_threads, int64_t *begin, int64_t *end) {
+  int row_parts = gemm_row_parts(g, n_threads), col_parts = n_threads / row_parts;
   int64_t first, last;
-  gemm_split(n_rows, 2, thread / col_parts, row_parts, &first, &last);
+  gemm_split(g->n_rows, 2, thread / col_parts, row_parts, &first, &last);
   gemm_split(last - first, 1, thread % col_parts, col_parts, begin, end);
   *begin += first;
   *end += first;
@@ -198,7 +202,7 @@ static void gemm_row_share(int64_t n_rows, int thread, int n_threads, int64_t *b
 
 /* The part of the product that falls to thread `thread` of `n_threads`. */
 static void gemm_run(const gemm_args *g, int thread, int n_threads, gemm_scratch *scratch) {
-  int row_parts = gemm_row_parts(g->n_rows, n_threads), col_parts = n_threads / row_parts;
+  int row_parts = gemm_row_parts(g, n_threads), col_parts = n_threads / row_parts;
   int64_t r0, r1, p0, p1, n_panels = (g->b->n_cols + GEMM_PANEL - 1) / GEMM_PANEL;
   gemm_split(g->n_rows, 2, thread / col_parts, row_parts, &r0, &r1);
   gemm_split(n_panels, 1, thread % col_parts, col_parts, &p0, &p1);

@@ -133,19 +133,19 @@ static void linear_gradients(const ks_linear_args *a, int thread, int n_threads,
 
 /* Whether the product can make u or v from the rows it packs: they are float32 as given, and all of a
  * thread's. */
-static bool linear_fuses(const ks_linear_args *a, int n_threads) {
-  return a->w->dtype == KS_DTYPE_F32 && gemm_row_parts(a->n_rows, n_threads) == n_threads;
+static bool linear_fuses(const gemm_args *g, int n_threads) {
+  return g->c && g->b->dtype == KS_DTYPE_F32 && gemm_row_parts(g, n_threads) == n_threads;
 }
 
 static void linear_forward_part(const ks_linear_args *a, gemm_args g, linear_scratch *scratch) {
   const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-  if (g.lora && linear_fuses(a, n_threads) && !(a->dropout > 0)) {
+  if (g.lora && linear_fuses(&g, n_threads) && !(a->dropout > 0)) {
     g.project = a;
   } else if (g.lora) {
     int64_t r0, r1;
-    gemm_row_share(a->n_rows, thread, n_threads, &r0, &r1);
+    gemm_row_share(&g, thread, n_threads, &r0, &r1);
     linear_project(a, false, r0, r1, scratch);
-    if (gemm_row_parts(a->n_rows, n_threads) < n_threads) {
+    if (gemm_row_parts(&g, n_threads) < n_threads) {
 #pragma omp barrier
     }
   }
@@ -173,12 +173,12 @@ static void linear_backward_part(const ks_linear_args *a, gemm_args g, bool has_
                                  linear_scratch *scratch) {
   const int thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
   int64_t r0, r1;
-  gemm_row_share(a->n_rows, thread, n_threads, &r0, &r1);
-  if (has_lora && a->dx && linear_fuses(a, n_threads)) {
+  gemm_row_share(&g, thread, n_threads, &r0, &r1);
+  if (has_lora && linear_fuses(&g, n_threads)) {
     g.project = a;
   } else if (has_lora) {
     linear_project(a, true, r0, r1, scratch);
-    if (gemm_row_parts(a->n_rows, n_threads) < n_threads) {
+    if (gemm_row_parts(&g, n_threads) < n_threads) {
 #pragma omp barrier
     }
   }
