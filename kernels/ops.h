@@ -327,8 +327,8 @@ ks_status ks_entropy(ks_ctx *ctx, const ks_entropy_args *a);
 /* ---------------------------------------------------------------- similarity */
 
 typedef enum { KS_METRIC_COSINE = 0, KS_METRIC_DOT = 1 } ks_metric;
-/* s[i, j] = <q_i, k_j> (DOT), or <q_i, k_j> / (|q_i| |k_j|) (COSINE; 0 when a norm is 0). Float32 fma chain over the
- * columns, norms in double. The whole [n_q, n_k] matrix is written only by ks_similarity. */
+/* s[i, j] = <q_i, k_j> (DOT), or <q_i, k_j> / (|q_i| |k_j|) (COSINE; 0 when a norm is 0 and the other is finite).
+ * Float32 fma chain over the columns, norms in double. The whole [n_q, n_k] matrix is written only by ks_similarity. */
 typedef struct {
   const float *q; /* [n_q, n_cols] */
   const float *k; /* [n_k, n_cols] */

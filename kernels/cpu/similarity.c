@@ -1,98 +1,148 @@
 /* Cosine or dot similarity of every query with every key: the whole matrix, or reduced as it is made.
+ *
  *   s[i, j] = <q_i, k_j>,  cosine: / (|q_i| |k_j|), 0 when a norm is 0
- * Bytes: k once for each block of SIM_ROWS queries, q from cache; the fused forms write no n_q x n_k array.
- * Flops: 2 n_q n_k n_cols.
- * Determinism: a product is an fma chain over the columns (L = n_cols); norms in double, 16 lanes (products
- * of floats are exact there) and a fixed tree; means in double, 16 lanes (key mod 16) over stretches of
- * SIM_STRETCH keys, added in rising order. The best k and the farthest are defined by a total order, so that
- * no way of splitting matters. */
+ *
+ * A block is SIM_ROWS queries against SIM_KEYS keys. Keys are read where they lie; vectors run over the
+ * queries, which are transposed once for all keys. With up to SIM_FEW queries vectors run over sixteen keys
+ * instead.
+ *
+ * Bytes: k once for each block of queries; the fused forms write no n_q x n_k array. Flops: 2 n_q n_k n_cols.
+ *
+ * Determinism: a product is an fma chain over the columns (L = n_cols); norms in double, 32 lanes (products
+ * of floats are exact there) and a fixed tree; means in double over stretches of SIM_STRETCH keys, each a
+ * chain in rising order, added in rising order. The best k and the farthest are defined by a total order, so
+ * that no splitting matters. */
 #include "kernels/cpu/tile.h"
 #include <math.h>
 
-enum { SIM_ROWS = 120, SIM_KEYS = 64, SIM_COLS = 256, SIM_STRETCH = 1024 };
+enum { SIM_ROWS = 128, SIM_KEYS = 64, SIM_COLS = 128, SIM_STRETCH = 1024, SIM_FEW = 3 };
 
-/* A thread's memory. */
+/* A thread's memory, for one block of queries at a time. */
 typedef struct {
+  const ks_similarity_args *a;
+  const float *q;        /* [n_q, n_cols] */
+  int64_t n_q, row;      /* row: distance of two keys' scores in s */
   double *inv_q, *inv_k; /* [SIM_ROWS], [SIM_KEYS]: 1 / norm */
-  float *keys;           /* [SIM_COLS, SIM_KEYS]: transposed */
-  float *s;              /* [SIM_ROWS, SIM_KEYS] */
+  float *s;              /* [SIM_KEYS, row] */
+  float *turned;         /* [SIM_ROWS, SIM_KEYS] */
+  float *columns;        /* [n_cols, row]: queries transposed; with more than SIM_FEW */
 } sim_work;
 
-static const size_t sim_work_bytes =
-    (SIM_ROWS + SIM_KEYS) * sizeof(double) + (SIM_COLS + SIM_ROWS) * SIM_KEYS * sizeof(float);
-
-KS_INLINE sim_work sim_work_at(const ks_ctx *ctx) {
-  sim_work w;
-  w.inv_q = ks_cpu_scratch(ctx, omp_get_thread_num());
-  w.inv_k = w.inv_q + SIM_ROWS;
-  w.keys = (float *)(w.inv_k + SIM_KEYS);
-  w.s = w.keys + SIM_COLS * SIM_KEYS;
-  return w;
+static size_t sim_work_bytes(const ks_similarity_args *a) {
+  return (SIM_ROWS + SIM_KEYS) * sizeof(double) +
+         (size_t)(2 * SIM_KEYS + (a->n_q > SIM_FEW ? a->n_cols : 0)) * SIM_ROWS * sizeof(float);
 }
 
-/* 1 / |x|; 0 for a zero vector; NaN when a component is not finite. */
-static double sim_inverse_norm(const float *x, int64_t n) {
-  double acc[KS_LANES] = {0};
+/* Sum of squares: 32 lanes in double, folded as a fixed tree. */
+#if defined(__AVX512F__)
+KS_INLINE void sim_squares_at(const float *x, int64_t n, __m512d acc[2]) {
+  const __mmask16 mask = ks_tail_mask(n);
+  const __m512d lo = _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)mask, x));
+  const __m512d hi = _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)(mask >> 8), x + 8));
+  acc[0] = _mm512_fmadd_pd(lo, lo, acc[0]);
+  acc[1] = _mm512_fmadd_pd(hi, hi, acc[1]);
+}
+KS_INLINE double sim_squares(const float *x, int64_t n) {
+  __m512d even[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, odd[2] = {even[0], even[0]};
   int64_t i = 0;
-  for (; i + KS_LANES <= n; i += KS_LANES)
-    for (int l = 0; l < KS_LANES; l++)
+  for (; i + 2 * KS_LANES <= n; i += 2 * KS_LANES) {
+    sim_squares_at(x + i, KS_LANES, even);
+    sim_squares_at(x + i + KS_LANES, KS_LANES, odd);
+  }
+  if (i < n) sim_squares_at(x + i, n - i, even);
+  if (i + KS_LANES < n) sim_squares_at(x + i + KS_LANES, n - i - KS_LANES, odd);
+  const __m512d a = _mm512_add_pd(_mm512_add_pd(even[0], odd[0]), _mm512_add_pd(even[1], odd[1]));
+  const __m256d c = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
+  const __m128d e = _mm_add_pd(_mm256_castpd256_pd128(c), _mm256_extractf128_pd(c, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(e, _mm_unpackhi_pd(e, e)));
+}
+#else
+KS_INLINE double sim_squares(const float *x, int64_t n) {
+  enum { LANES = 2 * KS_LANES };
+  double acc[LANES] = {0};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int l = 0; l < LANES; l++)
       acc[l] += (double)x[i + l] * (double)x[i + l];
   for (int l = 0; i < n; i++, l++)
     acc[l] += (double)x[i] * (double)x[i];
-  for (int h = KS_LANES / 2; h > 0; h /= 2)
+  for (int h = LANES / 2; h > 0; h /= 2)
     for (int l = 0; l < h; l++)
       acc[l] += acc[l + h];
-  if (acc[0] == 0) return 0;
-  return acc[0] < INFINITY ? 1 / sqrt(acc[0]) : NAN;
+  return acc[0];
 }
+#endif
 
+/* 1 / |x|; 0 for a zero vector; NaN when a component is not finite. */
 static void sim_inverse_norms(const float *x, int64_t n_rows, int64_t n_cols, double *out) {
   for (int64_t i = 0; i < n_rows; i++)
-    out[i] = sim_inverse_norm(x + i * n_cols, n_cols);
-}
-
-/* s[i, j] of n_q queries and n_k <= SIM_KEYS keys; norms are read when the metric is cosine. */
-static void sim_block(const ks_similarity_args *a, const sim_work *w, const float *q, int64_t n_q,
-                      const double *inv_q, const float *k, int64_t n_k, const double *inv_k, float *s,
-                      int64_t s_row) {
-  const int64_t d = a->n_cols;
-  int64_t c = 0;
-  do {
-    int64_t cols = ks_min_i64(d - c, SIM_COLS);
-    tile_transpose(k + c, d, n_k, cols, w->keys, SIM_KEYS);
-    tile_product((tile_args){.a = q + c,
-                             .a_row = d,
-                             .a_col = 1,
-                             .b = w->keys,
-                             .b_row = SIM_KEYS,
-                             .c = s,
-                             .c_row = s_row,
-                             .m = n_q,
-                             .n = n_k,
-                             .depth = cols,
-                             .accumulate = c > 0});
-    c += cols;
-  } while (c < d);
-  if (a->metric != KS_METRIC_COSINE) return;
-  for (int64_t i = 0; i < n_q; i++) {
-    float *row = s + i * s_row;
-    for (int64_t j = 0; j < n_k; j++) {
-      double scale = inv_q[i] * inv_k[j];
-      row[j] = scale == 0 ? 0.0f : (float)((double)row[j] * scale);
-    }
+    out[i] = sim_squares(x + i * n_cols, n_cols);
+  for (int64_t i = 0; i < n_rows; i++) {
+    const double inverse = out[i] < (double)INFINITY ? 1 / sqrt(out[i]) : (double)NAN;
+    out[i] = out[i] == 0 ? 0 : inverse;
   }
 }
 
-/* The block of queries from q0 against the block of keys from k0, into w->s; w->inv_q is there already. */
-KS_INLINE void sim_fused_block(const ks_similarity_args *a, const sim_work *w, int64_t q0, int64_t n_q,
-                               int64_t k0, int64_t n_k) {
-  const float *k = a->k + k0 * a->n_cols;
-  if (a->metric == KS_METRIC_COSINE) sim_inverse_norms(k, n_k, a->n_cols, w->inv_k);
-  sim_block(a, w, a->q + q0 * a->n_cols, n_q, w->inv_q, k, n_k, w->inv_k, w->s, SIM_KEYS);
+/* This thread's memory, made ready for the queries q[0 .. n_q - 1]. */
+static sim_work sim_start(const ks_ctx *ctx, const ks_similarity_args *a, const float *q, int64_t n_q) {
+  sim_work w = {.a = a, .q = q, .n_q = n_q};
+  w.row = n_q > SIM_FEW ? (n_q + KS_LANES - 1) / KS_LANES * KS_LANES : n_q;
+  w.inv_q = ks_cpu_scratch(ctx, omp_get_thread_num());
+  w.inv_k = w.inv_q + SIM_ROWS;
+  w.s = (float *)(w.inv_k + SIM_KEYS);
+  w.turned = w.s + SIM_KEYS * SIM_ROWS;
+  w.columns = w.turned + SIM_ROWS * SIM_KEYS;
+  if (a->metric == KS_METRIC_COSINE) sim_inverse_norms(q, n_q, a->n_cols, w.inv_q);
+  if (n_q > SIM_FEW) tile_transpose(q, a->n_cols, n_q, a->n_cols, w.columns, w.row);
+  return w;
 }
 
-KS_INLINE void sim_query_norms(const ks_similarity_args *a, const sim_work *w, int64_t q0, int64_t n_q) {
-  if (a->metric == KS_METRIC_COSINE) sim_inverse_norms(a->q + q0 * a->n_cols, n_q, a->n_cols, w->inv_q);
+static void sim_scale(const sim_work *w, int64_t n_k, const double *inv_k) {
+  if (w->n_q == 1) {
+    for (int64_t j = 0; j < n_k; j++)
+      w->s[j] = (float)((double)w->s[j] * (w->inv_q[0] * inv_k[j]));
+    return;
+  }
+  for (int64_t j = 0; j < n_k; j++)
+    for (int64_t i = 0; i < w->n_q; i++)
+      w->s[j * w->row + i] = (float)((double)w->s[j * w->row + i] * (w->inv_q[i] * inv_k[j]));
+}
+
+static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k) {
+  float out[TILE_DOTS];
+  const int64_t d = w->a->n_cols;
+  for (int64_t j = 0; j < n_k; j += TILE_DOTS)
+    for (int64_t i = 0; i < w->n_q; i++) {
+      const int64_t n = ks_min_i64(n_k - j, TILE_DOTS);
+      tile_dots(k + j * d, d, n, d, w->q + i * d, out);
+      for (int64_t c = 0; c < n; c++)
+        w->s[(j + c) * w->row + i] = out[c];
+    }
+}
+
+/* w->s[j, i]: similarity of query i with key j of n_k <= SIM_KEYS keys from number k0 on. inv_k: their norms,
+ * or NULL: computed here. */
+static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *inv_k) {
+  const int64_t d = w->a->n_cols;
+  const float *k = w->a->k + k0 * d;
+  const bool cosine = w->a->metric == KS_METRIC_COSINE;
+  if (cosine && !inv_k) sim_inverse_norms(k, n_k, d, w->inv_k);
+  if (w->n_q <= SIM_FEW)
+    sim_dots_few(w, k, n_k);
+  else
+    for (int64_t c = 0; c == 0 || c < d; c += SIM_COLS)
+      tile_product((tile_args){.a = k + c,
+                               .a_row = d,
+                               .a_col = 1,
+                               .b = w->columns + c * w->row,
+                               .b_row = w->row,
+                               .c = w->s,
+                               .c_row = w->row,
+                               .m = n_k,
+                               .n = w->row,
+                               .depth = ks_min_i64(d - c, SIM_COLS),
+                               .accumulate = c > 0});
+  if (cosine) sim_scale(w, n_k, inv_k ? inv_k : w->inv_k);
 }
 
 static int sim_threads(const ks_ctx *ctx, const ks_similarity_args *a) {
@@ -101,18 +151,18 @@ static int sim_threads(const ks_ctx *ctx, const ks_similarity_args *a) {
 }
 
 static ks_status similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s) {
-  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes));
+  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes(a)));
 #pragma omp parallel for collapse(2) num_threads(sim_threads(ctx, a)) schedule(static)
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t stretch = 0; stretch < a->n_k; stretch += SIM_STRETCH) {
-      const sim_work w = sim_work_at(ctx);
-      const int64_t n_q = ks_min_i64(a->n_q - q0, SIM_ROWS), end = ks_min_i64(a->n_k, stretch + SIM_STRETCH);
-      sim_query_norms(a, &w, q0, n_q);
+      const int64_t end = ks_min_i64(a->n_k, stretch + SIM_STRETCH);
+      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
       for (int64_t k0 = stretch; k0 < end; k0 += SIM_KEYS) {
         const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
-        const float *k = a->k + k0 * a->n_cols;
-        if (a->metric == KS_METRIC_COSINE) sim_inverse_norms(k, n_k, a->n_cols, w.inv_k);
-        sim_block(a, &w, a->q + q0 * a->n_cols, n_q, w.inv_q, k, n_k, w.inv_k, s + q0 * a->n_k + k0, a->n_k);
+        sim_block(&w, k0, n_k, NULL);
+        tile_transpose(w.s, w.row, n_k, w.n_q, w.turned, SIM_KEYS);
+        for (int64_t i = 0; i < w.n_q; i++)
+          memcpy(s + (q0 + i) * a->n_k + k0, w.turned + i * SIM_KEYS, (size_t)n_k * sizeof *s);
       }
     }
   return KS_OK;
@@ -142,33 +192,53 @@ static void sim_insert(float *scores, int64_t *index, int64_t n_list, int64_t be
   index[i] = at;
 }
 
-/* One row of scores of keys k0 .. k0 + n_k - 1 after n_seen others. */
-KS_INLINE void sim_top_row(const float *s, int64_t n_k, int64_t k0, int64_t n_seen, int64_t best_k,
-                           float *scores, int64_t *index) {
-  if (n_seen >= best_k) {
-    int any = 0;
-    for (int64_t j = 0; j < n_k; j++)
-      any |= !(s[j] <= scores[best_k - 1]);
-    if (!any) return;
+/* Whether any of n scores is not below or equal to its bound. */
+KS_INLINE bool sim_any_above(const float *s, const float *bound, int64_t n) {
+  ks_vi any = {{{0}}};
+  int64_t i = 0;
+  for (; i + KS_LANES <= n; i += KS_LANES) {
+    const ks_v x = ks_v_load(s + i), y = ks_v_load(bound + i);
+    KS_EACH_PART(p) any.p[p] |= ~(ks_ipart)(x.p[p] <= y.p[p]);
   }
-  for (int64_t j = 0; j < n_k; j++)
-    sim_insert(scores, index, ks_min_i64(n_seen + j, best_k), best_k, s[j], k0 + j);
+  int32_t lanes[KS_LANES], all = 0;
+  memcpy(lanes, &any, sizeof lanes);
+  for (int l = 0; l < KS_LANES; l++)
+    all |= lanes[l];
+  for (; i < n; i++)
+    all |= !(s[i] <= bound[i]);
+  return all != 0;
+}
+
+/* The scores of keys k0 .. k0 + n_k - 1 after n_seen others. worst[i]: the last of query i's full list. */
+static void sim_top_block(const sim_work *w, int64_t n_k, int64_t k0, int64_t n_seen, int64_t best_k,
+                          float *worst, float *scores, int64_t *index) {
+  for (int64_t j = 0; j < n_k; j++) {
+    while (w->n_q == 1 && n_seen + j >= best_k && j < n_k && w->s[j] <= worst[0])
+      j++;
+    if (j == n_k) return;
+    const float *s = w->s + j * w->row;
+    const int64_t n_list = ks_min_i64(n_seen + j, best_k);
+    if (n_list == best_k && !sim_any_above(s, worst, w->n_q)) continue;
+    for (int64_t i = 0; i < w->n_q; i++) {
+      if (n_list == best_k && s[i] <= worst[i]) continue;
+      sim_insert(scores + i * best_k, index + i * best_k, n_list, best_k, s[i], k0 + j);
+      worst[i] = scores[i * best_k + best_k - 1];
+    }
+  }
 }
 
 /* Lists of every query over the keys [begin, end). */
-static void sim_top_stretch(ks_ctx *ctx, const ks_similarity_args *a, int64_t q0, int64_t n_q, int64_t begin,
-                            int64_t end, int64_t best_k, float *scores, int64_t *index) {
-  const sim_work w = sim_work_at(ctx);
-  for (int64_t i = 0; i < n_q * best_k; i++) {
+static void sim_top_stretch(const sim_work *w, int64_t begin, int64_t end, int64_t best_k, float *scores,
+                            int64_t *index) {
+  float worst[SIM_ROWS];
+  for (int64_t i = 0; i < w->n_q * best_k; i++) {
     scores[i] = -INFINITY;
     index[i] = -1;
   }
-  sim_query_norms(a, &w, q0, n_q);
   for (int64_t k0 = begin; k0 < end; k0 += SIM_KEYS) {
     const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
-    sim_fused_block(a, &w, q0, n_q, k0, n_k);
-    for (int64_t i = 0; i < n_q; i++)
-      sim_top_row(w.s + i * SIM_KEYS, n_k, k0, k0 - begin, best_k, scores + i * best_k, index + i * best_k);
+    sim_block(w, k0, n_k, NULL);
+    sim_top_block(w, n_k, k0, k0 - begin, best_k, worst, scores, index);
   }
 }
 
@@ -200,7 +270,7 @@ static ks_status similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_
   float *part_scores = NULL;
   int64_t *part_index = NULL;
   ks_status status = KS_OK;
-  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes));
+  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes(a)));
   if (n_parts > 1) {
     KS_TRY_OUT(ks_alloc_array(&part_scores, (size_t)((n_parts - 1) * n_list), sizeof *part_scores,
                               "similarity_top"));
@@ -210,9 +280,10 @@ static ks_status similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_
 #pragma omp parallel for collapse(2) num_threads(n_threads) schedule(static)
   for (int64_t b = 0; b < n_blocks; b++)
     for (int64_t p = 0; p < n_parts; p++) {
-      const int64_t q0 = b * SIM_ROWS, n_q = ks_min_i64(a->n_q - q0, SIM_ROWS), at = q0 * best_k;
-      sim_top_stretch(ctx, a, q0, n_q, ks_min_i64(p * part, a->n_k), ks_min_i64((p + 1) * part, a->n_k),
-                      best_k, p ? part_scores + (p - 1) * n_list + at : scores + at,
+      const int64_t q0 = b * SIM_ROWS, at = q0 * best_k;
+      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      sim_top_stretch(&w, ks_min_i64(p * part, a->n_k), ks_min_i64((p + 1) * part, a->n_k), best_k,
+                      p ? part_scores + (p - 1) * n_list + at : scores + at,
                       p ? part_index + (p - 1) * n_list + at : index + at);
     }
   for (int64_t p = 1; p < n_parts; p++)
@@ -226,53 +297,32 @@ out:
 
 /* ---------------------------------------------------------------- mean */
 
-typedef struct {
-  const ks_similarity_args *a;
-  const int32_t *groups, *query_groups; /* NULL: every key counts */
-} sim_mean;
-
-/* Sums of every query over the keys [begin, end); acc: [n_q, KS_LANES] scratch. */
-static void sim_mean_stretch(ks_ctx *ctx, const sim_mean *m, int64_t q0, int64_t n_q, int64_t begin,
-                             int64_t end, double *sum, int64_t *count) {
-  const ks_similarity_args *a = m->a;
-  const sim_work w = sim_work_at(ctx);
-  double acc[SIM_ROWS][KS_LANES];
-  memset(acc, 0, sizeof acc);
-  sim_query_norms(a, &w, q0, n_q);
-  for (int64_t k0 = begin; k0 < end; k0 += SIM_KEYS) {
-    const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
-    sim_fused_block(a, &w, q0, n_q, k0, n_k);
-    for (int64_t i = 0; i < n_q; i++) {
-      const float *s = w.s + i * SIM_KEYS;
-      if (!m->groups) {
-        for (int64_t j = 0; j < n_k; j++)
-          acc[i][j % KS_LANES] += (double)s[j];
-        continue;
+/* Adds the scores of keys of the query's group (groups NULL: of all) and their number. */
+static void sim_mean_block(const sim_work *w, int64_t n_k, const int32_t *groups, const int32_t *query_groups,
+                           double *sum, int64_t *count) {
+  for (int64_t j = 0; j < n_k; j++) {
+    const float *s = w->s + j * w->row;
+    if (!groups)
+      for (int64_t i = 0; i < w->n_q; i++) {
+        sum[i] += (double)s[i];
+        count[i]++;
       }
-      const int32_t group = m->query_groups[q0 + i];
-      for (int64_t j = 0; j < n_k; j++)
-        acc[i][j % KS_LANES] += m->groups[k0 + j] == group ? (double)s[j] : 0.0;
-    }
-  }
-  for (int64_t i = 0; i < n_q; i++) {
-    for (int h = KS_LANES / 2; h > 0; h /= 2)
-      for (int l = 0; l < h; l++)
-        acc[i][l] += acc[i][l + h];
-    sum[i] = acc[i][0];
-    count[i] = m->groups ? 0 : end - begin;
-    for (int64_t j = begin; m->groups && j < end; j++)
-      count[i] += m->groups[j] == m->query_groups[q0 + i];
+    else
+      for (int64_t i = 0; i < w->n_q; i++) {
+        const bool counts = query_groups[i] == groups[j];
+        sum[i] = counts ? sum[i] + (double)s[i] : sum[i];
+        count[i] += counts;
+      }
   }
 }
 
 static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
                                  const int32_t *query_groups, double *mean, int64_t *count) {
-  const sim_mean m = {a, groups, query_groups};
   const int64_t n_stretches = ks_max_i64((a->n_k + SIM_STRETCH - 1) / SIM_STRETCH, 1);
   double *part_sum = NULL;
   int64_t *part_count = NULL;
   ks_status status = KS_OK;
-  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes));
+  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes(a)));
   if (n_stretches > 1) {
     size_t n = (size_t)((n_stretches - 1) * a->n_q);
     KS_TRY_OUT(ks_alloc_array(&part_sum, n, sizeof *part_sum, "similarity_mean"));
@@ -281,10 +331,17 @@ static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const
 #pragma omp parallel for collapse(2) num_threads(sim_threads(ctx, a)) schedule(static)
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t p = 0; p < n_stretches; p++) {
-      double *sum = p ? part_sum + (p - 1) * a->n_q : mean;
-      int64_t *n = p ? part_count + (p - 1) * a->n_q : count;
-      sim_mean_stretch(ctx, &m, q0, ks_min_i64(a->n_q - q0, SIM_ROWS), p * SIM_STRETCH,
-                       ks_min_i64((p + 1) * SIM_STRETCH, a->n_k), sum + q0, n + q0);
+      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const int64_t end = ks_min_i64((p + 1) * SIM_STRETCH, a->n_k);
+      double *sum = (p ? part_sum + (p - 1) * a->n_q : mean) + q0;
+      int64_t *n = (p ? part_count + (p - 1) * a->n_q : count) + q0;
+      memset(sum, 0, (size_t)w.n_q * sizeof *sum);
+      memset(n, 0, (size_t)w.n_q * sizeof *n);
+      for (int64_t k0 = p * SIM_STRETCH; k0 < end; k0 += SIM_KEYS) {
+        const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
+        sim_block(&w, k0, n_k, NULL);
+        sim_mean_block(&w, n_k, groups ? groups + k0 : NULL, groups ? query_groups + q0 : NULL, sum, n);
+      }
     }
   for (int64_t i = 0; i < a->n_q; i++) {
     for (int64_t p = 1; p < n_stretches; p++) {
@@ -301,25 +358,24 @@ out:
 
 /* ---------------------------------------------------------------- farthest first */
 
-/* nearest[j]: the largest similarity of key j to the chosen so far; NaN counts as nearest of all. */
-KS_INLINE void sim_nearer(float *nearest, const float *s, int64_t n) {
-  for (int64_t j = 0; j < n; j++) {
-    float v = s[j] == s[j] ? s[j] : INFINITY;
-    nearest[j] = v > nearest[j] ? v : nearest[j];
-  }
-}
-
-/* Takes the n_q rows of q as chosen. */
+/* nearest[j]: the largest similarity of key j to the chosen so far; NaN counts as nearest of all. Takes the
+ * n_q <= SIM_ROWS rows of q as chosen. */
 static void sim_choose(ks_ctx *ctx, const ks_similarity_args *a, const float *q, int64_t n_q,
-                       const double *inv_q, const double *inv_k, float *nearest) {
+                       const double *inv_k, float *nearest) {
   const ks_similarity_args step = {.n_q = n_q, .n_k = a->n_k, .n_cols = a->n_cols};
 #pragma omp parallel for num_threads(sim_threads(ctx, &step)) schedule(static)
-  for (int64_t k0 = 0; k0 < a->n_k; k0 += SIM_KEYS) {
-    const sim_work w = sim_work_at(ctx);
-    const int64_t n_k = ks_min_i64(a->n_k - k0, SIM_KEYS);
-    sim_block(a, &w, q, n_q, inv_q, a->k + k0 * a->n_cols, n_k, inv_k ? inv_k + k0 : NULL, w.s, SIM_KEYS);
-    for (int64_t i = 0; i < n_q; i++)
-      sim_nearer(nearest + k0, w.s + i * SIM_KEYS, n_k);
+  for (int64_t stretch = 0; stretch < a->n_k; stretch += SIM_STRETCH) {
+    const int64_t end = ks_min_i64(stretch + SIM_STRETCH, a->n_k);
+    const sim_work w = sim_start(ctx, a, q, n_q);
+    for (int64_t k0 = stretch; k0 < end; k0 += SIM_KEYS) {
+      const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
+      sim_block(&w, k0, n_k, inv_k ? inv_k + k0 : NULL);
+      for (int64_t j = 0; j < n_k; j++)
+        for (int64_t i = 0; i < n_q; i++) {
+          float s = w.s[j * w.row + i], v = s == s ? s : INFINITY;
+          nearest[k0 + j] = v > nearest[k0 + j] ? v : nearest[k0 + j];
+        }
+    }
   }
 }
 
@@ -335,10 +391,10 @@ static ks_status similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args
   const bool cosine = a->metric == KS_METRIC_COSINE;
   const int64_t d = a->n_cols;
   float *nearest = NULL;
-  double *inv_k = NULL, inv_q[SIM_ROWS];
+  double *inv_k = NULL;
   unsigned char *taken = NULL;
   ks_status status = KS_OK;
-  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes));
+  KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes(a)));
   KS_TRY_OUT(ks_alloc_array(&nearest, (size_t)a->n_k, sizeof *nearest, "similarity_farthest_first"));
   KS_TRY_OUT(ks_alloc_array(&taken, (size_t)a->n_k, sizeof *taken, "similarity_farthest_first"));
   if (cosine) {
@@ -347,16 +403,13 @@ static ks_status similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args
   }
   for (int64_t j = 0; j < a->n_k; j++)
     nearest[j] = -INFINITY;
-  for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS) {
-    int64_t n_q = ks_min_i64(a->n_q - q0, SIM_ROWS);
-    if (cosine) sim_inverse_norms(a->q + q0 * d, n_q, d, inv_q);
-    sim_choose(ctx, a, a->q + q0 * d, n_q, inv_q, inv_k, nearest);
-  }
+  for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
+    sim_choose(ctx, a, a->q + q0 * d, ks_min_i64(a->n_q - q0, SIM_ROWS), inv_k, nearest);
   for (int64_t p = 0; p < n_pick; p++) {
     int64_t pick = p == 0 && a->n_q == 0 ? first : sim_farthest(nearest, taken, a->n_k);
     picked[p] = pick;
     taken[pick] = 1;
-    if (p + 1 < n_pick) sim_choose(ctx, a, a->k + pick * d, 1, inv_k ? inv_k + pick : NULL, inv_k, nearest);
+    if (p + 1 < n_pick) sim_choose(ctx, a, a->k + pick * d, 1, inv_k, nearest);
   }
 out:
   free(nearest);

@@ -11,13 +11,14 @@
 
 #include "kernels/cpu/cpu.h"
 
-/* Accumulators are TILE_ROWS * TILE_VECS vectors; they and one row of b fit the registers. */
+/* The accumulators of a block are up to TILE_ROWS * TILE_VECS vectors, of a narrow one (fewer vectors) up to
+ * TILE_MAX_ROWS rows; they and one row of b fit the registers. */
 #if defined(__AVX512F__)
-enum { TILE_ROWS = 6, TILE_VECS = 4 };
+enum { TILE_ROWS = 6, TILE_VECS = 4, TILE_MAX_ROWS = 12 };
 #elif defined(__AVX2__) || defined(__aarch64__)
-enum { TILE_ROWS = 6, TILE_VECS = 1 };
+enum { TILE_ROWS = 6, TILE_VECS = 1, TILE_MAX_ROWS = 6 };
 #else
-enum { TILE_ROWS = 2, TILE_VECS = 1 };
+enum { TILE_ROWS = 2, TILE_VECS = 1, TILE_MAX_ROWS = 2 };
 #endif
 
 typedef struct {
@@ -38,7 +39,7 @@ typedef struct {
 KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) {
   const float *a = t->a, *b = t->b;
   const int64_t a_row = t->a_row, a_col = t->a_col, b_row = t->b_row, c_row = t->c_row;
-  ks_v acc[TILE_ROWS][TILE_VECS];
+  ks_v acc[TILE_MAX_ROWS][TILE_VECS];
 #if defined(__AVX512F__)
   const __mmask16 mask = ks_tail_mask(last);
 #define TILE_LOAD_LAST(x) ((ks_v){{_mm512_maskz_loadu_ps(mask, x)}})
@@ -46,13 +47,13 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
 #define TILE_LOAD_LAST(x) ks_v_load_n(x, last)
 #endif
 #define TILE_LOAD(v, x) ((v) == vecs - 1 ? TILE_LOAD_LAST(x) : ks_v_load(x))
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++)
       acc[r][v] = t->accumulate ? TILE_LOAD(v, t->c + r * c_row + v * KS_LANES) : ks_v_zero();
   if (t->row_scale)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; v++)
@@ -62,7 +63,7 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++)
       row[v] = TILE_LOAD(v, b + v * KS_LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
       ks_v x = ks_v_set(a[r * a_row]);
 #pragma GCC unroll 4
@@ -74,7 +75,7 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
   }
   if (t->row_depth)
     for (int64_t k = t->depth; k < t->row_depth[rows - 1]; k++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
         if (k >= t->row_depth[r]) continue;
         ks_v x = ks_v_set(a[r * a_row]);
@@ -85,7 +86,7 @@ KS_INLINE void tile_block(const tile_args *t, int rows, int vecs, int64_t last) 
       a += a_col;
       b += b_row;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++)
@@ -103,6 +104,11 @@ typedef void (*tile_block_fn)(const tile_args *t, int64_t last);
 #define TILE_BLOCKS(rows) TILE_BLOCK(rows, 1) TILE_BLOCK(rows, 2) TILE_BLOCK(rows, 3) TILE_BLOCK(rows, 4)
 #define TILE_TABLE(rows)                                                                                     \
   { tile_block_##rows##_1, tile_block_##rows##_2, tile_block_##rows##_3, tile_block_##rows##_4 }
+TILE_BLOCK(12, 1)
+TILE_BLOCK(12, 2)
+TILE_BLOCK(8, 3)
+static const int64_t tile_most_rows[TILE_VECS] = {12, 12, 8, 6};
+static const tile_block_fn tile_most[TILE_VECS] = {tile_block_12_1, tile_block_12_2, tile_block_8_3, NULL};
 #else
 /* With tails copied byte by byte it pays to have the full vector apart. */
 #define TILE_BLOCKS(rows)                                                                                    \
@@ -114,6 +120,8 @@ typedef void (*tile_block_fn)(const tile_args *t, int64_t last);
   }
 #define TILE_TABLE(rows)                                                                                     \
   { tile_block_##rows##_1 }
+static const int64_t tile_most_rows[TILE_VECS] = {TILE_ROWS};
+static const tile_block_fn tile_most[TILE_VECS] = {NULL};
 #endif
 TILE_BLOCKS(1)
 TILE_BLOCKS(2)
@@ -137,12 +145,13 @@ static void tile_product(tile_args t) {
     int64_t vecs = (cols + KS_LANES - 1) / KS_LANES, last = cols - (vecs - 1) * KS_LANES;
     t.b = whole.b + j;
     for (int64_t i = 0; i < whole.m;) {
-      int64_t rows = ks_min_i64(whole.m - i, TILE_ROWS);
+      const bool most = tile_most[vecs - 1] && whole.m - i >= tile_most_rows[vecs - 1];
+      int64_t rows = most ? tile_most_rows[vecs - 1] : ks_min_i64(whole.m - i, TILE_ROWS);
       t.a = whole.a + i * whole.a_row;
       t.c = whole.c + i * whole.c_row + j;
       t.row_scale = whole.row_scale ? whole.row_scale + i : NULL;
       t.row_depth = whole.row_depth ? whole.row_depth + i : NULL;
-      tile_blocks[rows - 1][vecs - 1](&t, last);
+      (most ? tile_most[vecs - 1] : tile_blocks[rows - 1][vecs - 1])(&t, last);
       i += rows;
     }
   }
@@ -151,15 +160,15 @@ static void tile_product(tile_args t) {
 /* ---------------------------------------------------------------- transposition */
 
 #if defined(__AVX512F__)
-/* out[c, r] = x[r, c] for a 16 x 16 block of which only `rows` and `cols` are read; the rest is 0. */
-KS_INLINE void tile_transpose_block(const float *x, int64_t x_row, int64_t rows, int64_t cols, float *out,
-                                    int64_t out_row) {
-  __m512 a[16], b[16];
+/* b[c][r] = x[r, c] for a 16 x 16 block of which only `rows` and `cols` are read; the rest is 0. */
+KS_INLINE void tile_transpose_registers(const float *x, int64_t x_row, int64_t rows, int64_t cols,
+                                        __m512 b[16]) {
+  __m512 a[16];
   const __mmask16 mask = ks_tail_mask(cols);
 #pragma GCC unroll 16
   for (int r = 0; r < 16; r++)
     a[r] = r < rows ? _mm512_maskz_loadu_ps(mask, x + r * x_row) : _mm512_setzero_ps();
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < 16; r += 2) {
     b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
     b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
@@ -184,20 +193,19 @@ KS_INLINE void tile_transpose_block(const float *x, int64_t x_row, int64_t rows,
     b[4 + c] = _mm512_shuffle_f32x4(s1, t1, 0x88);
     b[12 + c] = _mm512_shuffle_f32x4(s1, t1, 0xdd);
   }
-  if (cols >= 16) {
+}
+KS_INLINE void tile_transpose_block(const float *x, int64_t x_row, int64_t rows, int64_t cols, float *out,
+                                    int64_t out_row) {
+  __m512 b[16];
+  tile_transpose_registers(x, x_row, rows, cols, b);
 #pragma GCC unroll 16
-    for (int c = 0; c < 16; c++)
-      _mm512_storeu_ps(out + c * out_row, b[c]);
-  } else {
-#pragma GCC unroll 16
-    for (int c = 0; c < 16; c++)
-      if (c < cols) _mm512_storeu_ps(out + c * out_row, b[c]);
-  }
+  for (int c = 0; c < 16; c++)
+    if (c < cols) _mm512_storeu_ps(out + c * out_row, b[c]);
 }
 #elif defined(__AVX2__)
 KS_INLINE void tile_transpose_8(const float *x, int64_t x_row, float *out, int64_t out_row) {
   __m256 a[8], b[8];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < 8; r++)
     a[r] = _mm256_loadu_ps(x + r * x_row);
 #pragma GCC unroll 4
@@ -253,5 +261,55 @@ static void tile_transpose(const float *x, int64_t x_row, int64_t rows, int64_t 
         tile_transpose_block(from, x_row, n_rows, n_cols, to, out_row);
     }
 }
+
+enum { TILE_DOTS = 32, TILE_DOTS_COLS = 128 };
+
+/* out[r] = sum over c of x[r, c] * q[c] for up to TILE_DOTS rows, an fma chain over c in rising order. Rows
+ * go through a buffer, for in x rows at a distance of a power of two would drive each other out of the cache.
+ */
+#if defined(__AVX512F__)
+static void tile_dots(const float *x, int64_t x_row, int64_t rows, int64_t cols, const float *q, float *out) {
+  enum { ROW = TILE_DOTS_COLS + KS_LANES };
+  float buffer[TILE_DOTS * ROW] __attribute__((aligned(64)));
+  __m512 acc[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}; /* two chains hide the latency of one */
+  for (int64_t c0 = 0; c0 < cols; c0 += TILE_DOTS_COLS) {
+    const int64_t n = ks_min_i64(cols - c0, TILE_DOTS_COLS);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < n; c += KS_LANES) {
+        __builtin_prefetch(x + (r + TILE_DOTS) * x_row + c0 + c, 0, 2);
+        ks_v_store(buffer + r * ROW + c, ks_v_load_n(x + r * x_row + c0 + c, n - c));
+      }
+    for (int64_t c = 0; c < n; c += KS_LANES)
+      for (int h = 0; h < 2; h++) {
+        __m512 b[16];
+        tile_transpose_registers(buffer + 16 * h * ROW + c, ROW, 16, 16, b);
+        const int64_t whole = ks_min_i64(n - c, 16);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+          if (i < whole) acc[h] = _mm512_fmadd_ps(b[i], _mm512_set1_ps(q[c0 + c + i]), acc[h]);
+      }
+  }
+  for (int h = 0; h < 2 && 16 * h < rows; h++)
+    ks_v_store_n(out + 16 * h, (ks_v){{acc[h]}}, rows - 16 * h);
+}
+#else
+static void tile_dots(const float *x, int64_t x_row, int64_t rows, int64_t cols, const float *q, float *out) {
+  float columns[TILE_DOTS_COLS * TILE_DOTS], sum[TILE_DOTS] = {0};
+  for (int64_t c = 0; c < cols; c += TILE_DOTS_COLS) {
+    const int64_t n = ks_min_i64(cols - c, TILE_DOTS_COLS);
+    tile_transpose(x + c, x_row, rows, n, columns, TILE_DOTS);
+    tile_product((tile_args){.a = q + c,
+                             .a_col = 1,
+                             .b = columns,
+                             .b_row = TILE_DOTS,
+                             .c = sum,
+                             .m = 1,
+                             .n = rows,
+                             .depth = n,
+                             .accumulate = true});
+  }
+  memcpy(out, sum, (size_t)rows * sizeof *out);
+}
+#endif
 
 #endif
