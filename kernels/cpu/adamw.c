@@ -1,11 +1,16 @@
 /* AdamW step and squared norm.
+ *
  *   g = grad * grad_scale;  m += (1-b1) (g - m);  v = b2 v + (1-b2) g^2
  *   p = p * (1 - lr wd) - lr / (1 - b1^step) * (m / (sqrt(v) / sqrt(1 - b2^step) + eps))
+ *
  * in the order of operations of torch.optim.AdamW. The factors 1 - lr wd, 1-b1, b2, 1-b2, lr / (1 - b1^step),
  * sqrt(1 - b2^step), eps and grad_scale are computed in double and rounded to float32 once; all else is
- * float32. Bytes: 28 n (squared norm: 4 n). Flops: 14 n (2 n). Determinism: the step is elementwise. The
- * squared norm is summed in double over stretches whose length depends on n alone, 16 lanes each, stretches
- * in rising order. */
+ * float32.
+ *
+ * Bytes: 28 n (squared norm: 4 n). Flops: 14 n (2 n).
+ *
+ * Determinism: the step is elementwise. The squared norm is summed in double over stretches whose length
+ * depends on n alone, 16 lanes each, stretches in rising order. */
 #include "kernels/cpu/cpu.h"
 #include <math.h>
 

@@ -1,14 +1,20 @@
 /* Causal grouped-query attention over packed sequences, forward.
+ *
  *   o = softmax(q k^T * scale, causal) v per head,  lse = log sum exp(q k^T * scale)
+ *
  * Online softmax over blocks of ATTENTION_KEYS keys counted from key 0 (Milakov & Gimelshein 2018; Dao 2023):
+ *
  *   m' = max(m, max s), c = exp(m - m'), p = exp(s - m'), l = l c + sum p, o = o c + p v;   at the end o / l.
+ *
  * A task is (sequence, key head, block of query rows); a row is one (query, query head of the group), so that
  * the heads that share a key head read its keys once.
- * Bytes: q and o once, k and v once for each block of rows (streamed from cache). Flops: 4 d for each visible
- * (query, key) and head, and some 20 for its exponential.
+ *
+ * Bytes: q and o once, k and v once for each block of rows (streamed from cache).
+ * Flops: 4 d for each visible (query, key) and head, and some 20 for its exponential.
+ *
  * Determinism: a score is an fma chain over d (L = d); l has 16 lanes (key mod 16); o is an fma chain over
- * the keys in rising order (L = n_k). No bit depends on the other rows of a task, so prefill and decode
- * agree. */
+ * the keys in rising order (L = n_k); lse takes one logarithm of the C library. No bit depends on the other
+ * rows of a task, so prefill and decode agree. */
 #include "kernels/cpu/tile.h"
 #include <math.h>
 

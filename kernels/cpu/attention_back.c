@@ -1,12 +1,17 @@
 /* Causal grouped-query attention, backward.
- *   D = rowsum(do * o);  p = exp(s - lse);  dv = p^T do;  ds = scale * p * (do v^T - D);  dq = ds k;  dk =
- * ds^T q A task is (sequence, key head): blocks of keys in rising order outside, inside the query heads of
- * the group and blocks of queries in rising order; probabilities are computed again from lse. Bytes: q, o,
- * do, dq once for each block of keys (from cache), k, v, dk, dv once. Flops: 10 d for each visible (query,
- * key) and head, and some 20 for its exponential. Determinism: s and do v^T are fma chains over d; dq of a
- * row is an fma chain over keys in rising order (L = n_k); dk and dv of a key over (query head, query) in
- * rising order (L = group * n_q); D has 16 lanes. Invisible pairs inside a block take part with p = ds = 0.
- * No bit depends on other sequences or on threads. */
+ *
+ *   D = rowsum(do * o);  p = exp(s - lse);  ds = scale * p * (do v^T - D)
+ *   dv = p^T do;  dq = ds k;  dk = ds^T q
+ *
+ * A task is (sequence, key head): blocks of keys in rising order outside, inside the query heads of the group
+ * and blocks of queries in rising order; probabilities are computed again from lse.
+ *
+ * Bytes: q, do, dq once for each block of keys (from cache), k, v, dk, dv once.
+ * Flops: 10 d for each visible (query, key) and head, and some 20 for its exponential.
+ *
+ * Determinism: s and do v^T are fma chains over d; dq of a row is an fma chain over keys in rising order
+ * (L = n_k); dk and dv of a key over (query head, query) in rising order (L = group * n_q); D has 16 lanes.
+ * Invisible pairs inside a block take part with p = ds = 0. No bit depends on other sequences or threads. */
 #include "kernels/cpu/tile.h"
 
 enum { ATTENTION_BACK_ROWS = 48 };

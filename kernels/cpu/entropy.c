@@ -1,8 +1,13 @@
 /* Entropy of the components of each row in bits, H = -sum p log2 p.
- *   HISTOGRAM, CLIPPED  p: mass of n_bins equal bins over [min, max], as numpy.histogram of the row in
- * float64 SOFTMAX             p = softmax(row);   ABS  p = |row| / sum |row| Bytes: 4 n. Work: one division a
- * value for histograms, one exponential or logarithm for the others. Determinism: double, one chain in the
- * order of columns or bins; a row depends on nothing else. */
+ *
+ *   HISTOGRAM, CLIPPED   p: mass of n_bins equal bins over [min, max], as numpy.histogram of the float64 row
+ *   SOFTMAX              p = softmax(row)
+ *   ABS                  p = |row| / sum |row|
+ *
+ * Bytes: 4 n. Work: a division a value for histograms, an exponential or a logarithm for the others.
+ *
+ * Determinism: double, one chain in the order of columns or bins, exponentials and logarithms of the C
+ * library; a row depends on nothing else. */
 #include "kernels/cpu/cpu.h"
 #include <math.h>
 

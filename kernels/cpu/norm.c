@@ -1,8 +1,11 @@
 /* Root mean square norm.
+ *
  *   y = x * rstd * w,  rstd = 1 / sqrt(mean(x^2) + eps)
  *   dx = (dx) + rstd * (dy * w - x * rstd^2 * mean(dy * w * x))
+ *
  * Bytes: forward 8 n (x in, y out; w stays in cache), backward 12 n (16 n accumulating), n = rows * cols.
  * Flops: forward 4 n, backward 8 n.
+ *
  * Determinism: the sum over a row runs in 64 lanes (lane = column mod 64), each an fma chain in rising order
  * (L = cols / 64), folded as a fixed tree; mean and root in double. A row depends on nothing else. */
 #include "kernels/cpu/cpu.h"

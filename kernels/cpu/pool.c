@@ -1,5 +1,7 @@
 /* Pooling of a sequence's rows: the last one, or the mean.
+ *
  * Bytes: last 8 n_seqs n_cols; mean 4 n_rows n_cols. Flops: mean n_rows n_cols.
+ *
  * Determinism: a mean is a sum in double over the rows in rising order, divided and rounded once. */
 #include "kernels/cpu/cpu.h"
 

@@ -1,8 +1,12 @@
 /* Rotary embedding, half-split form, in place.
+ *
  *   (x1, x2) = (x[h, j], x[h, j + d/2]);  x1' = x1 cos - x2 sin;  x2' = x2 cos + x1 sin
- * Bytes: 8 n, n = rows * heads * head_dim. Flops: 3 n, and some 40 double operations for each row and j <
- * d/2. Determinism: elementwise; cos and sin come from fma polynomials in double (same bits for every
- * instruction set), each result element is one product and one fma. */
+ *
+ * Bytes: 8 n, n = rows * heads * head_dim.
+ * Flops: 3 n, and some 40 double operations for each row and j < d/2.
+ *
+ * Determinism: elementwise; cos and sin come from fma polynomials in double (same bits for every instruction
+ * set), each result element is one product and one fma. */
 #include "kernels/cpu/cpu.h"
 #include <math.h>
 

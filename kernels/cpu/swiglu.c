@@ -1,8 +1,12 @@
 /* SwiGLU.
+ *
  *   h = silu(gate) * up,  silu(z) = z / (1 + exp(-z)),  s = 1 / (1 + exp(-gate))
  *   dgate = dh * up * s * (1 + gate * (1 - s)),  dup = dh * gate * s
- * Bytes: forward 12 n, backward 20 n. Flops: forward about 20 n, backward about 28 n (16 of them the
- * exponential). Determinism: elementwise. */
+ *
+ * Bytes: forward 12 n, backward 20 n.
+ * Flops: forward about 20 n, backward about 28 n, 16 n of them for the exponential.
+ *
+ * Determinism: elementwise. */
 #include "kernels/cpu/cpu.h"
 
 KS_INLINE ks_v swiglu_sigmoid(ks_v z) {
