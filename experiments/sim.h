@@ -40,6 +40,7 @@ typedef struct {
   float *embeddings;    /* backend memory [n_sets, hidden_size], by set id; filled as sets arrive */
   ks_set_score *scores; /* [n_sets] */
   char **own_responses; /* [n_sets], the frozen model's greedy answer, made when first needed */
+  int64_t n_embedded;   /* passes of a set through the embedding: at most one each */
   double embed_seconds; /* all embedding so far */
 } ks_world;
 

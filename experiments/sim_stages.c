@@ -66,6 +66,7 @@ static ks_status offer_one(const ks_stage *s, ks_trial *t, int64_t index) {
 }
 
 ks_status ks_stage_select(ks_stage *s) {
+  ks_log(KS_LOG_DEBUG, "run", "window %lld: first arrival", (long long)s->window + 1);
   for (int64_t i = 0; i < s->n_trials; i++) {
     ks_trial *t = s->trials[i];
     KS_TRY(ks_progress_report(s->progress, "select", (double)i, (double)s->n_trials));

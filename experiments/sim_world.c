@@ -271,6 +271,7 @@ static ks_status embed_texts(ks_world *w, score_batch *b, const ks_progress *pro
     score->eoe = ks_eoe_normalise(b->entropy[i], score->n_tokens, c->select.eoe_norm);
     KS_TRY(ks_mem_copy(w->ctx, w->embeddings + b->ids[i] * d, b->pooled + i * d, (size_t)d * sizeof(float)));
     score->known = true;
+    w->n_embedded++;
   }
   return KS_OK;
 }

@@ -271,6 +271,40 @@ Test(sim, stages_stop_when_asked) {
   ks_matrix_destroy(m);
 }
 
+Test(sim, a_cohort_embeds_a_set_once) {
+  const char *sets[] = {"policy=fifo,reservoir", "seed=1,2,3"};
+  ks_matrix *m = run_tiny(sets, 2);
+  ks_ctx *ctx;
+  ks_ctx_params params = KS_CTX_PARAMS_DEFAULT;
+  ks_world *w;
+  ks_trial *trials[8];
+  cr_assert(m->n_cells >= 8);
+  MUST(ks_ctx_create(&ctx, &params));
+  MUST(ks_world_open(ctx, &m->cells[0].config, &w));
+  for (int i = 0; i < 8; i++) {
+    char name[16];
+    snprintf(name, sizeof name, "again%d", i);
+    MUST(ks_trial_open(w, &m->cells[i].config, name, m->output, false, &trials[i]));
+  }
+  ks_stage stage = {.world = w, .trials = trials, .n_trials = 8};
+  MUST(ks_stage_embed(&stage));
+  int64_t met = 0;
+  for (int64_t id = 0; id < w->data->n_sets; id++) {
+    bool arrives = false;
+    for (int i = 0; i < 8; i++)
+      for (int64_t a = 0; a < m->cells[i].config.window.size; a++)
+        arrives = arrives || trials[i]->order[a] == id;
+    met += arrives;
+  }
+  cr_expect(w->n_embedded == met && met > 14, "%lld embedded, %lld met", (long long)w->n_embedded,
+            (long long)met);
+  for (int i = 0; i < 8; i++)
+    ks_trial_close(trials[i]);
+  ks_world_close(w);
+  ks_ctx_destroy(ctx);
+  ks_matrix_destroy(m);
+}
+
 Test(sim, long_texts_are_cut_and_never_lost) {
   const char *sets[] = {"policy=fifo", "seed=1", "experiment.floor_and_ceiling=false"};
   ks_matrix *m = run_tiny(sets, 3);
