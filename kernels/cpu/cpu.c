@@ -12,32 +12,45 @@ typedef struct {
   const ks_backend *table;
 } isa;
 
-static bool always(void) {
-  return true;
-}
 #if defined(__x86_64__)
-extern const ks_backend ks_cpu_generic, ks_cpu_avx2, ks_cpu_avx512, ks_cpu_avx512bf16;
 static bool has_avx2(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#endif
+#if KS_HAS_ISA_avx512 || KS_HAS_ISA_avx512bf16
 static bool has_avx512(void) {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+#endif
+#if KS_HAS_ISA_avx512bf16
 static bool has_avx512bf16(void) {
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
-static const isa isas[] = {{"avx512bf16", has_avx512bf16, &ks_cpu_avx512bf16},
-                           {"avx512", has_avx512, &ks_cpu_avx512},
-                           {"avx2", has_avx2, &ks_cpu_avx2},
-                           {"generic", always, &ks_cpu_generic}};
-#elif defined(__aarch64__)
-extern const ks_backend ks_cpu_neon;
-static const isa isas[] = {{"neon", always, &ks_cpu_neon}};
-#else
-extern const ks_backend ks_cpu_generic;
-static const isa isas[] = {{"generic", always, &ks_cpu_generic}};
 #endif
+static bool always(void) {
+  return true;
+}
+
+extern const ks_backend ks_cpu_avx512bf16, ks_cpu_avx512, ks_cpu_avx2, ks_cpu_neon, ks_cpu_generic;
+/* Best first. */
+static const isa isas[] = {
+#if KS_HAS_ISA_avx512bf16
+    {"avx512bf16", has_avx512bf16, &ks_cpu_avx512bf16},
+#endif
+#if KS_HAS_ISA_avx512
+    {"avx512", has_avx512, &ks_cpu_avx512},
+#endif
+#if KS_HAS_ISA_avx2
+    {"avx2", has_avx2, &ks_cpu_avx2},
+#endif
+#if KS_HAS_ISA_neon
+    {"neon", always, &ks_cpu_neon},
+#endif
+#if KS_HAS_ISA_generic
+    {"generic", always, &ks_cpu_generic},
+#endif
+};
 enum { N_ISAS = sizeof isas / sizeof isas[0] };
 
 static ks_status choose_isa(const char *wanted, const isa **out) {

@@ -4,6 +4,18 @@
 
 #include "kernels/cpu/gemm_tile.h"
 
+/* Lane j is lane index[j] of a and b side by side; the indices are constants. */
+KS_INLINE ks_part gemm_shuffle(ks_part a, ks_part b, ks_ipart index) {
+#if defined(__clang__)
+  ks_part r;
+  for (int j = 0; j < KS_PART_LANES; j++)
+    r[j] = index[j] < KS_PART_LANES ? a[index[j]] : b[index[j] - KS_PART_LANES];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 /* (a0, b0, a1, b1, ...) */
 KS_INLINE void gemm_interleave(ks_v a, ks_v b, ks_v *low, ks_v *high) {
   ks_ipart l, h;
@@ -13,8 +25,8 @@ KS_INLINE void gemm_interleave(ks_v a, ks_v b, ks_v *low, ks_v *high) {
   }
   ks_part out[2 * KS_PARTS];
   KS_EACH_PART(i) {
-    out[2 * i] = __builtin_shuffle(a.p[i], b.p[i], l);
-    out[2 * i + 1] = __builtin_shuffle(a.p[i], b.p[i], h);
+    out[2 * i] = gemm_shuffle(a.p[i], b.p[i], l);
+    out[2 * i + 1] = gemm_shuffle(a.p[i], b.p[i], h);
   }
   KS_EACH_PART(i) {
     low->p[i] = out[i];
@@ -50,8 +62,8 @@ KS_INLINE ks_v gemm_load_units(const float *x, int64_t n, bool bf16, ks_v s) {
   }
   ks_v r;
   KS_EACH_PART(i) {
-    ks_ipart e = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], even);
-    ks_ipart o = (ks_ipart)__builtin_shuffle(all[2 * i], all[2 * i + 1], odd);
+    ks_ipart e = (ks_ipart)gemm_shuffle(all[2 * i], all[2 * i + 1], even);
+    ks_ipart o = (ks_ipart)gemm_shuffle(all[2 * i], all[2 * i + 1], odd);
     r.p[i] = (ks_part)(((e >> 16) & 0xffff) | o);
   }
   return r;
