@@ -208,7 +208,7 @@ ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a);
 /* One sequence of a packed batch. Its n_q query rows start at row q_begin of q; its n_k >= n_q keys are rows
  * 0..n_k-1 of k and v (training and prefill: inside the packed buffers; decoding: its KV cache). Query i of the
  * sequence sits at position n_k - n_q + i and sees keys 0 .. n_k - n_q + i. Sequences are sorted by q_begin and share
- * no query row. */
+ * no query row; outputs of rows that belong to none are left as they are. Keys that no query sees are not read. */
 typedef struct {
   int64_t q_begin, n_q, n_k;
   const float *k, *v; /* [n_k, n_kv_heads * head_dim], row stride kv_stride */

@@ -13,7 +13,7 @@
 /* Beyond this the reduction below would lose digits; libm takes over. */
 #define ROPE_MAX_ANGLE 0x1p40
 
-/* cos and sin of |x| <= ROPE_MAX_ANGLE within 3e-16: x = n pi/2 + r with pi/2 in three parts, |r| <= pi/4,
+/* cos and sin of |x| <= ROPE_MAX_ANGLE within 3e-16: x = n pi/2 + r with pi/2 in two parts, |r| <= pi/4,
  * Taylor to r^15 and r^16. Branch-free, so that loops over it become vectors. */
 KS_INLINE void rope_cos_sin(double x, float *cos_out, float *sin_out) {
   const double round = 0x1.8p52; /* adding it leaves n in the low bits of the mantissa */
@@ -21,7 +21,6 @@ KS_INLINE void rope_cos_sin(double x, float *cos_out, float *sin_out) {
   double n = shifted - round;
   double r = __builtin_fma(n, -0x1.921fb54442d18p+0, x);
   r = __builtin_fma(n, -0x1.1a62633145c07p-54, r);
-  r = __builtin_fma(n, 0x1.f1976b7ed8fbcp-110, r);
   double z = r * r;
   double s = -1.0 / 1307674368000.0;
   s = __builtin_fma(s, z, 1.0 / 6227020800.0);

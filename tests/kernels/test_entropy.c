@@ -49,7 +49,7 @@ Test(entropy, numpy_fixtures) {
       bad++;
     }
   }
-  cr_assert(rows == 14 && values == 14 * 9 && bad == 0);
+  cr_assert(rows == 16 && values == 16 * 10 && bad == 0);
   fclose(f);
   ks_ctx_destroy(ctx);
 }
