@@ -108,16 +108,19 @@ static void sim_scale(const sim_work *w, int64_t n_k, const double *inv_k) {
       w->s[j * w->row + i] = (float)((double)w->s[j * w->row + i] * (w->inv_q[i] * inv_k[j]));
 }
 
-static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k) {
+/* norms: of the keys as well, while they are in cache. */
+static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k, bool norms) {
   float out[TILE_DOTS];
   const int64_t d = w->a->n_cols;
-  for (int64_t j = 0; j < n_k; j += TILE_DOTS)
+  for (int64_t j = 0; j < n_k; j += TILE_DOTS) {
+    const int64_t n = ks_min_i64(n_k - j, TILE_DOTS);
+    if (norms) sim_inverse_norms(k + j * d, n, d, w->inv_k + j);
     for (int64_t i = 0; i < w->n_q; i++) {
-      const int64_t n = ks_min_i64(n_k - j, TILE_DOTS);
       tile_dots(k + j * d, d, n, d, w->q + i * d, out);
       for (int64_t c = 0; c < n; c++)
         w->s[(j + c) * w->row + i] = out[c];
     }
+  }
 }
 
 /* w->s[j, i]: similarity of query i with key j of n_k <= SIM_KEYS keys from number k0 on. inv_k: their norms,
@@ -125,10 +128,10 @@ static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k) {
 static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *inv_k) {
   const int64_t d = w->a->n_cols;
   const float *k = w->a->k + k0 * d;
-  const bool cosine = w->a->metric == KS_METRIC_COSINE;
-  if (cosine && !inv_k) sim_inverse_norms(k, n_k, d, w->inv_k);
+  const bool cosine = w->a->metric == KS_METRIC_COSINE, norms = cosine && !inv_k;
+  if (norms && w->n_q > SIM_FEW) sim_inverse_norms(k, n_k, d, w->inv_k);
   if (w->n_q <= SIM_FEW)
-    sim_dots_few(w, k, n_k);
+    sim_dots_few(w, k, n_k, norms);
   else
     for (int64_t c = 0; c == 0 || c < d; c += SIM_COLS)
       tile_product((tile_args){.a = k + c,

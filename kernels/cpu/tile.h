@@ -275,13 +275,13 @@ static void tile_dots(const float *x, int64_t x_row, int64_t rows, int64_t cols,
   for (int64_t c0 = 0; c0 < cols; c0 += TILE_DOTS_COLS) {
     const int64_t n = ks_min_i64(cols - c0, TILE_DOTS_COLS);
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < n; c += KS_LANES) {
-        __builtin_prefetch(x + (r + TILE_DOTS) * x_row + c0 + c, 0, 2);
+      for (int64_t c = 0; c < n; c += KS_LANES)
         ks_v_store(buffer + r * ROW + c, ks_v_load_n(x + r * x_row + c0 + c, n - c));
-      }
     for (int64_t c = 0; c < n; c += KS_LANES)
       for (int h = 0; h < 2; h++) {
         __m512 b[16];
+        for (int r = 0; r < 16; r++) /* spread out, so that memory works while we do */
+          __builtin_prefetch(x + (TILE_DOTS + 16 * h + r) * x_row + c0 + c);
         tile_transpose_registers(buffer + 16 * h * ROW + c, ROW, 16, 16, b);
         const int64_t whole = ks_min_i64(n - c, 16);
 #pragma GCC unroll 16
