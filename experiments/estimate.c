@@ -72,7 +72,9 @@ static void add_cell(const ks_world *w, const ks_config *c, const sample *s, ks_
     double per_step = c->train.steps > 0 ? fmin(examples, (double)c->train.batch_size)
                                          : examples / ceil(examples / (double)c->train.batch_size);
     e->train_tokens += batches * per_step * s->example_tokens;
-    if (c->synth.writer == KS_SYNTH_MODEL) e->synth_tokens += kept * variants * (2 * s->prompt_tokens + 8);
+    if (c->synth.writer == KS_SYNTH_MODEL)
+      e->synth_tokens += kept * variants * (double)(1 + c->synth.retries) *
+                         (s->prompt_tokens + (double)c->synth.max_new_tokens);
   }
   e->bytes += policy->unlimited ? 0 : (double)c->buffer.bins * (double)c->buffer.bin_bytes;
 }

@@ -1,6 +1,7 @@
 #include "experiments/report.h"
 
 #include "core/select/select.h"
+#include "experiments/config_internal.h"
 
 #include <dirent.h>
 #include <math.h>
@@ -273,23 +274,51 @@ static ks_status make_row(const cell_result *cells, int64_t n, ks_report_row *r)
   return make_curve(cells, n, r);
 }
 
-static const ks_report_row *find_policy(const ks_report *r, const char *policy) {
-  for (int64_t i = 0; i < r->n_rows; i++)
-    if (strcmp(r->rows[i].policy, policy) == 0) return &r->rows[i];
+/* Keys that say nothing to a policy: rows may differ there and still be comparable. */
+static unsigned silent_flags(const char *policy) {
+  const ks_policy *p = ks_policy_find(policy);
+  return (p && !p->trains ? KS_TRAINING | KS_STORAGE | KS_WRITING : 0) | (p && p->unlimited ? KS_STORAGE : 0);
+}
+
+/* Next line of a configuration's text that counts; group follows the lines. NULL at the end. */
+static const char *next_setting(const char *at, char group[64], unsigned silent) {
+  for (; *at; at += strcspn(at, "\n"), at += *at == '\n') {
+    char name[64], path[160];
+    if (sscanf(at, "%63[a-z_]: {", group) == 1 && strchr(at, '{') && strchr(at, '{') < at + strcspn(at, "\n"))
+      continue;
+    if (at[0] == '}') group[0] = 0;
+    if (sscanf(at, " %63[a-z0-9_] =", name) != 1) continue;
+    snprintf(path, sizeof path, "%s%s%s", group, group[0] ? "." : "", name);
+    int key = ks_key_find(path);
+    if (strcmp(path, "policy") != 0 && !(key >= 0 && ks_keys[key].flags & silent)) return at;
+  }
   return NULL;
 }
 
-/* The baseline row beside which `row` differs in the policy alone, when the matrix has several settings. */
-static const ks_report_row *find_baseline(const ks_report *r, const ks_report_row *row, const char *policy) {
+/* Whether two rows' settings are equal but for the policy and what is silent. */
+static bool same_settings(const char *a, const char *b, unsigned silent) {
+  char group_a[64] = "", group_b[64] = "";
+  for (;;) {
+    a = next_setting(a, group_a, silent);
+    b = next_setting(b, group_b, silent);
+    if (!a || !b) return a == b;
+    size_t n = strcspn(a, "\n");
+    if (strcspn(b, "\n") != n || strncmp(a, b, n) != 0 || strcmp(group_a, group_b) != 0) return false;
+    a += n + (a[n] == '\n');
+    b += n + (b[n] == '\n');
+  }
+}
+
+/* The one row of `policy` that differs from `row` in the policy alone; NULL when there is none, or more than
+ * one. */
+static const ks_report_row *find_partner(const ks_report *r, const ks_report_row *row, const char *policy) {
   const ks_report_row *found = NULL;
-  size_t own = strlen(row->policy), base = strlen(policy);
+  unsigned silent = silent_flags(policy) | silent_flags(row->policy);
   for (int64_t i = 0; i < r->n_rows; i++) {
-    const ks_report_row *b = &r->rows[i];
-    if (strcmp(b->policy, policy) != 0) continue;
-    if (!found) found = b;
-    if (strncmp(row->label, row->policy, own) == 0 && strncmp(b->label, policy, base) == 0 &&
-        strcmp(row->label + own, b->label + base) == 0)
-      return b;
+    if (strcmp(r->rows[i].policy, policy) != 0 || !same_settings(row->settings, r->rows[i].settings, silent))
+      continue;
+    if (found) return NULL;
+    found = &r->rows[i];
   }
   return found;
 }
@@ -308,28 +337,44 @@ static ks_status add_interval(const ks_report_params *p, ks_report_row *row) {
                                      p->seed, &row->rouge1_ci);
 }
 
-static ks_status add_difference(const ks_report_params *p, const ks_report_row *base, ks_report_row *row) {
-  return row->crossed
-             ? ks_bootstrap_crossed_paired(row->rouge1, base->rouge1, row->n_cells, row->group_sizes[0],
-                                           p->level, p->n_resamples, p->seed, &row->difference)
-             : ks_bootstrap_paired(row->rouge1, base->rouge1, row->group_sizes, row->n_cells, p->level,
-                                   p->n_resamples, p->seed, &row->difference);
+static ks_status paired_interval(const ks_report_params *p, const ks_report_row *a, const ks_report_row *b,
+                                 ks_interval *out) {
+  return a->crossed && b->crossed
+             ? ks_bootstrap_crossed_paired(a->rouge1, b->rouge1, a->n_cells, a->group_sizes[0], p->level,
+                                           p->n_resamples, p->seed, out)
+             : ks_bootstrap_paired(a->rouge1, b->rouge1, a->group_sizes, a->n_cells, p->level, p->n_resamples,
+                                   p->seed, out);
+}
+
+static ks_status add_gap(const ks_report *r, ks_report_row *row) {
+  const ks_report_row *floor = find_partner(r, row, "none"), *ceiling = find_partner(r, row, "all");
+  ks_interval room;
+  if (!floor || !ceiling || !pairs_with(ceiling, floor)) return KS_OK;
+  KS_TRY(paired_interval(&r->params, ceiling, floor, &room));
+  if (room.low > 0)
+    row->gap =
+        (row->rouge1_ci.mean - floor->rouge1_ci.mean) / (ceiling->rouge1_ci.mean - floor->rouge1_ci.mean);
+  return KS_OK;
 }
 
 static ks_status add_statistics(ks_report *r) {
   const ks_report_params *p = &r->params;
+  bool known = false;
   for (int64_t i = 0; i < r->n_rows; i++)
     KS_TRY(add_interval(p, &r->rows[i]));
-  const ks_report_row *floor = find_policy(r, "none"), *ceiling = find_policy(r, "all");
   for (int64_t i = 0; i < r->n_rows; i++) {
     ks_report_row *row = &r->rows[i];
-    if (floor && ceiling)
-      row->gap =
-          (row->rouge1_ci.mean - floor->rouge1_ci.mean) / (ceiling->rouge1_ci.mean - floor->rouge1_ci.mean);
-    const ks_report_row *base = find_baseline(r, row, p->baseline);
-    if (base && pairs_with(row, base)) KS_TRY(add_difference(p, base, row));
+    known = known || strcmp(row->policy, p->baseline) == 0;
+    /* A share of tokens lies in [0, 1]; the interval's stretching (score.h) does not know that. */
+    row->rouge1_ci.low = fmax(row->rouge1_ci.low, 0);
+    row->rouge1_ci.high = fmin(row->rouge1_ci.high, 1);
+    KS_TRY(add_gap(r, row));
+    const ks_report_row *base = find_partner(r, row, p->baseline);
+    if (base && pairs_with(row, base)) KS_TRY(paired_interval(p, row, base, &row->difference));
   }
-  return KS_OK;
+  return known || !p->baseline_required
+             ? KS_OK
+             : KS_FAIL(KS_ECONFIG, "--baseline %s: the results hold no such policy", p->baseline);
 }
 
 ks_status ks_report_load(const char *folder, const ks_report_params *params, ks_report **out) {
@@ -352,6 +397,8 @@ ks_status ks_report_load(const char *folder, const ks_report_params *params, ks_
     r->complete = r->complete && r->rows[r->n_rows - 1].n_complete == n;
     i += n;
   }
+  if (params->cells) r->n_missing = params->n_cells - list.n;
+  r->complete = r->complete && r->n_missing == 0;
   r->n_arrivals = list.cells[0].last.arrivals;
   r->n_windows = list.cells[0].last.window + 1;
   r->n_questions = list.cells[0].n_values;

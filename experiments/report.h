@@ -7,6 +7,7 @@
 
 typedef struct {
   const char *baseline;     /* policy that paired differences are taken against; NULL: "random" */
+  bool baseline_required;   /* KS_ECONFIG when no row has that policy */
   const char *const *cells; /* names of the cells to read; NULL: every cell in the folder */
   int64_t n_cells;
   double level; /* of intervals */
@@ -14,8 +15,13 @@ typedef struct {
   uint64_t seed;
 } ks_report_params;
 #define KS_REPORT_DEFAULT                                                                                    \
-  ((ks_report_params){                                                                                       \
-      .baseline = NULL, .cells = NULL, .n_cells = 0, .level = 0.95, .n_resamples = 2000, .seed = 1})
+  ((ks_report_params){.baseline = NULL,                                                                      \
+                      .baseline_required = false,                                                            \
+                      .cells = NULL,                                                                         \
+                      .n_cells = 0,                                                                          \
+                      .level = 0.95,                                                                         \
+                      .n_resamples = 2000,                                                                   \
+                      .seed = 1})
 
 enum { KS_N_STAGES = 7 }; /* embed, select, annotate, synthesize, train, evaluate, record */
 
@@ -32,8 +38,9 @@ typedef struct {
   bool crossed;           /* all cells answer the same questions in the same order */
   ks_interval rouge1_ci;  /* over seeds and questions */
   ks_interval difference; /* paired with the baseline of the same settings, seeds, questions; n = 0: none */
-  double gap;             /* (ROUGE-1 - floor) / (ceiling - floor); NaN without both */
-  double loss;            /* per token of the preferred responses */
+  double gap;  /* (ROUGE-1 - floor) / (ceiling - floor), of the same settings; NaN without both, or when the
+                  ceiling is not surely above the floor */
+  double loss; /* per token of the preferred responses */
   double sets_kept, bytes_used, annotations,
       acceptance;              /* means over cells; acceptance: admissions / arrivals */
   double seconds[KS_N_STAGES]; /* sum over checkpoints, mean over cells */
@@ -50,7 +57,8 @@ typedef struct {
   ks_report_row *rows; /* [n_rows]: floor first, ceiling last */
   int64_t n_rows;
   int64_t n_arrivals, n_windows, n_questions; /* of the first cell */
-  bool complete;                              /* every cell */
+  int64_t n_missing;                          /* cells asked for that have no file yet */
+  bool complete;                              /* every cell, none missing */
 } ks_report;
 
 /* folder: a results folder (its cells/ are read), or one cell's file. KS_EDATA when there is nothing in it.

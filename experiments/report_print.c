@@ -28,7 +28,7 @@ static void results_row(const ks_report_row *r, table_cell *cells) {
     snprintf(cells[2], CELL_BYTES, "%+.4f [%+.4f, %+.4f]", r->difference.mean, r->difference.low,
              r->difference.high);
   snprintf(cells[3], CELL_BYTES, "-");
-  if (isfinite(r->gap)) snprintf(cells[3], CELL_BYTES, "%.0f%%", 100 * r->gap);
+  if (isfinite(r->gap)) snprintf(cells[3], CELL_BYTES, "%.0f%%", 100 * r->gap + 0.0);
   snprintf(cells[4], CELL_BYTES, "%.4f", r->loss);
   snprintf(cells[5], CELL_BYTES, "%.0f", r->sets_kept);
   snprintf(cells[6], CELL_BYTES, "%.0f", r->bytes_used);
@@ -89,7 +89,7 @@ static const char *interval_note(const ks_report *r) {
 }
 
 ks_status ks_report_table(const ks_report *r, ks_text *out) {
-  int64_t n_cells = 0, n_complete = 0;
+  int64_t n_cells = r->n_missing, n_complete = 0;
   for (int64_t i = 0; i < r->n_rows; i++) {
     n_cells += r->rows[i].n_cells;
     n_complete += r->rows[i].n_complete;
@@ -106,7 +106,8 @@ ks_status ks_report_table(const ks_report *r, ks_text *out) {
       out,
       "floor: none (never fine-tuned)   ceiling: all (keeps everything, annotated on everything: no budget "
       "holds)\n"
-      "gap: share of the way from floor to ceiling   vs %s: paired difference, same seeds and questions\n"
+      "gap: share of the way from floor to ceiling (- where that is not surely open)   vs %s: paired "
+      "difference, same seeds and questions\n"
       "CI: bootstrap over %s\n"
       "loss: nats per token of the preferred responses   seconds: mean of a cell, its share of the cohort's "
       "passes\n",

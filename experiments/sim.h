@@ -61,6 +61,8 @@ ks_status ks_world_encode_example(const ks_world *w, const char *question, const
 ks_status ks_world_score_sets(ks_world *w, const int64_t *set_ids, int64_t n, const ks_progress *progress);
 /* Fills own_responses for these sets (batched, greedy, frozen model). */
 ks_status ks_world_answer_sets(ks_world *w, const int64_t *set_ids, int64_t n, const ks_progress *progress);
+/* Bounds on generation from run.*: where they are 0, the library's own. */
+ks_generate_params ks_world_generate_params(const ks_world *w);
 /* Ids that end a generated answer. */
 void ks_world_stop_ids(const ks_world *w, int32_t ids[9], int64_t *n);
 
@@ -84,6 +86,7 @@ typedef struct {
   int64_t *order;      /* [n_stream] set ids as they arrive */
   int64_t n_stream;
   int64_t n_arrivals, n_windows; /* done */
+  int lock;                      /* descriptor of the cell's lock file */
   bool complete;
   bool trained;                /* the adapter has taken a step */
   ks_rows tables[KS_N_TABLES]; /* of the window in work */

@@ -192,8 +192,7 @@ ks_status ks_stage_evaluate(ks_stage *s) {
   ks_world_stop_ids(w, stop, &n_stop);
   if (e.n_trials == 0) goto out;
   KS_TRY_OUT(exam_ask(s, &e, stop, n_stop));
-  ks_generate_params params = {.max_batch = c->run.generate_batch,
-                               .cache_bytes = c->run.cache_mb * (1 << 20)};
+  ks_generate_params params = ks_world_generate_params(w);
   KS_TRY_OUT(ks_generate(w->model, e.requests, e.n_trials * n_eval, e.views, e.n_trials, &params, s->progress,
                          NULL));
   KS_TRY_OUT(ks_evaluate_loss(w->model, e.examples, e.adapter_of, e.n_trials * n_eval, e.views, e.n_trials,

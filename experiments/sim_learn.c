@@ -64,7 +64,7 @@ static ks_status gather_sources(const ks_stage *s, ks_lesson *l, int32_t adapter
 
 /* ---------------------------------------------------------------- synthesis */
 
-static ks_synthesize_params synthesis_params(const ks_config *c) {
+static ks_synthesize_params synthesis_params(const ks_world *w, const ks_config *c) {
   return (ks_synthesize_params){.kind = c->synth.writer,
                                 .count = c->synth.count,
                                 .retries = c->synth.retries,
@@ -75,7 +75,8 @@ static ks_synthesize_params synthesis_params(const ks_config *c) {
                                 .end_mark = c->synth.end_mark,
                                 .temperature = (float)c->synth.temperature,
                                 .top_p = (float)c->synth.top_p,
-                                .max_new_tokens = c->synth.max_new_tokens};
+                                .max_new_tokens = c->synth.max_new_tokens,
+                                .generate = ks_world_generate_params(w)};
 }
 
 /* Axes that let cells of a cohort differ in how they synthesize. */
@@ -124,7 +125,7 @@ static ks_status synthesize_group(const ks_stage *s, ks_lesson *lessons, const k
       memcpy(sources + at, lessons[i].sources, (size_t)lessons[i].n_sources * sizeof *sources);
     at += lessons[i].n_sources;
   }
-  ks_synthesize_params params = synthesis_params(c);
+  ks_synthesize_params params = synthesis_params(s->world, c);
   KS_TRY_OUT(ks_synthesize(s->world->model, s->world->tokenizer, &params, sources, n_sources, views,
                            s->n_trials, s->progress, &variants, &n_variants));
   at = 0;
@@ -213,8 +214,16 @@ static ks_status train_all(const ks_stage *s, ks_lesson *lessons) {
   for (int64_t i = 0; i < s->n_trials; i++) {
     ks_trial *t = s->trials[i];
     t->checkpoint.train_loss_first = t->checkpoint.train_loss_last = NAN;
-    if (!t->adapter || lessons[i].n_examples == 0) continue;
-    if (t->config->lora.reset_at_trigger) KS_TRY_OUT(ks_adapter_reset(t->adapter, (uint64_t)t->config->seed));
+    if (!t->adapter) continue;
+    if (t->config->lora.reset_at_trigger) {
+      KS_TRY_OUT(ks_adapter_reset(t->adapter, (uint64_t)t->config->seed));
+      t->trained = false;
+    }
+    if (lessons[i].n_examples == 0) {
+      ks_log(KS_LOG_WARN, "run", "cell %s, window %lld: nothing to train on (%lld sets kept)", t->id,
+             (long long)s->window + 1, (long long)ks_selector_buffer(t->selector)->n_used);
+      continue;
+    }
     owner[n_jobs] = i;
     jobs[n_jobs++] = (ks_train_job){.adapter = t->adapter,
                                     .examples = lessons[i].examples,

@@ -1,10 +1,6 @@
 #include "experiments/sim.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
-#include <sys/file.h>
-#include <unistd.h>
 
 typedef struct {
   const ks_matrix *matrix;
@@ -104,27 +100,6 @@ out:
 
 /* ---------------------------------------------------------------- the whole */
 
-/* Two runs writing the same cells would each undo the other's checkpoints. */
-static ks_status lock_folder(const ks_matrix *m, const ks_shard *shard, int *fd) {
-  ks_text path = {0};
-  ks_status status;
-  KS_TRY_OUT(
-      ks_text_addf(&path, "%s/.lock-%lld-of-%lld", m->output, (long long)shard->i, (long long)shard->n));
-  *fd = open(path.data, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-  if (*fd < 0) {
-    status = KS_FAIL(KS_EIO, "%s: cannot create: %s; choose another experiment.output", path.data,
-                     strerror(errno));
-    goto out;
-  }
-  if (flock(*fd, LOCK_EX | LOCK_NB) != 0)
-    status =
-        KS_FAIL(KS_EENV, "%s: another run is writing here; wait for it or choose another experiment.output",
-                m->output);
-out:
-  ks_text_free(&path);
-  return status;
-}
-
 static ks_status write_index(const ks_matrix *m) {
   const char **names = NULL;
   char **files = NULL, *path = NULL;
@@ -180,19 +155,16 @@ ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *opt
   const ks_config *config = &m->cells[0].config;
   ks_ctx *ctx = NULL;
   char *cells = NULL;
-  int lock = -1;
   ks_status status;
   KS_TRY_OUT(ks_path_join(m->output, "cells", &cells));
   KS_TRY_OUT(ks_dir_make(cells));
-  KS_TRY_OUT(lock_folder(m, &options->shard, &lock));
   ks_ctx_params params = {
       .backend = config->run.backend, .n_threads = (int)config->run.threads, .isa = config->run.isa};
   KS_TRY_OUT(ks_ctx_create(&ctx, &params));
-  if (options->shard.i == 0) KS_TRY_OUT(write_index(m));
+  KS_TRY_OUT(write_index(m)); /* every shard writes the same one */
   status = run_cohorts(m, options, ctx);
 out:
   ks_ctx_destroy(ctx);
-  if (lock >= 0) close(lock);
   free(cells);
   return status;
 }

@@ -2,8 +2,11 @@
 
 #include "experiments/version.h"
 
-#include <math.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 /* ---------------------------------------------------------------- rows */
 
@@ -130,7 +133,7 @@ static ks_status begin_file(ks_world *w, ks_trial *c) {
   return ks_record_begin(c->path, c->config_text, meta, sizeof meta / sizeof *meta);
 }
 
-/* Sets *same when the file continues this very cell. */
+/* Fails when the file cannot be this very cell's. */
 static ks_status check_file(ks_world *w, ks_trial *c, ks_run_status *file_status) {
   ks_record_info info = {0};
   KS_TRY(ks_record_read_info(c->path, &info));
@@ -142,10 +145,16 @@ static ks_status check_file(ks_world *w, ks_trial *c, ks_run_status *file_status
       {"tokenizer", ks_tokenizer_sha256(w->tokenizer), ks_record_info_meta(&info, "tokenizer.sha256")},
       {"dataset", w->data->sha256, ks_record_info_meta(&info, "data.sha256")},
       {"lexicon", w->lexicons ? ks_lexicons_sha256(w->lexicons) : "",
-       ks_record_info_meta(&info, "lexicon.sha256")}};
+       ks_record_info_meta(&info, "lexicon.sha256")},
+      {"backend", ks_ctx_backend_name(w->ctx), ks_record_info_meta(&info, "backend")},
+      {"instruction set", ks_ctx_isa_name(w->ctx), ks_record_info_meta(&info, "machine.isa")},
+      {"version of keepsake", KS_VERSION, ks_record_info_meta(&info, "keepsake.version")}};
+  enum { N_CONTENT_FACTS = 5 };
   ks_status status = KS_OK;
+  bool unfinished =
+      info.status != KS_RUN_COMPLETE; /* a cell is computed in one way from its beginning to its end */
   for (size_t i = 0; i < sizeof facts / sizeof *facts && status == KS_OK; i++)
-    if (!facts[i].then || strcmp(facts[i].now, facts[i].then) != 0)
+    if ((unfinished || i < N_CONTENT_FACTS) && (!facts[i].then || strcmp(facts[i].now, facts[i].then) != 0))
       status = KS_FAIL(KS_ECONFIG,
                        "%s: holds results of another %s; choose another folder with --set "
                        "experiment.output=FOLDER, or replace "
@@ -153,6 +162,25 @@ static ks_status check_file(ks_world *w, ks_trial *c, ks_run_status *file_status
                        c->path, facts[i].what);
   *file_status = info.status;
   ks_record_info_free(&info);
+  return status;
+}
+
+/* Two runs that write the same cell would each undo the other's checkpoints. The lock is held while the trial
+ * is open; different shards meet in no cell. */
+static ks_status lock_cell(ks_trial *c, const char *folder) {
+  ks_text path = {0};
+  ks_status status;
+  KS_TRY_OUT(ks_text_addf(&path, "%s/cells/.%s.lock", folder, c->id));
+  c->lock = open(path.data, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (c->lock < 0)
+    status = KS_FAIL(KS_EIO, "%s: cannot create: %s; choose another experiment.output", path.data,
+                     strerror(errno));
+  else if (flock(c->lock, LOCK_EX | LOCK_NB) != 0)
+    status = KS_FAIL(KS_EENV,
+                     "%s: another run is writing this cell; wait for it or choose another experiment.output",
+                     c->path);
+out:
+  ks_text_free(&path);
   return status;
 }
 
@@ -179,12 +207,12 @@ static ks_status make_parts(ks_world *w, ks_trial *c) {
                                  .idd_empty = k->select.idd_empty,
                                  .idd_refresh = k->select.idd_refresh,
                                  .seed = seed};
-  KS_TRY(ks_selector_create(w->ctx, &selector, &c->selector));
-  /* The ceiling trains on everything: neither budget holds for it. */
+  KS_TRY_AS(ks_selector_create(w->ctx, &selector, &c->selector), "buffer.bin_bytes, buffer.bins");
+  /* The ceiling trains on everything: no budget holds for it, and its user answers everything. */
   ks_annotator_params annotator = {.ask = k->annotate.ask,
                                    .budget = c->policy->unlimited ? -1 : k->annotate.budget,
-                                   .refusal = k->annotate.refusal,
-                                   .noise = k->annotate.noise,
+                                   .refusal = c->policy->unlimited ? 0 : k->annotate.refusal,
+                                   .noise = c->policy->unlimited ? 0 : k->annotate.noise,
                                    .seed = seed};
   KS_TRY(ks_annotator_create(&annotator, w->data, &c->annotator));
   if (c->policy->trains) {
@@ -203,6 +231,7 @@ ks_status ks_trial_open(ks_world *w, const ks_config *config, const char *id, co
   KS_TRY(ks_alloc_array(&c, 1, sizeof *c, "cell"));
   c->config = config;
   c->id = id;
+  c->lock = -1;
   c->policy = ks_policy_find(config->policy);
   ks_status status;
   if (!c->policy) {
@@ -211,6 +240,7 @@ ks_status ks_trial_open(ks_world *w, const ks_config *config, const char *id, co
   }
   KS_TRY_OUT(ks_text_addf(&name, "cells/%s.h5", id));
   KS_TRY_OUT(ks_path_join(folder, name.data, &c->path));
+  KS_TRY_OUT(lock_cell(c, folder));
   KS_TRY_OUT(ks_config_text(config, true, &text));
   c->config_text = text.data;
   text = (ks_text){0};
@@ -229,6 +259,7 @@ out:
 
 void ks_trial_close(ks_trial *c) {
   if (!c) return;
+  if (c->lock >= 0) close(c->lock);
   clear_rows(c);
   ks_rows_free(KS_TABLE_answer, c->untrained_answers.rows, c->untrained_answers.n);
   ks_adapter_destroy(c->adapter);

@@ -68,6 +68,10 @@ ks_status ks_world_open(ks_ctx *ctx, const ks_config *config, ks_world **out) {
   KS_TRY_OUT(ks_mem_alloc(ctx, bytes, (void **)&w->embeddings));
   KS_TRY_OUT(ks_alloc_array(&w->scores, n, sizeof *w->scores, "scores"));
   KS_TRY_OUT(ks_alloc_array(&w->own_responses, n, sizeof *w->own_responses, "own responses"));
+  if (config->eval.max_new_tokens > w->model->config.max_seq_len / 2)
+    ks_log(KS_LOG_WARN, "run",
+           "eval.max_new_tokens is %lld; answers end at %lld, half of the model's context",
+           (long long)config->eval.max_new_tokens, (long long)(w->model->config.max_seq_len / 2));
   *out = w;
   return KS_OK;
 out:
@@ -190,6 +194,11 @@ out:
   return status;
 }
 
+ks_generate_params ks_world_generate_params(const ks_world *w) {
+  return (ks_generate_params){.max_batch = w->config->run.generate_batch,
+                              .cache_bytes = w->config->run.cache_mb * (1 << 20)};
+}
+
 void ks_world_stop_ids(const ks_world *w, int32_t ids[9], int64_t *n) {
   *n = 0;
   for (int i = 0; i < w->model->config.n_eos && i < 8; i++)
@@ -257,7 +266,7 @@ static ks_status embed_texts(ks_world *w, score_batch *b, const ks_progress *pro
   KS_TRY(ks_mem_alloc(w->ctx, (size_t)(b->n * d) * sizeof(float), (void **)&b->pooled));
   ks_embed_params params = {.pooling = c->select.pooling,
                             .max_tokens = ks_min_i64(c->select.max_tokens, w->model->config.max_seq_len),
-                            .batch_rows = 0};
+                            .batch_rows = c->run.embed_rows};
   KS_TRY(ks_embed_texts(w->model, b->tokens, b->n, &params, progress, b->pooled));
   KS_TRY(ks_entropy(w->ctx, &(ks_entropy_args){.x = b->pooled,
                                                .h = b->entropy,
@@ -308,6 +317,7 @@ ks_status ks_world_answer_sets(ks_world *w, const int64_t *set_ids, int64_t n, c
   int64_t *ids = NULL, n_requests = 0, n_stop;
   int32_t stop[9];
   ks_status status;
+  const ks_generate_params generate = ks_world_generate_params(w);
   ks_world_stop_ids(w, stop, &n_stop);
   int64_t context = w->model->config.max_seq_len, n_new = ks_min_i64(c->eval.max_new_tokens, context / 2);
   KS_TRY_OUT(ks_alloc_array(&requests, (size_t)n, sizeof *requests, "answers"));
@@ -329,7 +339,7 @@ ks_status ks_world_answer_sets(ks_world *w, const int64_t *set_ids, int64_t n, c
     r->stop_ids = stop;
     r->n_stop = n_stop;
   }
-  KS_TRY_OUT(ks_generate(w->model, requests, n_requests, NULL, 0, &KS_GENERATE_DEFAULT, progress, NULL));
+  KS_TRY_OUT(ks_generate(w->model, requests, n_requests, NULL, 0, &generate, progress, NULL));
   for (int64_t i = 0; i < n_requests; i++) {
     ks_text text = {0};
     status = ks_tokenizer_decode(w->tokenizer, requests[i].tokens, (size_t)requests[i].n_tokens, &text);

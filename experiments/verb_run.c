@@ -74,6 +74,13 @@ static ks_status run_matrix(const ks_matrix *m, const ks_args *args) {
     ks_text_free(&text);
     return status;
   }
+  int64_t mine = 0;
+  for (int64_t i = 0; i < m->n_cells; i++)
+    mine += ks_shard_owns(&run.shard, i);
+  if (mine == 0) {
+    printf("no cell of the %lld is this shard's\n", (long long)m->n_cells);
+    return KS_OK;
+  }
   ks_interrupt_catch();
   KS_TRY(ks_bar_create(&run.bar));
   ks_status status = ks_experiment_run(m, &run);

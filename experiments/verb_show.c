@@ -18,6 +18,9 @@ static const ks_command show_command = {
 static ks_status show(const ks_args *args) {
   ks_report_params params = KS_REPORT_DEFAULT;
   params.baseline = ks_args_value(args, "baseline");
+  params.baseline_required = params.baseline != NULL;
+  if (ks_args_has(args, "csv") + ks_args_has(args, "curve") + ks_args_has(args, "digest") > 1)
+    return KS_FAIL(KS_ECONFIG, "--csv, --curve and --digest exclude each other; give one");
   KS_TRY(ks_args_float(args, "level", 0.01, 0.9999, &params.level));
   ks_report *report;
   ks_text text = {0};

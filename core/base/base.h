@@ -63,7 +63,7 @@ typedef struct {
 } ks_file_map;
 ks_status ks_file_map_open(const char *path, ks_file_map *out);
 void ks_file_map_close(ks_file_map *m);
-/* Writes aside (path.part), fsyncs, renames: path holds the old bytes or the new, never a half. */
+/* Writes aside (path.PID.part), fsyncs, renames: path holds the old bytes or the new, never a half. */
 ks_status ks_file_write_atomic(const char *path, const void *bytes, size_t n);
 /* fsync of an existing file and its folder, then rename over `to`. */
 ks_status ks_file_commit(const char *from, const char *to);

@@ -151,7 +151,8 @@ static ks_status write_all(const char *path, const void *bytes, size_t n) {
 ks_status ks_file_write_atomic(const char *path, const void *bytes, size_t n) {
   ks_text part = {0};
   ks_status status;
-  KS_TRY_OUT(ks_text_addf(&part, "%s.part", path));
+  /* Other processes may be writing the same file: each has a part of its own. */
+  KS_TRY_OUT(ks_text_addf(&part, "%s.%ld.part", path, (long)getpid()));
   KS_TRY_OUT(write_all(part.data, bytes, n));
   KS_TRY_OUT(ks_file_commit(part.data, path));
 out:

@@ -116,7 +116,6 @@ bool ks_writer_has_room(const ks_writer *w, int64_t source) {
 
 ks_status ks_writer_write(ks_writer *w, const ks_synth_source *sources, ks_attempt *attempts, int64_t n) {
   const ks_synthesize_params *p = w->params;
-  const ks_generate_params generate = KS_GENERATE_DEFAULT;
   ks_request *requests = NULL;
   KS_TRY(ks_alloc_array(&requests, (size_t)n, sizeof *requests, "synthesis: requests"));
   for (int64_t i = 0; i < n; i++) {
@@ -132,7 +131,7 @@ ks_status ks_writer_write(ks_writer *w, const ks_synth_source *sources, ks_attem
     };
   }
   ks_status status =
-      ks_generate(w->model, requests, n, w->adapters, w->n_adapters, &generate, w->progress, NULL);
+      ks_generate(w->model, requests, n, w->adapters, w->n_adapters, &p->generate, w->progress, NULL);
   for (int64_t i = 0; i < n && status == KS_OK; i++) {
     ks_text text = {0};
     status = ks_tokenizer_decode(w->tokenizer, requests[i].tokens, (size_t)requests[i].n_tokens, &text);

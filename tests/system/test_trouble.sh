@@ -80,9 +80,9 @@ expect 2 "eval_size" "more held-out sets than there are" run x --set data.source
 head -c 100 /dev/zero >"$work/zero.bin"
 expect 2 "zero.bin" "a model file of zeros" run x --set "model.path=$work/zero.bin" --set "model.tokenizer=$work/zero.bin"
 
-# Two runs in one folder.
+# Two runs on one cell.
 if command -v flock >/dev/null 2>&1; then
-  expect 3 "another run" "a folder in which another run writes" flock "$work/whole/.lock-0-of-1" "$bin" run "$here/tiny.cfg" --quiet --set policy=fifo --set seed=1 --set experiment.floor_and_ceiling=false --set "experiment.output=$work/whole"
+  expect 3 "another run" "a cell that another run writes" flock "$work/whole/cells/.fifo-s1.lock" "$bin" run "$here/tiny.cfg" --quiet --set policy=fifo --set seed=1 --set experiment.floor_and_ceiling=false --set "experiment.output=$work/whole"
 fi
 
 # Standard output that is closed or full.

@@ -217,7 +217,7 @@ Test(base, files_are_replaced_whole_or_not_at_all) {
   cr_expect(n == 3 && memcmp(back, "old", 4) == 0, "the old bytes are there");
   free(back);
   char part[300];
-  snprintf(part, sizeof part, "%s.part", path);
+  snprintf(part, sizeof part, "%s.%ld.part", path, (long)getpid());
   cr_expect(ks_file_exists(part) == false);
 }
 
