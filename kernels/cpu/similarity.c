@@ -15,7 +15,7 @@
 #include "kernels/cpu/tile.h"
 #include <math.h>
 
-enum { SIM_ROWS = 128, SIM_KEYS = 64, SIM_COLS = 128, SIM_STRETCH = 1024, SIM_FEW = 3 };
+enum { SIM_ROWS = 128, SIM_KEYS = 64, SIM_COLS = 128, SIM_STRETCH = 512, SIM_FEW = 3 };
 
 /* A thread's memory, for one block of queries at a time. */
 typedef struct {
@@ -149,7 +149,7 @@ static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *
 }
 
 static int sim_threads(const ks_ctx *ctx, const ks_similarity_args *a) {
-  double work = ((double)a->n_q + 4) * (double)a->n_k * (double)(a->n_cols + 8);
+  double work = ((double)a->n_q + 1) * (double)a->n_k * (double)(a->n_cols + 8);
   return ks_cpu_threads(ctx, work < 1e15 ? (int64_t)work : (int64_t)1e15);
 }
 
