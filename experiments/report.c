@@ -280,14 +280,18 @@ static unsigned silent_flags(const char *policy) {
   return (p && !p->trains ? KS_TRAINING | KS_STORAGE | KS_WRITING : 0) | (p && p->unlimited ? KS_STORAGE : 0);
 }
 
-/* Next line of a configuration's text that counts; group follows the lines. NULL at the end. */
+/* Next line of a configuration's text (ks_config_text) that counts; group follows the lines. NULL at the end.
+ */
 static const char *next_setting(const char *at, char group[64], unsigned silent) {
   for (; *at; at += strcspn(at, "\n"), at += *at == '\n') {
     char name[64], path[160];
-    if (sscanf(at, "%63[a-z_]: {", group) == 1 && strchr(at, '{') && strchr(at, '{') < at + strcspn(at, "\n"))
+    int end = 0;
+    if (sscanf(at, "%63[a-z_]: {%n", name, &end) == 1 && end > 0) {
+      memcpy(group, name, sizeof name);
       continue;
+    }
     if (at[0] == '}') group[0] = 0;
-    if (sscanf(at, " %63[a-z0-9_] =", name) != 1) continue;
+    if (sscanf(at, "%*[ ]%63[a-z0-9_] =", name) != 1 && sscanf(at, "%63[a-z0-9_] =", name) != 1) continue;
     snprintf(path, sizeof path, "%s%s%s", group, group[0] ? "." : "", name);
     int key = ks_key_find(path);
     if (strcmp(path, "policy") != 0 && !(key >= 0 && ks_keys[key].flags & silent)) return at;
