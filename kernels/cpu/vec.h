@@ -89,12 +89,21 @@ KS_INLINE void ks_v_store(float *x, ks_v a) {
 KS_INLINE __mmask16 ks_tail_mask(int64_t n) {
   return (__mmask16)(n >= KS_LANES ? 0xffffu : (1u << n) - 1);
 }
+#elif defined(__AVX2__)
+/* The mask of eight lanes from lane `from` on, of which n < 16 in all are wanted. */
+KS_INLINE __m256i ks_tail_mask(int64_t n, int64_t from) {
+  static const int32_t wanted[3 * KS_LANES] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                               -1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i *)(wanted + KS_LANES - n + from));
+}
 #endif
 /* The first n lanes (n >= 16: all), the others 0; touches no byte beyond them. */
 KS_INLINE ks_v ks_v_load_n(const float *x, int64_t n) {
   if (n >= KS_LANES) return ks_v_load(x);
 #if defined(__AVX512F__)
   return (ks_v){{_mm512_maskz_loadu_ps(ks_tail_mask(n), x)}};
+#elif defined(__AVX2__)
+  return (ks_v){{_mm256_maskload_ps(x, ks_tail_mask(n, 0)), _mm256_maskload_ps(x + 8, ks_tail_mask(n, 8))}};
 #else
   float all[KS_LANES] = {0};
   memcpy(all, x, (size_t)n * sizeof *x);
@@ -108,6 +117,9 @@ KS_INLINE void ks_v_store_n(float *x, ks_v a, int64_t n) {
   }
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(x, ks_tail_mask(n), a.p[0]);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(x, ks_tail_mask(n, 0), a.p[0]);
+  _mm256_maskstore_ps(x + 8, ks_tail_mask(n, 8), a.p[1]);
 #else
   float all[KS_LANES];
   ks_v_store(all, a);
@@ -194,11 +206,27 @@ KS_INLINE ks_v ks_v_sqrt(ks_v a) {
 
 /* The first eight lanes and the last eight. */
 #if defined(__AVX512F__)
-#define KS_V_HALVES(a, lo, hi) __m256 lo = _mm512_castps512_ps256(a.p[0]), hi = _mm512_extractf32x8_ps(a.p[0], 1)
+#define KS_V_HALVES(a, lo, hi)                                                                               \
+  __m256 lo = _mm512_castps512_ps256(a.p[0]), hi = _mm512_extractf32x8_ps(a.p[0], 1)
 #elif defined(__AVX2__)
 #define KS_V_HALVES(a, lo, hi) __m256 lo = a.p[0], hi = a.p[1]
 #endif
 
+/* Lanes whose bit is set, the others 0. */
+KS_INLINE ks_v ks_v_keep(ks_v a, uint32_t bits) {
+#if defined(__AVX512F__)
+  return (ks_v){{_mm512_maskz_mov_ps((__mmask16)bits, a.p[0])}};
+#else
+  ks_ipart lane;
+  for (int j = 0; j < KS_PART_LANES; j++)
+    lane[j] = 1 << j;
+  KS_EACH_PART(i) {
+    ks_ipart here = ((ks_ipart){0} + (int32_t)(bits >> (i * KS_PART_LANES))) & lane;
+    a.p[i] = (ks_part)((here == lane) & (ks_ipart)a.p[i]);
+  }
+  return a;
+#endif
+}
 /* Lanes folded as a fixed tree: (i, i + 8), then 4, 2, 1. */
 KS_INLINE float ks_v_sum(ks_v a) {
 #if defined(__AVX2__)
