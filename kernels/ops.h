@@ -119,9 +119,10 @@ typedef struct {
 
 /* Forward:  y = x W^T + bias (+ y when accumulate), then for each segment with adapter l:
  *             u = drop(x) A_l^T,   y += scale_l * u B_l^T.
- *   drop(x)[i, j] = x[i, j] * keep(i, j) / (1 - p).  With e = i * stride + j, i the row within its segment and stride
- *   n_in rounded up to a multiple of 64, keep(i, j) = word (e / 16) % 4 of Philox(key = dropout_key, hi = dropout_site,
- *   lo = e / 64 * 16 + e % 16) >= p * 2^32: four elements a block, in the lanes of a vector.   p = 0: x itself.
+ *   drop(x)[i, j] = keep(i, j) ? x[i, j] / (1 - p) : 0, with p rounded to t / 65536. With e = i * stride + j, i the row
+ *   within its segment and stride n_in rounded up to a multiple of 128, keep(i, j) = h >= t, h the lower (even) or upper
+ *   (odd) half, by q % 2, of word q / 2, q = e / 16 % 8, of Philox(key = dropout_key, hi = dropout_site,
+ *   lo = e / 128 * 16 + e % 16): eight elements a block, in the lanes of vectors.   p = 0: x itself.
  * Backward: v = scale_l * dy B_l;  grad_b_t += scale_l * u^T dy;  grad_a += v^T drop(x);
  *           dx = dy W (+ dx when accumulate_dx) + drop'(v A_l).   The frozen weight and bias get no gradient.
  * u: [n_rows, u_stride] is written by forward (columns 0..rank-1) and read by backward; v likewise is scratch.

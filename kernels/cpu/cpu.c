@@ -20,7 +20,8 @@ static bool has_avx2(void) {
 #if KS_HAS_ISA_avx512 || KS_HAS_ISA_avx512bf16
 static bool has_avx512(void) {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("bmi2");
 }
 #endif
 #if KS_HAS_ISA_avx512bf16
@@ -124,7 +125,8 @@ void ks_cpu_ctx_exit(ks_ctx *ctx) {
   ks_cpu *cpu = ctx->impl;
   if (!cpu) return;
   free(cpu->scratch);
-  free(cpu->shared);
+  for (int i = 0; i < KS_CPU_N_SHARED; i++)
+    free(cpu->shared[i]);
   free(cpu);
   ctx->impl = NULL;
 }
@@ -152,10 +154,11 @@ ks_status ks_cpu_scratch_reserve(ks_ctx *ctx, size_t bytes_per_thread) {
   return KS_OK;
 }
 
-ks_status ks_cpu_shared_reserve(ks_ctx *ctx, size_t bytes, void **out) {
+ks_status ks_cpu_shared_reserve(ks_ctx *ctx, ks_cpu_shared which, size_t bytes, void **out) {
   ks_cpu *cpu = ctx->impl;
-  if (bytes > cpu->shared_bytes) KS_TRY(grow(ctx, &cpu->shared, &cpu->shared_bytes, bytes));
-  *out = cpu->shared;
+  if (bytes > cpu->shared_bytes[which])
+    KS_TRY(grow(ctx, &cpu->shared[which], &cpu->shared_bytes[which], bytes));
+  *out = cpu->shared[which];
   return KS_OK;
 }
 

@@ -10,12 +10,19 @@
 /* Below this many vectorised operations a region stays on one thread. */
 #define KS_CPU_PARALLEL_FLOPS 400000
 
+/* Workspaces of a context that all threads share. */
+typedef enum {
+  KS_CPU_TRANSPOSED, /* a weight that was not prepared for backward */
+  KS_CPU_DROPOUT,    /* a layer's dropout mask */
+  KS_CPU_N_SHARED
+} ks_cpu_shared;
+
 /* The backend's own state: ctx->impl. */
 typedef struct {
   void *scratch; /* n_threads slices of scratch_bytes each */
   size_t scratch_bytes;
-  void *shared; /* of all threads */
-  size_t shared_bytes;
+  void *shared[KS_CPU_N_SHARED]; /* of all threads */
+  size_t shared_bytes[KS_CPU_N_SHARED];
 } ks_cpu;
 
 /* Functions of all instruction sets (cpu.c). */
@@ -33,8 +40,8 @@ ks_status ks_cpu_alloc(size_t bytes, const char *what, void **out);
 /* Memory for each thread of the next parallel region, kept and reused; call it before the region. Contents
  * are undefined. Slices are 64-byte aligned. KS_ENOMEM. */
 ks_status ks_cpu_scratch_reserve(ks_ctx *ctx, size_t bytes_per_thread);
-/* The same for one array of all threads. */
-ks_status ks_cpu_shared_reserve(ks_ctx *ctx, size_t bytes, void **out);
+/* The same for an array of all threads. */
+ks_status ks_cpu_shared_reserve(ks_ctx *ctx, ks_cpu_shared which, size_t bytes, void **out);
 KS_INLINE void *ks_cpu_scratch(const ks_ctx *ctx, int thread) {
   const ks_cpu *cpu = ctx->impl;
   return (unsigned char *)cpu->scratch + (size_t)thread * cpu->scratch_bytes;

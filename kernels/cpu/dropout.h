@@ -1,12 +1,21 @@
-/* Dropout of LoRA's input (ks_linear_args): the mask is a function of segment key, site, row and column, and
- * made anew wherever it is needed. */
+/* Dropout of LoRA's input (ks_linear_args): the mask, a bit an element, is made anew in forward and in
+ * backward. */
 #ifndef KS_CPU_DROPOUT_H
 #define KS_CPU_DROPOUT_H
 
 #include "kernels/cpu/cpu.h"
-#include <math.h>
 
-enum { DROPOUT_COLS = 64 }; /* columns whose mask comes from 16 Philox blocks */
+enum {
+  DROPOUT_COLS = 128, /* columns whose mask comes from sixteen Philox blocks, */
+  DROPOUT_WORDS = DROPOUT_COLS / KS_LANES,
+  DROPOUT_LANES = KS_PART_LANES / 2,        /* blocks in a vector, */
+  DROPOUT_PARTS = KS_LANES / DROPOUT_LANES, /* vectors to sixteen of them, */
+#if KS_PART_LANES == 16
+  DROPOUT_CHAINS = 6, /* vectors at a time */
+#else
+  DROPOUT_CHAINS = 2,
+#endif
+};
 
 typedef uint64_t dropout_wide __attribute__((vector_size(KS_PART_LANES * 4)));
 
@@ -23,80 +32,127 @@ KS_INLINE dropout_wide dropout_mul(dropout_wide a, uint32_t m) {
 #endif
 }
 
-/* ks_philox of a counter in the lower half of each lane; the upper halves of the words are garbage. */
-KS_INLINE void dropout_philox(uint64_t key, uint64_t hi, dropout_wide lo, dropout_wide word[4]) {
-  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-  dropout_wide c0 = lo, c1 = lo >> 32, c2 = hi - (dropout_wide){0}, c3 = (hi >> 32) - (dropout_wide){0};
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; round++) {
-    dropout_wide p0 = dropout_mul(c0, 0xD2511F53u), p1 = dropout_mul(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ (uint64_t)k0;
-    c2 = (p0 >> 32) ^ c3 ^ (uint64_t)k1;
-    c1 = p1;
-    c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+/* The round keys of ks_philox, in memory: instructions read them from there, broadcast, at no cost. */
+typedef struct {
+  uint64_t k0[10], k1[10], hi;
+} dropout_keys;
+
+static dropout_keys dropout_expand(uint64_t key, uint64_t hi) {
+  dropout_keys k = {.hi = hi};
+  for (uint32_t i = 0; i < 10; i++) {
+    k.k0[i] = (uint32_t)((uint32_t)key + i * 0x9E3779B9u);
+    k.k1[i] = (uint32_t)((uint32_t)(key >> 32) + i * 0xBB67AE85u);
   }
-  word[0] = c0;
-  word[1] = c1;
-  word[2] = c2;
-  word[3] = c3;
+  return k;
 }
 
+/* ks_philox of the counters in the lower halves of n vectors' lanes; the upper halves of the words are
+ * garbage. Several vectors at a time, as each alone is a long chain. */
+KS_INLINE void dropout_philox(const int n, const dropout_keys *k, const dropout_wide lo[],
+                              dropout_wide word[][4]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < n; v++) {
+    word[v][0] = lo[v];
+    word[v][1] = lo[v] >> 32;
+    word[v][2] = k->hi - (dropout_wide){0};
+    word[v][3] = (k->hi >> 32) - (dropout_wide){0};
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++)
+#pragma GCC unroll 8
+    for (int v = 0; v < n; v++) {
+      dropout_wide p0 = dropout_mul(word[v][0], 0xD2511F53u), p1 = dropout_mul(word[v][2], 0xCD9E8D57u);
+      word[v][0] = (p1 >> 32) ^ word[v][1] ^ k->k0[round];
+      word[v][2] = (p0 >> 32) ^ word[v][3] ^ k->k1[round];
+      word[v][1] = p1;
+      word[v][3] = p0;
+    }
+}
+
+/* Bit i of low and high: whether the lower and upper half of the word in lane i reach the threshold. */
+KS_INLINE void dropout_compare(dropout_wide word, uint32_t threshold, uint32_t *low, uint32_t *high) {
+#if defined(__AVX512BW__)
+  uint32_t halves = _mm512_cmpge_epu16_mask((__m512i)word, _mm512_set1_epi16((short)threshold));
+  *low = _pext_u32(halves, 0x11111111);
+  *high = _pext_u32(halves, 0x22222222);
+#else
+  typedef int64_t wide_mask __attribute__((vector_size(KS_PART_LANES * 4)));
+  wide_mask l = (wide_mask)(word & 0xffff) >= (int64_t)threshold;
+  wide_mask h = (wide_mask)(word >> 16 & 0xffff) >= (int64_t)threshold;
+#if defined(__AVX2__)
+  *low = (uint32_t)_mm256_movemask_pd((__m256d)l);
+  *high = (uint32_t)_mm256_movemask_pd((__m256d)h);
+#else
+  *low = (uint32_t)(l[0] & 1) | (uint32_t)(l[1] & 2);
+  *high = (uint32_t)(h[0] & 1) | (uint32_t)(h[1] & 2);
+#endif
+#endif
+}
+
+/* Bit j of word w of a row: column 16 w + j is kept. */
 typedef struct {
-  uint64_t key, site;
-  uint32_t threshold; /* words below it drop */
+  uint16_t *bits; /* [n_rows, words]; rows of segments without an adapter are undefined */
+  int64_t words;
   float keep;         /* 1 / (1 - p) */
-  int64_t blocks_a_row;
+  uint32_t threshold; /* draws below it drop */
 } dropout_mask;
 
-static dropout_mask dropout_of(const ks_linear_args *a, const ks_segment *seg) {
-  return (dropout_mask){.key = seg->dropout_key,
-                        .site = a->dropout_site,
-                        .threshold = (uint32_t)ceil((double)a->dropout * 0x1p32),
-                        .keep = (float)(1 / (1 - (double)a->dropout)),
-                        .blocks_a_row = (a->w->n_in + DROPOUT_COLS - 1) / DROPOUT_COLS * KS_LANES};
+/* A mask for the rows of x, not yet made. */
+static ks_status dropout_reserve(ks_ctx *ctx, const ks_linear_args *a, dropout_mask *m) {
+  void *bits = NULL;
+  m->words = (a->w->n_in + DROPOUT_COLS - 1) / DROPOUT_COLS * DROPOUT_WORDS;
+  KS_TRY(ks_cpu_shared_reserve(ctx, KS_CPU_DROPOUT, (size_t)(a->n_rows * m->words) * sizeof *m->bits, &bits));
+  m->bits = bits;
+  m->threshold = (uint32_t)ks_min_i64((int64_t)((double)a->dropout * 65536 + 0.5), 65535);
+  m->keep = (float)(65536.0 / (65536 - m->threshold));
+  return KS_OK;
 }
 
-/* Factors (0 or 1 / (1 - p)) of columns [col, col + 64) of a row of the segment; col is a multiple of 64. */
-KS_INLINE void dropout_factors(const dropout_mask *d, int64_t row, int64_t col, ks_v factor[4]) {
-  uint64_t first = (uint64_t)(row * d->blocks_a_row + col / DROPOUT_COLS * KS_LANES);
-  ks_ipart threshold =
-      (ks_ipart){0} + (int32_t)(d->threshold ^ 0x80000000u); /* signed comparison of unsigned words */
-  KS_EACH_PART(i) {
-    dropout_wide even, word_even[4], word_odd[4];
-    for (int j = 0; j < KS_PART_LANES / 2; j++)
-      even[j] = first + (uint64_t)(i * KS_PART_LANES + 2 * j);
-    dropout_philox(d->key, d->site, even, word_even);
-    dropout_philox(d->key, d->site, even + 1, word_odd);
+/* `words` words of a row whose first block is `first`: half q % 2 of word q / 2 of sixteen blocks makes word
+ * q. */
+static void dropout_draw_row(const dropout_keys *keys, uint64_t first, uint32_t threshold, uint16_t *bits,
+                             int64_t words) {
+  const int64_t n = words / DROPOUT_WORDS * DROPOUT_PARTS;
+  dropout_wide lane = {0};
+  for (int j = 0; j < DROPOUT_LANES; j++)
+    lane[j] = (uint64_t)j;
+  memset(bits, 0, (size_t)words * sizeof *bits);
+  for (int64_t v = 0; v < n; v += DROPOUT_CHAINS) {
+    dropout_wide lo[DROPOUT_CHAINS], word[DROPOUT_CHAINS][4];
+#pragma GCC unroll 8
+    for (int c = 0; c < DROPOUT_CHAINS; c++)
+      lo[c] = lane + (first + (uint64_t)((v + c) * DROPOUT_LANES));
+    dropout_philox(DROPOUT_CHAINS, keys, lo, word);
+    for (int c = 0; c < DROPOUT_CHAINS && v + c < n; c++) {
+      uint16_t *out = bits + (v + c) / DROPOUT_PARTS * DROPOUT_WORDS;
+      const int shift = (int)((v + c) % DROPOUT_PARTS) * DROPOUT_LANES;
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; w++) {
-      ks_ipart word = (ks_ipart)((word_even[w] & 0xffffffffu) | word_odd[w] << 32);
-      ks_ipart kept = (word ^ INT32_MIN) >= threshold;
-      ks_part keep = d->keep - (ks_part){0};
-      factor[w].p[i] = (ks_part)(kept & (ks_ipart)keep);
+      for (int w = 0; w < 4; w++) {
+        uint32_t low, high;
+        dropout_compare(word[c][w], threshold, &low, &high);
+        out[2 * w] = (uint16_t)(out[2 * w] | low << shift);
+        out[2 * w + 1] = (uint16_t)(out[2 * w + 1] | high << shift);
+      }
     }
   }
 }
 
-/* out[i, j] = x[i, j] * factor(row + i, col + j) (+ out when add) for n_rows x n_cols; col is a multiple
- * of 64. */
-static void dropout_apply(const dropout_mask *d, int64_t row, int64_t col, int64_t n_rows, int64_t n_cols,
-                          const float *x, int64_t ldx, float *out, int64_t ldo, bool add) {
-  for (int64_t i = 0; i < n_rows; i++)
-    for (int64_t j = 0; j < n_cols; j += DROPOUT_COLS) {
-      ks_v factor[4];
-      dropout_factors(d, row + i, col + j, factor);
-#pragma GCC unroll 4
-      for (int w = 0; w < 4; w++) {
-        int64_t at = j + w * KS_LANES, left = n_cols - at;
-        if (left <= 0) break;
-        ks_v r = ks_v_mul(ks_v_load_n(x + i * ldx + at, left), factor[w]);
-        float *o = out + i * ldo + at;
-        if (add) r = ks_v_add(ks_v_load_n(o, left), r);
-        ks_v_store_n(o, r, left);
-      }
-    }
+/* Makes rows [r0, r1) of the mask. */
+static void dropout_make(const ks_linear_args *a, const dropout_mask *m, int64_t r0, int64_t r1) {
+  for (int64_t s = 0; s < a->n_segments; s++) {
+    const ks_segment *seg = &a->segments[s];
+    if (seg->adapter < 0 || a->loras[seg->adapter].rank == 0) continue;
+    const dropout_keys keys = dropout_expand(seg->dropout_key, a->dropout_site);
+    const int64_t end = ks_min_i64(r1, seg->row_begin + seg->n_rows);
+    for (int64_t row = ks_max_i64(r0, seg->row_begin); row < end; row++)
+      dropout_draw_row(&keys, (uint64_t)((row - seg->row_begin) * m->words / DROPOUT_WORDS * KS_LANES),
+                       m->threshold, m->bits + row * m->words, m->words);
+  }
+}
+
+/* Sixteen elements of a row from column `col` (a multiple of 16) on; not yet divided by 1 - p. */
+KS_INLINE ks_v dropout_keep(const dropout_mask *m, int64_t row, int64_t col, ks_v x) {
+  return ks_v_keep(x, m->bits[row * m->words + col / KS_LANES]);
 }
 
 #endif

@@ -15,9 +15,11 @@ typedef struct {
   int64_t ldc;
   bool accumulate;
   int64_t n_rows;
-  const ks_linear_args *lora;    /* whose terms to add, or NULL */
-  const ks_linear_args *project; /* whose u or v to make from the packed X before that, or NULL; with float32
-                                    and when each thread has all columns of its rows */
+  const ks_linear_args *lora; /* whose terms to add, or NULL */
+  /* Whose u or v to make before that from the rows of X, when each thread has all columns of its rows; or
+   * NULL. */
+  const ks_linear_args *project;
+  const dropout_mask *mask; /* of u, or NULL */
   bool backward;
 } gemm_args;
 
@@ -57,8 +59,12 @@ static int gemm_pack_terms(const gemm_args *g, int64_t row, int64_t n_rows, int6
     for (int64_t i = ks_max_i64(seg->row_begin - row, 0), next; i < end; i = next) {
       next = ks_min_i64((i / tile_rows + 1) * tile_rows, end);
       const float *u = (g->backward ? l->v : l->u) + (row + i) * l->u_stride;
-      gemm_pack_rows(packed, GEMM_U_PAIR, u, l->u_stride, next - i, lora->rank, false,
-                     g->backward ? 1 : lora->scale, NULL);
+      gemm_pack_rows(packed, GEMM_U_PAIR,
+                     &(gemm_rows){.x = u,
+                                  .ldx = l->u_stride,
+                                  .n_rows = next - i,
+                                  .n = lora->rank,
+                                  .scale = g->backward ? 1 : lora->scale});
       pieces[n++] =
           (gemm_piece){packed, g->backward ? lora->a : lora->b_t, i / tile_rows, i, next - i, lora->rank};
       packed += (next - i + 1) / 2 * GEMM_U_PAIR;
@@ -121,23 +127,46 @@ static void gemm_run_columns(const gemm_block *k, int64_t col, int64_t n_cols) {
   }
 }
 
-static void gemm_run_block(gemm_block *k, bool last) {
+/* u or v of the block's rows, from columns [col, col + n) of X. */
+static void gemm_project(const gemm_block *k, int64_t col, int64_t n) {
   const gemm_args *g = k->g;
-  const bool bf16 = g->b->dtype == KS_DTYPE_BF16;
-  const int64_t col = k->unit * (bf16 ? 2 : 1), n = ks_min_i64(k->n_units * (bf16 ? 2 : 1), g->b->k - col);
-  gemm_pack_rows(k->scratch->a, GEMM_PAIR, g->x + k->row * g->ldx + col, g->ldx, k->n_rows, n, bf16, 1,
-                 g->x_scale ? g->x_scale + k->row : NULL);
-  if (g->project) {
+  for (int64_t c = col; c == col || c < col + n; c += GEMM_KC) {
     lora_block b = {.l = g->project,
                     .backward = g->backward,
                     .packed = k->scratch->a,
                     .row = k->row,
                     .n_rows = k->n_rows,
-                    .col = col,
-                    .k = n,
+                    .col = c,
+                    .k = ks_min_i64(GEMM_KC, col + n - c),
                     .n = g->b->k,
                     .ranks = k->scratch->ranks};
+    const gemm_rows rows = {.x = g->x + k->row * g->ldx + c,
+                            .ldx = g->ldx,
+                            .n_rows = k->n_rows,
+                            .n = b.k,
+                            .scale = g->mask ? g->mask->keep : 1,
+                            .mask = g->mask,
+                            .mask_row = k->row,
+                            .mask_col = c};
+    gemm_pack_rows(k->scratch->a, GEMM_PAIR, &rows);
     lora_project_block(&b);
+  }
+}
+
+static void gemm_run_block(gemm_block *k, bool last) {
+  const gemm_args *g = k->g;
+  const bool bf16 = g->b->dtype == KS_DTYPE_BF16;
+  const int64_t col = k->unit * (bf16 ? 2 : 1), n = ks_min_i64(k->n_units * (bf16 ? 2 : 1), g->b->k - col);
+  if (g->project) gemm_project(k, col, n);
+  if (!g->project || g->mask || bf16) { /* else the rows are packed already */
+    const gemm_rows rows = {.x = g->x + k->row * g->ldx + col,
+                            .ldx = g->ldx,
+                            .n_rows = k->n_rows,
+                            .n = n,
+                            .bf16 = bf16,
+                            .scale = 1,
+                            .row_scale = g->x_scale ? g->x_scale + k->row : NULL};
+    gemm_pack_rows(k->scratch->a, GEMM_PAIR, &rows);
   }
   k->n_pieces = last ? gemm_pack_terms(g, k->row, k->n_rows, k->tile_rows, k->scratch->u, k->pieces) : 0;
   /* One tile sweeps all columns; several share each panel while it is near. */

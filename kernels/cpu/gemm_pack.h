@@ -2,6 +2,7 @@
 #ifndef KS_CPU_GEMM_PACK_H
 #define KS_CPU_GEMM_PACK_H
 
+#include "kernels/cpu/dropout.h"
 #include "kernels/cpu/gemm_tile.h"
 
 /* Lane j is lane index[j] of a and b side by side; the indices are constants. */
@@ -42,11 +43,8 @@ KS_INLINE ks_ipart gemm_round_bf16(ks_part x) {
   return (nan & (bits | 0x400000) & (int32_t)0xffff0000) | (~nan & rounded);
 }
 
-/* Up to 16 units of a row from x on, times s: 16 floats, or 32 as pairs of bf16. n: floats that are left. */
-KS_INLINE ks_v gemm_load_units(const float *x, int64_t n, bool bf16, ks_v s) {
-  ks_v a = ks_v_mul(ks_v_load_n(x, n), s);
-  if (!bf16) return a;
-  ks_v b = ks_v_mul(ks_v_load_n(x + KS_LANES, ks_max_i64(n - KS_LANES, 0)), s);
+/* 16 pairs of floats as units of bf16. */
+KS_INLINE ks_v gemm_pair_bf16(ks_v a, ks_v b) {
 #if defined(__AVX512BF16__)
   return (ks_v){{(ks_part)_mm512_cvtne2ps_pbh(b.p[0], a.p[0])}};
 #else
@@ -70,22 +68,38 @@ KS_INLINE ks_v gemm_load_units(const float *x, int64_t n, bool bf16, ks_v s) {
 #endif
 }
 
-/* Rows 2i and 2i + 1 of x [n_rows, ldx], columns [0, n), times scale (times row_scale[row]) into pair i of
- * `a`. */
-static void gemm_pack_rows(float *a, int64_t pair, const float *x, int64_t ldx, int64_t n_rows, int64_t n,
-                           bool bf16, float scale, const float *row_scale) {
-  const int64_t step = bf16 ? 2 * KS_LANES : KS_LANES;
-  for (int64_t i = 0; i < n_rows; i += 2, a += pair) {
-    bool two = i + 1 < n_rows;
-    const float *x0 = x + i * ldx, *x1 = two ? x0 + ldx : x0;
-    ks_v s0 = ks_v_set(row_scale ? scale * row_scale[i] : scale);
-    ks_v s1 = ks_v_set(row_scale && two ? scale * row_scale[i + 1] : scale);
+/* Rows of X to be packed: x [n_rows, n] times scale (times row_scale[row]), after dropout. */
+typedef struct {
+  const float *x;
+  int64_t ldx, n_rows, n;
+  bool bf16;
+  float scale;
+  const float *row_scale;     /* or NULL */
+  const dropout_mask *mask;   /* or NULL; not with bf16 */
+  int64_t mask_row, mask_col; /* of x's first element */
+} gemm_rows;
+
+/* Up to 16 units of row i from column j on. */
+KS_INLINE ks_v gemm_load_units(const gemm_rows *r, int64_t i, int64_t j, ks_v scale) {
+  const float *x = r->x + i * r->ldx + j;
+  ks_v a = ks_v_mul(ks_v_load_n(x, r->n - j), scale);
+  if (r->mask) a = dropout_keep(r->mask, r->mask_row + i, r->mask_col + j, a);
+  if (!r->bf16) return a;
+  return gemm_pair_bf16(a, ks_v_mul(ks_v_load_n(x + KS_LANES, ks_max_i64(r->n - j - KS_LANES, 0)), scale));
+}
+
+/* Rows 2i and 2i + 1 into pair i of `a`; a missing last row is zero. */
+static void gemm_pack_rows(float *a, int64_t pair, const gemm_rows *r) {
+  const int64_t step = r->bf16 ? 2 * KS_LANES : KS_LANES;
+  for (int64_t i = 0; i < r->n_rows; i += 2, a += pair) {
+    const bool two = i + 1 < r->n_rows;
+    const ks_v s0 = ks_v_set(r->row_scale ? r->scale * r->row_scale[i] : r->scale);
+    const ks_v s1 = ks_v_set(r->row_scale && two ? r->scale * r->row_scale[i + 1] : r->scale);
     float *out = a;
-    for (int64_t j = 0; j < n; j += step, out += 2 * KS_LANES) {
-      ks_v r0 = gemm_load_units(x0 + j, n - j, bf16, s0);
-      ks_v r1 = two ? gemm_load_units(x1 + j, n - j, bf16, s1) : ks_v_zero();
-      ks_v low, high;
-      gemm_interleave(r0, r1, &low, &high);
+    for (int64_t j = 0; j < r->n; j += step, out += 2 * KS_LANES) {
+      ks_v low, high, x0 = gemm_load_units(r, i, j, s0);
+      ks_v x1 = two ? gemm_load_units(r, i + 1, j, s1) : ks_v_zero();
+      gemm_interleave(x0, x1, &low, &high);
       ks_v_store(out, low);
       ks_v_store(out + KS_LANES, high);
     }

@@ -263,8 +263,8 @@ KS_INLINE float ks_v_max_lane(ks_v a) {
 }
 
 /* exp(x) within 1.5 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, Taylor to degree 7 (truncation 0.09 half ulps),
- * scaled by 2^n with one rounding, so that results down to the smallest denormal are right. NaN stays NaN (the clamp
- * keeps it, and then it spreads); above 88.73 inf; below -103.98 0. */
+ * scaled by 2^n with one rounding, so that results down to the smallest denormal are right. NaN stays NaN
+ * (the clamp keeps it, and then it spreads); above 88.73 inf; below -103.98 0. */
 KS_INLINE ks_v ks_v_exp(ks_v x) {
   const float round = 0x1.8p23f; /* adding it leaves n in the low bits of the mantissa */
   ks_v c = ks_v_min(ks_v_set(89.0f), ks_v_max(ks_v_set(-104.0f), x));

@@ -169,7 +169,7 @@ static ks_status weight_backward(ks_ctx *ctx, const ks_weight *w, gemm_layout *o
   *out = impl->backward;
   if (out->data) return KS_OK;
   *out = layout_of(w->n_in, w->n_out, w->dtype);
-  KS_TRY(ks_cpu_shared_reserve(ctx, layout_bytes(out), &out->data));
+  KS_TRY(ks_cpu_shared_reserve(ctx, KS_CPU_TRANSPOSED, layout_bytes(out), &out->data));
   weight_transpose(ctx, out, &impl->forward);
   return KS_OK;
 }

@@ -13,9 +13,11 @@ double oracle_bf16(double x) {
 }
 
 double oracle_dropout_factor(uint64_t key, uint64_t site, double p, int64_t n_in, int64_t row, int64_t col) {
-  uint64_t stride = (uint64_t)((n_in + 63) / 64 * 64), e = (uint64_t)row * stride + (uint64_t)col;
-  ks_philox_block b = ks_philox(key, site, e / 64 * 16 + e % 16);
-  return (double)b.v[e / 16 % 4] >= p * 0x1p32 ? 1 / (1 - p) : 0;
+  uint64_t stride = (uint64_t)((n_in + 127) / 128 * 128), e = (uint64_t)row * stride + (uint64_t)col;
+  ks_philox_block b = ks_philox(key, site, e / 128 * 16 + e % 16);
+  uint32_t word = b.v[e / 16 % 8 / 2], half = e / 16 % 2 ? word >> 16 : word & 0xffff;
+  double t = floor(p * 65536 + 0.5);
+  return half >= t ? 65536 / (65536 - t) : 0;
 }
 
 static double *zeros(int64_t n) {
