@@ -28,6 +28,13 @@ static char *read_expected(const char *path) {
 }
 
 /* Every bad/x.cfg is refused with exactly the text of bad/x.txt: all its errors, one a line. */
+/* The expected messages name files of this tree, wherever the caller's root points. */
+static void use_this_tree(void) {
+  unsetenv("KS_ROOT");
+}
+
+TestSuite(config, .init = use_this_tree);
+
 Test(config, bad_files_give_their_messages) {
   cr_assert_eq(chdir(KS_SOURCE_DIR), 0);
   DIR *folder = opendir(BAD);
