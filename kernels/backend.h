@@ -15,6 +15,7 @@ struct ks_ctx {
   void *impl; /* the backend's own state */
   int n_threads;
   const char *isa_name;
+  ks_dtype act_dtype;
   char device_name[256];
   size_t mem_used, mem_peak;
   ks_mem_block *blocks;
@@ -48,7 +49,14 @@ struct ks_backend {
   ks_status (*weight_create)(ks_ctx *ctx, const ks_weight_params *params, ks_weight *w);
   void (*weight_destroy)(ks_ctx *ctx, ks_weight *w);
   ks_status (*weight_prepare_backward)(ks_ctx *ctx, ks_weight *w);
-  size_t (*head_loss_workspace)(const ks_weight *w, int64_t n_rows);
+  size_t (*head_loss_workspace)(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows);
+  /* The next four may be NULL: nothing to wait for, steps mean nothing, memory of unknown size, one kernel an operation. */
+  ks_status (*sync)(ks_ctx *ctx);
+  ks_status (*step_begin)(ks_ctx *ctx, uint64_t key);
+  ks_status (*step_end)(ks_ctx *ctx);
+  size_t (*mem_available)(ks_ctx *ctx);
+  const ks_variant *variants; /* [n_variants] */
+  int64_t n_variants;
 
   ks_status (*embed_forward)(ks_ctx *, const ks_embed_args *);
   ks_status (*linear_forward)(ks_ctx *, const ks_linear_args *);
@@ -64,7 +72,6 @@ struct ks_backend {
   ks_status (*attention_backward)(ks_ctx *, const ks_attention_args *);
   ks_status (*head_loss)(ks_ctx *, const ks_head_loss_args *);
   ks_status (*sample)(ks_ctx *, const ks_sample_args *);
-  ks_status (*sum_squares)(ks_ctx *, const float *x, int64_t n, double *out);
   ks_status (*adamw)(ks_ctx *, const ks_adamw_args *);
   ks_status (*pool)(ks_ctx *, const ks_pool_args *);
   ks_status (*entropy)(ks_ctx *, const ks_entropy_args *);
@@ -76,7 +83,7 @@ struct ks_backend {
                                          int64_t *picked);
 };
 
-extern const ks_backend ks_backend_cpu;
+extern const ks_backend ks_backend_cpu, ks_backend_cuda;
 /* NULL-terminated, in the order of preference of "auto". */
 extern const ks_backend *const ks_backends[];
 

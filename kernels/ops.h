@@ -10,13 +10,20 @@
  * Conventions
  * - Matrices are row-major; `x: [n_rows, n_cols]`. "rows" are tokens of all sequences packed one after another.
  * - Pointers called x, y, q, ... lie in the backend's memory (ks_mem_alloc); arrays that describe work
- *   (sequences, segments, adapters) and everything marked "host" lie in host memory.
- * - float32 unless said otherwise. Sizes of zero are legal and do nothing. Illegal arguments: KS_EINVAL.
+ *   (sequences, segments, adapters) and everything marked "host" lie in host memory and may be changed or freed
+ *   after the call.
+ * - `void *` is an array of activations: elements of the type ks_ctx_act_dtype(ctx), which is float32 on the CPU and
+ *   float32 or bf16 on a GPU (ks_act_at steps through one). Everything else is float32 unless said otherwise: sums,
+ *   statistics, adapters and their gradients always are.
+ * - Sizes of zero are legal and do nothing. Illegal arguments: KS_EINVAL.
+ * - Operations are queued: their results are there for the operations after them. "host out" arrays are filled when
+ *   the call returns, but those marked "late" only after the next ks_sync, and must live until then.
  * - No operation allocates or waits inside a training or decoding step except where "workspace" says so.
  * - Outputs must not overlap inputs except where "aliasing" allows it.
- * - Determinism: every output element is one fixed chain of operations (for products: fma over the reduction
- *   index in rising order, starting from the old value when accumulating). The same bits therefore come out for
- *   any number of threads, any batch and any position of a row in it.
+ * - Determinism: every output element is one fixed chain of operations, which depends on nothing but the shape of its own
+ *   row, sequence or segment. The same bits therefore come out for any number of threads, any batch and any
+ *   position of a row in it. On the CPU the chain of a product is fma over the reduction index in rising order, starting
+ *   from the old value when accumulating; so there it does not matter either in how many pieces a sum comes.
  * - NaN and infinity pass through; no operation crashes on them.
  */
 #ifndef KS_OPS_H
@@ -29,6 +36,23 @@
 extern "C" {
 #endif
 
+/* ---------------------------------------------------------------- element types */
+
+/* Q8_0, Q4_0 and NF4 are blocks of frozen weights (kernels/quant.h); I8 is for stored embeddings. */
+typedef enum {
+  KS_DTYPE_F32 = 0,
+  KS_DTYPE_BF16,
+  KS_DTYPE_F16,
+  KS_DTYPE_I8,
+  KS_DTYPE_Q8_0,
+  KS_DTYPE_Q4_0,
+  KS_DTYPE_NF4
+} ks_dtype;
+size_t ks_dtype_size(ks_dtype t); /* bytes an element; 0: blocks */
+bool ks_dtype_is_quantized(ks_dtype t);
+const char *ks_dtype_name(ks_dtype t); /* "f32" */
+ks_status ks_dtype_parse(const char *name, ks_dtype *out);
+
 /* ---------------------------------------------------------------- context, memory */
 
 typedef struct ks_backend ks_backend; /* constant table of functions: kernels/backend.h */
@@ -38,6 +62,8 @@ typedef struct {
   const char *backend; /* "cpu", "cuda", or "auto" (a GPU when there is one) */
   int n_threads;       /* 0: all cores this process may use */
   const char *isa;     /* NULL or "auto"; "avx512bf16", "avx512", "avx2", "neon", "generic" to force one (tests) */
+  ks_dtype activations; /* F32 or BF16, where the backend has a choice; the CPU always takes F32 */
+  const char *variants; /* NULL, or kernels other than the default: "attention_forward=simt,head_loss=chunked" */
 } ks_ctx_params;
 #define KS_CTX_PARAMS_DEFAULT ((ks_ctx_params){.backend = "auto", .n_threads = 0, .isa = NULL})
 
@@ -49,8 +75,30 @@ const char *ks_ctx_isa_name(const ks_ctx *ctx);     /* "avx512bf16" */
 int ks_ctx_n_threads(const ks_ctx *ctx);
 /* Host description of device for records: "AMD EPYC ... (2 threads, avx512bf16)". */
 const char *ks_ctx_device_name(const ks_ctx *ctx);
+/* Type of activations (see above): KS_DTYPE_F32 or KS_DTYPE_BF16. */
+ks_dtype ks_ctx_act_dtype(const ks_ctx *ctx);
+size_t ks_ctx_act_size(const ks_ctx *ctx); /* bytes of one */
+/* The n-th element of an array of activations. NULL stays NULL. */
+void *ks_act_at(const ks_ctx *ctx, const void *p, int64_t n);
+/* What ks_ctx_params.variants may name on this backend: fills out[0 .. min(cap, return)), valid as long as the program runs. */
+typedef struct {
+  const char *op, *name;
+  bool f32, bf16; /* activations that it works on */
+} ks_variant;
+int64_t ks_backend_variants(const char *backend, ks_variant *out, int64_t cap);
 
-/* Backend memory, 64-byte aligned, zeroed. */
+/* Waits until everything that was queued is done and brings the late outputs. KS_EDEVICE: something failed on the device since
+ * the last wait. */
+ks_status ks_sync(ks_ctx *ctx);
+/* A step is a run of operations that comes again and again: a training step, a decoding step. A backend may keep what it queued
+ * under `key` and queue it as a whole the next time (CUDA graphs). Steps do not nest and hold no ks_mem_alloc, ks_mem_free,
+ * ks_mem_download, ks_sync or operation whose host outputs are not late; between begin and end the same key should bring the same
+ * operations with the same sizes and pointers: when it does not, all works and nothing is gained. After a failure inside
+ * a step call ks_step_end too. The CPU does nothing here. */
+ks_status ks_step_begin(ks_ctx *ctx, uint64_t key);
+ks_status ks_step_end(ks_ctx *ctx);
+
+/* Backend memory, 64-byte aligned, zeroed. KS_ENOMEM says how much there is. */
 ks_status ks_mem_alloc(ks_ctx *ctx, size_t bytes, void **out);
 void ks_mem_free(ks_ctx *ctx, void *p); /* NULL-safe */
 ks_status ks_mem_upload(ks_ctx *ctx, void *dst, const void *host_src, size_t bytes);
@@ -60,20 +108,19 @@ ks_status ks_mem_copy(ks_ctx *ctx, void *dst, const void *src, size_t bytes);
 /* Bytes now held and the most ever held by this context. */
 size_t ks_mem_used(const ks_ctx *ctx);
 size_t ks_mem_peak(const ks_ctx *ctx);
+/* Bytes that ks_mem_alloc can still get on a device of its own memory; SIZE_MAX where nobody knows (CPU). */
+size_t ks_mem_available(ks_ctx *ctx);
 
 /* ---------------------------------------------------------------- frozen weights */
 
-typedef enum { KS_DTYPE_F32 = 0, KS_DTYPE_BF16 = 1, KS_DTYPE_F16 = 2 } ks_dtype;
-size_t ks_dtype_size(ks_dtype t);
-const char *ks_dtype_name(ks_dtype t); /* "f32" */
-ks_status ks_dtype_parse(const char *name, ks_dtype *out);
-
 /* A frozen matrix in the backend's own packed layout. With dtype KS_DTYPE_BF16 the stored weights are rounded to
- * bf16 and products round their activations to bf16 too (round to nearest even), accumulating in float32. */
+ * bf16 and products round their activations to bf16 too (round to nearest even), accumulating in float32. With Q8_0, Q4_0 or
+ * NF4 they are rounded to blocks (kernels/quant.h): a GPU keeps the blocks and unpacks them inside its products, into the type of
+ * its activations; the CPU keeps the rounded values as float32, to check with and to compare. */
 typedef struct ks_weight ks_weight;
 typedef struct {
   int64_t n_out, n_in;
-  ks_dtype dtype;        /* of the packed weight: F32 or BF16 */
+  ks_dtype dtype;        /* of the packed weight: F32, BF16, Q8_0, Q4_0, NF4; on a GPU BF16 needs bf16 activations, F32 float32 */
   ks_dtype values_dtype; /* of `values`: F32, BF16 or F16 */
   const void *values;    /* host, [n_out, n_in] */
   const float *bias;     /* host, [n_out] or NULL */
@@ -92,7 +139,7 @@ ks_status ks_weight_prepare_backward(ks_ctx *ctx, ks_weight *w);
 typedef struct {
   const ks_weight *w;
   const int32_t *tokens;
-  float *y;
+  void *y;
   int64_t n_rows;
 } ks_embed_args;
 ks_status ks_embed_forward(ks_ctx *ctx, const ks_embed_args *a);
@@ -129,23 +176,26 @@ typedef struct {
  * dx may be NULL (first layer). */
 typedef struct {
   const ks_weight *w;
-  const float *x;       /* [n_rows, n_in] */
-  float *y;             /* forward out: [n_rows, n_out] */
+  const void *x;        /* [n_rows, n_in] */
+  void *y;              /* forward out: [n_rows, n_out] */
+  bool y_is_f32;        /* y holds float32 whatever the activations (logits); no accumulate, no LoRA then */
+  bool generation;      /* rows of a generation pass: where there are several kernels, one whose rows come out the same
+                           whether one or many are computed, at its best with few */
   int64_t n_rows;
   bool accumulate;      /* y += instead of y = (residual connection) */
   const ks_segment *segments; /* host */
   int64_t n_segments;
   const ks_lora *loras;       /* host, [n_loras], indexed by segment.adapter; the pointers inside: backend memory */
   int64_t n_loras;
-  float *u;             /* [n_rows, u_stride]; needed when any segment has an adapter with rank > 0 */
+  void *u;              /* [n_rows, u_stride]; needed when any segment has an adapter with rank > 0 */
   int64_t u_stride;     /* >= the largest rank */
   float dropout;        /* p in [0, 1) */
   uint64_t dropout_site; /* different for every linear layer of the model and every step */
   /* backward only */
-  const float *dy;      /* [n_rows, n_out] */
-  float *dx;            /* [n_rows, n_in] or NULL */
+  const void *dy;       /* [n_rows, n_out] */
+  void *dx;             /* [n_rows, n_in] or NULL */
   bool accumulate_dx;
-  float *v;             /* scratch [n_rows, u_stride] */
+  void *v;              /* scratch [n_rows, u_stride] */
 } ks_linear_args;
 ks_status ks_linear_forward(ks_ctx *ctx, const ks_linear_args *a);
 ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a);
@@ -155,14 +205,14 @@ ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a);
 /* y = x * rstd * w,  rstd = 1 / sqrt(mean(x^2) + eps)   (Zhang & Sennrich 2019). Aliasing: y = x allowed.
  * Backward: dx = (dx if accumulate_dx) + rstd * (dy*w - x * rstd^2 * mean(dy*w*x)); w is frozen. */
 typedef struct {
-  const float *x; /* [n_rows, n_cols] */
+  const void *x;  /* [n_rows, n_cols] */
   const float *w; /* [n_cols] */
-  float *y;       /* [n_rows, n_cols] */
+  void *y;        /* [n_rows, n_cols] */
   float *rstd;    /* [n_rows]: forward out (may be NULL), backward in */
   int64_t n_rows, n_cols;
   float eps;
-  const float *dy; /* backward */
-  float *dx;       /* backward; may alias dy */
+  const void *dy;  /* backward */
+  void *dx;        /* backward; may alias dy */
   bool accumulate_dx; /* dx += ; then dx must not alias dy */
 } ks_rmsnorm_args;
 ks_status ks_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a);
@@ -172,7 +222,7 @@ ks_status ks_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a);
  *   (x1, x2) = (x[h, j], x[h, j + d/2]);  x1' = x1 cos - x2 sin;  x2' = x2 cos + x1 sin,  angle = position * inv_freq[j].
  * cos and sin are evaluated in double and rounded. inverse: rotates back, which is the backward pass. */
 typedef struct {
-  float *x; /* [n_rows, n_heads * head_dim], in place */
+  void *x; /* [n_rows, n_heads * head_dim], in place */
   const int32_t *positions; /* host [n_rows], each >= 0 */
   const double *inv_freq;   /* host [head_dim / 2] */
   int64_t n_rows, n_heads, head_dim; /* head_dim even */
@@ -184,10 +234,10 @@ ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a);
  * Backward: dgate = dh * up * s * (1 + gate * (1 - s)), s = sigmoid(gate);  dup = dh * silu(gate).
  * Aliasing: h = gate, h = up, dgate = gate, dup = up allowed. */
 typedef struct {
-  const float *gate, *up; /* [n] */
-  float *h;               /* [n], forward */
-  const float *dh;
-  float *dgate, *dup;
+  const void *gate, *up; /* [n] */
+  void *h;               /* [n], forward */
+  const void *dh;
+  void *dgate, *dup;
   int64_t n;
 } ks_swiglu_args;
 ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a);
@@ -195,8 +245,8 @@ ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a);
 
 /* y[i, :] = x[index[i], :];  index host [n_rows] in [0, n_x_rows). */
 typedef struct {
-  const float *x;
-  float *y; /* [n_rows, n_cols] */
+  const void *x;
+  void *y; /* [n_rows, n_cols] */
   const int64_t *index;
   int64_t n_rows, n_x_rows, n_cols;
 } ks_rows_args;
@@ -206,14 +256,18 @@ ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a);
 
 /* ---------------------------------------------------------------- attention */
 
+enum { KS_ATTENTION_PAGE_UNIT = 64 };
+
 /* One sequence of a packed batch. Its n_q query rows start at row q_begin of q; its n_k >= n_q keys are rows
  * 0..n_k-1 of k and v (training and prefill: inside the packed buffers; decoding: its KV cache). Query i of the
  * sequence sits at position n_k - n_q + i and sees keys 0 .. n_k - n_q + i. Sequences are sorted by q_begin and share
  * no query row; outputs of rows that belong to none are left as they are. Keys that no query sees are not read. */
 typedef struct {
   int64_t q_begin, n_q, n_k;
-  const float *k, *v; /* [n_k, n_kv_heads * head_dim], row stride kv_stride */
-  float *dk, *dv;     /* backward, written (=): same layout; every key row is written */
+  const void *k, *v; /* [n_k, n_kv_heads * head_dim], row stride kv_stride */
+  void *dk, *dv;     /* backward, written (=): same layout; every key row is written */
+  const int32_t *pages; /* host [ceil(n_k / page_rows)] or NULL: key j lies at row pages[j / page_rows] * page_rows + j % page_rows
+                           of k and v (a paged cache; forward only). NULL: at row j */
 } ks_attention_seq;
 
 /* o = softmax(q k^T * scale, causal) v per head; query head h reads key head h / (n_heads / n_kv_heads).
@@ -221,15 +275,17 @@ typedef struct {
  * (Milakov & Gimelshein 2018; Dao 2023, arXiv 2307.08691), blocks counted from key 0: prefill and decode give the same bits.
  * Backward: D = rowsum(do * o); p = exp(s - lse); dv = p^T do; ds = p * (do v^T - D); dq = scale ds k; dk = scale ds^T q. */
 typedef struct {
-  const float *q; /* [n_rows, n_heads * head_dim] */
-  float *o;       /* [n_rows, n_heads * head_dim] */
+  const void *q;  /* [n_rows, n_heads * head_dim] */
+  void *o;        /* [n_rows, n_heads * head_dim] */
   float *lse;     /* [n_rows, n_heads]; forward out (NULL: not kept), backward in */
   const ks_attention_seq *seqs; /* host */
   int64_t n_seqs, n_rows;
   int64_t n_heads, n_kv_heads, head_dim, kv_stride;
+  int64_t page_rows; /* rows of a page, a multiple of KS_ATTENTION_PAGE_UNIT; 0: no sequence has pages */
+  int64_t n_page_rows; /* rows behind k and v of paged sequences: every page lies within them */
   float scale; /* usually 1 / sqrt(head_dim) */
-  const float *d_o; /* backward: [n_rows, n_heads * head_dim] */
-  float *dq;        /* backward: [n_rows, n_heads * head_dim], written */
+  const void *d_o; /* backward: [n_rows, n_heads * head_dim] */
+  void *dq;        /* backward: [n_rows, n_heads * head_dim], written */
 } ks_attention_args;
 ks_status ks_attention_forward(ks_ctx *ctx, const ks_attention_args *a);
 ks_status ks_attention_backward(ks_ctx *ctx, const ks_attention_args *a);
@@ -239,18 +295,19 @@ ks_status ks_attention_backward(ks_ctx *ctx, const ks_attention_args *a);
 /* Cross-entropy of the language-model head without keeping all logits: z = x W^T,
  *   loss[i] = log sum exp(z[i, :]) - z[i, target[i]]
  *   dx[i, :] = row_scale[i] * (softmax(z[i, :]) - onehot(target[i])) W        (dx NULL: loss only)
- * Holds logits of a fixed block of rows only: workspace ks_head_loss_workspace(w, n_rows) bytes of backend memory. */
+ * Holds logits (or their gradients) of a fixed block of rows only: workspace ks_head_loss_workspace(ctx, w, n_rows) bytes of
+ * backend memory. */
 typedef struct {
   const ks_weight *w;     /* [n_vocab, n_in] */
-  const float *x;         /* [n_rows, n_in] */
+  const void *x;          /* [n_rows, n_in] */
   const int32_t *targets; /* host [n_rows], in [0, n_vocab) */
   const float *row_scale; /* host [n_rows] or NULL (all 1) */
-  float *loss;            /* host [n_rows] */
-  float *dx;              /* [n_rows, n_in] or NULL; may not alias x */
+  float *loss;            /* host out, late: [n_rows] */
+  void *dx;               /* [n_rows, n_in] or NULL; may not alias x */
   int64_t n_rows;
   void *workspace;
 } ks_head_loss_args;
-size_t ks_head_loss_workspace(const ks_weight *w, int64_t n_rows);
+size_t ks_head_loss_workspace(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows);
 ks_status ks_head_loss(ks_ctx *ctx, const ks_head_loss_args *a);
 
 /* One token a row from logits. temperature 0: the largest logit, ties to the lower id. Else softmax(logits /
@@ -258,7 +315,7 @@ ks_status ks_head_loss(ks_ctx *ctx, const ks_head_loss_args *a);
  * least top_p of their probability (1: all; Holtzman et al. 2020), ties to the lower id; drawn with
  * Philox(key, hi = 0, lo = counter), whose words 1 and 0 make one 64-bit number. Probabilities are integers times one
  * constant: a token less probable than 2^-31 times the first is never drawn. A row that holds a NaN or has no finite
- * maximum gives KS_ENUMERIC. */
+ * maximum gives the token -1. */
 typedef struct {
   float temperature; /* >= 0 */
   int32_t top_k;     /* >= 0 */
@@ -269,26 +326,30 @@ typedef struct {
   const float *logits; /* [n_rows, n_vocab] */
   int64_t n_rows, n_vocab;
   const ks_sampler *samplers; /* host [n_rows] */
-  int32_t *tokens;            /* host out [n_rows] */
+  int32_t *tokens;            /* host out, late: [n_rows] */
 } ks_sample_args;
 ks_status ks_sample(ks_ctx *ctx, const ks_sample_args *a);
 
 /* ---------------------------------------------------------------- optimizer */
 
-/* Sum of squares in double, fixed order. out: host. */
-ks_status ks_sum_squares(ks_ctx *ctx, const float *x, int64_t n, double *out);
-
-/* AdamW with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), as torch.optim.AdamW:
- *   g = grad * grad_scale;  p -= lr * weight_decay * p;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
- *   p -= lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps).
- * grad_scale carries the clip factor min(1, max_norm / norm). The factors 1 - lr * weight_decay, 1 - b1, b2, 1 - b2,
- * lr / (1 - b1^step) and sqrt(1 - b2^step) are computed in double and rounded to float32 once. */
+/* One step of AdamW with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), as torch.optim.AdamW after
+ * torch.nn.utils.clip_grad_norm_, for each of n_jobs adapters on their own:
+ *   norm = sqrt(sum grad^2);  c = min(1, max_grad_norm / (norm + 1e-6))  (max_grad_norm 0: c = 1);   g = grad * c;
+ *   p -= lr * weight_decay * p;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
+ *   p -= lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps);   then grad = 0.
+ * The sum of squares is taken in double, in a fixed order. The factors c, 1 - lr * weight_decay, 1 - b1, b2, 1 - b2,
+ * lr / (1 - b1^step) and sqrt(1 - b2^step) are computed in double and rounded to float32 once.
+ * When the norm is not finite, p, m, v and grad are left as they are. */
 typedef struct {
-  float *p, *m, *v;  /* [n] */
-  const float *grad; /* [n] */
+  float *p, *m, *v, *grad; /* [n] */
   int64_t n;
-  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+  double lr, beta1, beta2, eps, weight_decay, max_grad_norm;
   int64_t step; /* 1, 2, ... */
+} ks_adamw_job;
+typedef struct {
+  const ks_adamw_job *jobs; /* host [n_jobs] */
+  int64_t n_jobs;
+  double *norm; /* host out, late: [n_jobs], before clipping */
 } ks_adamw_args;
 ks_status ks_adamw(ks_ctx *ctx, const ks_adamw_args *a);
 
@@ -297,9 +358,9 @@ ks_status ks_adamw(ks_ctx *ctx, const ks_adamw_args *a);
 typedef enum { KS_POOL_LAST = 0, KS_POOL_MEAN = 1 } ks_pooling;
 /* y[s, :] = x at the last row of sequence s, or the mean of its rows. A sequence of no rows is KS_EINVAL. */
 typedef struct {
-  const float *x;             /* [n_rows, n_cols] */
+  const void *x;              /* [n_rows, n_cols] */
   const int64_t *seq_offsets; /* host [n_seqs + 1], rising; sequence s: rows [offsets[s], offsets[s+1]) */
-  float *y;                   /* [n_seqs, n_cols] */
+  float *y;                   /* [n_seqs, n_cols], float32 */
   int64_t n_seqs, n_rows, n_cols;
   ks_pooling pooling;
 } ks_pool_args;
@@ -329,12 +390,14 @@ ks_status ks_entropy(ks_ctx *ctx, const ks_entropy_args *a);
 
 typedef enum { KS_METRIC_COSINE = 0, KS_METRIC_DOT = 1 } ks_metric;
 /* s[i, j] = <q_i, k_j> (DOT), or <q_i, k_j> / (|q_i| |k_j|) (COSINE; 0 when a norm is 0 and the other is finite).
- * Float32 fma chain over the columns, norms in double. The whole [n_q, n_k] matrix is written only by ks_similarity. */
+ * Products of the stored values accumulate in float32, norms in double; the factors of I8 rows come last. The whole [n_q, n_k] matrix is written only by ks_similarity. */
 typedef struct {
-  const float *q; /* [n_q, n_cols] */
-  const float *k; /* [n_k, n_cols] */
+  const void *q; /* [n_q, n_cols] */
+  const void *k; /* [n_k, n_cols] */
   int64_t n_q, n_k, n_cols;
   ks_metric metric;
+  ks_dtype q_dtype, k_dtype;        /* F32, BF16 or I8, whatever the activations */
+  const float *q_scales, *k_scales; /* I8: one factor a row ([n_q], [n_k], backend memory); NULL: all 1 */
 } ks_similarity_args;
 /* s: [n_q, n_k], backend memory. */
 ks_status ks_similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s);
@@ -370,8 +433,7 @@ ks_status ks_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a,
   X(attention_backward, "its gradients")                                                                     \
   X(head_loss, "language-model head with cross-entropy, loss and gradient")                                  \
   X(sample, "greedy, temperature, top-k, top-p")                                                             \
-  X(sum_squares, "squared norm")                                                                             \
-  X(adamw, "AdamW step")                                                                                     \
+  X(adamw, "gradient norms, clipping and AdamW of many adapters")                                            \
   X(pool, "last-token or mean pooling")                                                                      \
   X(entropy, "entropy of an embedding's components")                                                         \
   X(similarity, "cosine or dot, full matrix")                                                                \
