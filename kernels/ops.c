@@ -25,6 +25,9 @@ ks_status ks_ctx_create(ks_ctx **out, const ks_ctx_params *params) {
   *out = NULL;
   ks_ctx_params p = params ? *params : KS_CTX_PARAMS_DEFAULT;
   const ks_backend *backend = NULL;
+  if (p.activations != KS_DTYPE_F32 && p.activations != KS_DTYPE_BF16)
+    return KS_FAIL(KS_EINVAL, "ks_ctx_create: activations are f32 or bf16, not '%s'",
+                   ks_dtype_name(p.activations));
   if (p.n_threads < 0 || p.n_threads > 4096)
     return KS_FAIL(KS_EINVAL, "ks_ctx_create: n_threads is %d; give 0 (all) to 4096", p.n_threads);
   KS_TRY(find_backend(p.backend ? p.backend : "auto", &backend));
@@ -60,6 +63,47 @@ const char *ks_ctx_device_name(const ks_ctx *ctx) {
   return ctx->device_name;
 }
 
+ks_dtype ks_ctx_act_dtype(const ks_ctx *ctx) {
+  return ctx->act_dtype;
+}
+size_t ks_ctx_act_size(const ks_ctx *ctx) {
+  return ctx->act_dtype == KS_DTYPE_BF16 ? 2 : sizeof(float);
+}
+
+void *ks_act_at(const ks_ctx *ctx, const void *p, int64_t n) {
+  union { /* as strchr: the caller knows whether it may write */
+    const char *in;
+    void *out;
+  } at = {.in = p};
+  if (p) at.in += n * (int64_t)ks_ctx_act_size(ctx);
+  return at.out;
+}
+
+int64_t ks_backend_variants(const char *backend, ks_variant *out, int64_t cap) {
+  for (int i = 0; ks_backends[i]; i++) {
+    if (strcmp(ks_backends[i]->name, backend) != 0) continue;
+    for (int64_t v = 0; v < ks_backends[i]->n_variants && v < cap; v++)
+      out[v] = ks_backends[i]->variants[v];
+    return ks_backends[i]->n_variants;
+  }
+  return 0;
+}
+
+ks_status ks_sync(ks_ctx *ctx) {
+  if (!ctx) return KS_FAIL(KS_EINVAL, "ks_sync: ctx is NULL");
+  return ctx->backend->sync ? ctx->backend->sync(ctx) : KS_OK;
+}
+
+ks_status ks_step_begin(ks_ctx *ctx, uint64_t key) {
+  if (!ctx) return KS_FAIL(KS_EINVAL, "ks_step_begin: ctx is NULL");
+  return ctx->backend->step_begin ? ctx->backend->step_begin(ctx, key) : KS_OK;
+}
+
+ks_status ks_step_end(ks_ctx *ctx) {
+  if (!ctx) return KS_FAIL(KS_EINVAL, "ks_step_end: ctx is NULL");
+  return ctx->backend->step_end ? ctx->backend->step_end(ctx) : KS_OK;
+}
+
 /* ---------------------------------------------------------------- memory */
 
 void ks_mem_account(ks_ctx *ctx, size_t add, size_t remove) {
@@ -72,6 +116,10 @@ size_t ks_mem_used(const ks_ctx *ctx) {
 }
 size_t ks_mem_peak(const ks_ctx *ctx) {
   return ctx->mem_peak;
+}
+
+size_t ks_mem_available(ks_ctx *ctx) {
+  return ctx && ctx->backend->mem_available ? ctx->backend->mem_available(ctx) : SIZE_MAX;
 }
 
 static ks_status grow_blocks(ks_ctx *ctx) {
@@ -137,7 +185,9 @@ ks_status ks_mem_copy(ks_ctx *ctx, void *dst, const void *src, size_t bytes) {
 static const struct {
   const char *name;
   size_t size;
-} dtypes[] = {[KS_DTYPE_F32] = {"f32", 4}, [KS_DTYPE_BF16] = {"bf16", 2}, [KS_DTYPE_F16] = {"f16", 2}};
+} dtypes[] = {[KS_DTYPE_F32] = {"f32", 4}, [KS_DTYPE_BF16] = {"bf16", 2}, [KS_DTYPE_F16] = {"f16", 2},
+              [KS_DTYPE_I8] = {"i8", 1},   [KS_DTYPE_Q8_0] = {"q8_0", 0}, [KS_DTYPE_Q4_0] = {"q4_0", 0},
+              [KS_DTYPE_NF4] = {"nf4", 0}};
 enum { N_DTYPES = sizeof dtypes / sizeof dtypes[0] };
 
 static bool is_dtype(ks_dtype t) {
@@ -145,6 +195,9 @@ static bool is_dtype(ks_dtype t) {
 }
 size_t ks_dtype_size(ks_dtype t) {
   return is_dtype(t) ? dtypes[t].size : 0;
+}
+bool ks_dtype_is_quantized(ks_dtype t) {
+  return is_dtype(t) && dtypes[t].size == 0;
 }
 const char *ks_dtype_name(ks_dtype t) {
   return is_dtype(t) ? dtypes[t].name : "?";
@@ -157,7 +210,7 @@ ks_status ks_dtype_parse(const char *name, ks_dtype *out) {
     *out = (ks_dtype)i;
     return KS_OK;
   }
-  return KS_FAIL(KS_EINVAL, "'%s' is no element type; use f32, bf16 or f16", name);
+  return KS_FAIL(KS_EINVAL, "'%s' is no element type; use f32, bf16, f16, i8, q8_0, q4_0 or nf4", name);
 }
 
 /* ---------------------------------------------------------------- weights */
@@ -171,10 +224,10 @@ static ks_status check_weight_params(const ks_weight_params *p) {
   if (!ks_mul_size((size_t)p->n_out + 256, (size_t)p->n_in + 256, &n) || n > SIZE_MAX / 64)
     return KS_FAIL(KS_EOVERFLOW, "ks_weight_create: [%lld, %lld] does not fit an address space",
                    (long long)p->n_out, (long long)p->n_in);
-  if (p->dtype != KS_DTYPE_F32 && p->dtype != KS_DTYPE_BF16)
-    return KS_FAIL(KS_EINVAL, "ks_weight_create: packed weights are f32 or bf16, not '%s'",
+  if (p->dtype != KS_DTYPE_F32 && p->dtype != KS_DTYPE_BF16 && !ks_dtype_is_quantized(p->dtype))
+    return KS_FAIL(KS_EINVAL, "ks_weight_create: packed weights are f32, bf16, q8_0, q4_0 or nf4, not '%s'",
                    ks_dtype_name(p->dtype));
-  if (!is_dtype(p->values_dtype))
+  if (p->values_dtype != KS_DTYPE_F32 && p->values_dtype != KS_DTYPE_BF16 && p->values_dtype != KS_DTYPE_F16)
     return KS_FAIL(KS_EINVAL, "ks_weight_create: values_dtype is %d", (int)p->values_dtype);
   if (!p->values && p->n_out > 0 && p->n_in > 0)
     return KS_FAIL(KS_EINVAL, "ks_weight_create: values is NULL");

@@ -17,6 +17,9 @@ typedef struct {
 } span;
 #define F32(name, ptr, rows, cols, flags)                                                                    \
   { name, ptr, rows, cols, sizeof(float), flags }
+/* Of activations; needs `ctx`. */
+#define ACT(name, ptr, rows, cols, flags)                                                                    \
+  { name, ptr, rows, cols, ks_ctx_act_size(ctx), flags }
 #define ARRAY(name, ptr, n, flags)                                                                           \
   { name, ptr, n, 1, sizeof *(ptr), flags }
 #define N_SPANS(spans) ((int)(sizeof(spans) / sizeof(spans)[0]))
@@ -94,7 +97,7 @@ ks_status ks_embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
   KS_TRY(CHECK_CTX(embed_forward));
   KS_TRY(check_weight("embed_forward", ctx, a->w));
   const span spans[] = {ARRAY("tokens", a->tokens, a->n_rows, IN),
-                        F32("y", a->y, a->n_rows, a->w->n_in, OUT)};
+                        ACT("y", a->y, a->n_rows, a->w->n_in, OUT)};
   KS_TRY(check_spans("embed_forward", spans, N_SPANS(spans)));
   KS_TRY(check_indices32("embed_forward", "tokens", a->tokens, a->n_rows, a->w->n_out));
   return a->n_rows && a->w->n_in ? ctx->backend->embed_forward(ctx, a) : KS_OK;
@@ -102,8 +105,8 @@ ks_status ks_embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
 
 ks_status ks_rows_gather(ks_ctx *ctx, const ks_rows_args *a) {
   KS_TRY(CHECK_CTX(rows_gather));
-  const span spans[] = {F32("x", a->x, a->n_x_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
-                        F32("y", a->y, a->n_rows, a->n_cols, OUT)};
+  const span spans[] = {ACT("x", a->x, a->n_x_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
+                        ACT("y", a->y, a->n_rows, a->n_cols, OUT)};
   KS_TRY(check_spans("rows_gather", spans, N_SPANS(spans)));
   for (int64_t i = 0; i < a->n_rows; i++)
     KS_TRY(check_index("rows_gather", "index", i, a->index[i], a->n_x_rows));
@@ -131,8 +134,8 @@ static ks_status check_no_repeats(const int64_t *index, int64_t n, int64_t n_val
 
 ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
   KS_TRY(CHECK_CTX(rows_scatter));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
-                        F32("y", a->y, a->n_x_rows, a->n_cols, OUT)};
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
+                        ACT("y", a->y, a->n_x_rows, a->n_cols, OUT)};
   KS_TRY(check_spans("rows_scatter", spans, N_SPANS(spans)));
   for (int64_t i = 0; i < a->n_rows; i++)
     KS_TRY(check_index("rows_scatter", "index", i, a->index[i], a->n_x_rows));
@@ -210,11 +213,14 @@ ks_status ks_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
   const char *op = "linear_forward";
   KS_TRY(CHECK_CTX(linear_forward));
   KS_TRY(check_weight(op, ctx, a->w));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->w->n_in, IN),
-                        F32("y", a->y, a->n_rows, a->w->n_out, OUT),
-                        F32("u", a->u, a->n_rows, a->u ? a->u_stride : 0, OUT)};
+  const size_t y_size = a->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx);
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->w->n_in, IN),
+                        {"y", a->y, a->n_rows, a->w->n_out, y_size, OUT},
+                        ACT("u", a->u, a->n_rows, a->u ? a->u_stride : 0, OUT)};
   KS_TRY(check_spans(op, spans, N_SPANS(spans)));
   KS_TRY(check_segments(op, a, false, spans, N_SPANS(spans)));
+  if (a->y_is_f32 && (a->accumulate || a->n_segments > 0))
+    return KS_FAIL(KS_EINVAL, "%s: y_is_f32 goes with neither accumulate nor segments", op);
   return a->n_rows && a->w->n_out ? ctx->backend->linear_forward(ctx, a) : KS_OK;
 }
 
@@ -222,11 +228,11 @@ ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
   const char *op = "linear_backward";
   KS_TRY(CHECK_CTX(linear_backward));
   KS_TRY(check_weight(op, ctx, a->w));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->w->n_in, IN),
-                        F32("dy", a->dy, a->n_rows, a->w->n_out, IN),
-                        F32("u", a->u, a->n_rows, a->u ? a->u_stride : 0, IN),
-                        F32("v", a->v, a->n_rows, a->v ? a->u_stride : 0, OUT),
-                        F32("dx", a->dx, a->n_rows, a->w->n_in, OUT | MAY_BE_NULL)};
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->w->n_in, IN),
+                        ACT("dy", a->dy, a->n_rows, a->w->n_out, IN),
+                        ACT("u", a->u, a->n_rows, a->u ? a->u_stride : 0, IN),
+                        ACT("v", a->v, a->n_rows, a->v ? a->u_stride : 0, OUT),
+                        ACT("dx", a->dx, a->n_rows, a->w->n_in, OUT | MAY_BE_NULL)};
   KS_TRY(check_spans(op, spans, N_SPANS(spans)));
   KS_TRY(check_segments(op, a, true, spans, N_SPANS(spans)));
   return a->n_rows && a->w->n_in ? ctx->backend->linear_backward(ctx, a) : KS_OK;
@@ -241,8 +247,8 @@ static ks_status check_eps(const char *op, double eps) {
 
 ks_status ks_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   KS_TRY(CHECK_CTX(rmsnorm_forward));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->n_cols, IN | ALIAS_A), F32("w", a->w, a->n_cols, 1, IN),
-                        F32("y", a->y, a->n_rows, a->n_cols, OUT | ALIAS_A),
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN | ALIAS_A), F32("w", a->w, a->n_cols, 1, IN),
+                        ACT("y", a->y, a->n_rows, a->n_cols, OUT | ALIAS_A),
                         F32("rstd", a->rstd, a->n_rows, 1, OUT | MAY_BE_NULL)};
   KS_TRY(check_spans("rmsnorm_forward", spans, N_SPANS(spans)));
   KS_TRY(check_eps("rmsnorm_forward", (double)a->eps));
@@ -251,10 +257,10 @@ ks_status ks_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
 
 ks_status ks_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   KS_TRY(CHECK_CTX(rmsnorm_backward));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->n_cols, IN), F32("w", a->w, a->n_cols, 1, IN),
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN), F32("w", a->w, a->n_cols, 1, IN),
                         F32("rstd", a->rstd, a->n_rows, 1, IN),
-                        F32("dy", a->dy, a->n_rows, a->n_cols, IN | ALIAS_A),
-                        F32("dx", a->dx, a->n_rows, a->n_cols, OUT | (a->accumulate_dx ? 0 : ALIAS_A))};
+                        ACT("dy", a->dy, a->n_rows, a->n_cols, IN | ALIAS_A),
+                        ACT("dx", a->dx, a->n_rows, a->n_cols, OUT | (a->accumulate_dx ? 0 : ALIAS_A))};
   KS_TRY(check_spans("rmsnorm_backward", spans, N_SPANS(spans)));
   return a->n_rows && a->n_cols ? ctx->backend->rmsnorm_backward(ctx, a) : KS_OK;
 }
@@ -266,7 +272,7 @@ ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a) {
       !ks_mul_i64(a->n_heads, a->head_dim, &n_cols))
     return KS_FAIL(KS_EINVAL, "rope: %lld heads of %lld; the head size must be even", (long long)a->n_heads,
                    (long long)a->head_dim);
-  const span spans[] = {F32("x", a->x, a->n_rows, n_cols, OUT),
+  const span spans[] = {ACT("x", a->x, a->n_rows, n_cols, OUT),
                         ARRAY("positions", a->positions, a->n_rows, IN),
                         ARRAY("inv_freq", a->inv_freq, a->head_dim / 2, IN)};
   KS_TRY(check_spans("rope", spans, N_SPANS(spans)));
@@ -279,17 +285,17 @@ ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a) {
 
 ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
   KS_TRY(CHECK_CTX(swiglu_forward));
-  const span spans[] = {ARRAY("gate", a->gate, a->n, IN | ALIAS_A), ARRAY("up", a->up, a->n, IN | ALIAS_B),
-                        ARRAY("h", a->h, a->n, OUT | ALIAS)};
+  const span spans[] = {ACT("gate", a->gate, a->n, 1, IN | ALIAS_A), ACT("up", a->up, a->n, 1, IN | ALIAS_B),
+                        ACT("h", a->h, a->n, 1, OUT | ALIAS)};
   KS_TRY(check_spans("swiglu_forward", spans, N_SPANS(spans)));
   return a->n ? ctx->backend->swiglu_forward(ctx, a) : KS_OK;
 }
 
 ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
   KS_TRY(CHECK_CTX(swiglu_backward));
-  const span spans[] = {ARRAY("gate", a->gate, a->n, IN | ALIAS_A), ARRAY("up", a->up, a->n, IN | ALIAS_B),
-                        ARRAY("dh", a->dh, a->n, IN), ARRAY("dgate", a->dgate, a->n, OUT | ALIAS_A),
-                        ARRAY("dup", a->dup, a->n, OUT | ALIAS_B)};
+  const span spans[] = {ACT("gate", a->gate, a->n, 1, IN | ALIAS_A), ACT("up", a->up, a->n, 1, IN | ALIAS_B),
+                        ACT("dh", a->dh, a->n, 1, IN), ACT("dgate", a->dgate, a->n, 1, OUT | ALIAS_A),
+                        ACT("dup", a->dup, a->n, 1, OUT | ALIAS_B)};
   KS_TRY(check_spans("swiglu_backward", spans, N_SPANS(spans)));
   return a->n ? ctx->backend->swiglu_backward(ctx, a) : KS_OK;
 }
@@ -379,14 +385,14 @@ ks_status ks_attention_backward(ks_ctx *ctx, const ks_attention_args *a) {
 
 /* ---------------------------------------------------------------- head, sampling */
 
-size_t ks_head_loss_workspace(const ks_weight *w, int64_t n_rows) {
-  return w && n_rows > 0 ? w->backend->head_loss_workspace(w, n_rows) : 0;
+size_t ks_head_loss_workspace(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows) {
+  return ctx && w && n_rows > 0 ? w->backend->head_loss_workspace(ctx, w, n_rows) : 0;
 }
 
 ks_status ks_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) {
   KS_TRY(CHECK_CTX(head_loss));
   KS_TRY(check_weight("head_loss", ctx, a->w));
-  int64_t n_workspace = (int64_t)(ks_head_loss_workspace(a->w, a->n_rows) / sizeof(float));
+  int64_t n_workspace = (int64_t)(ks_head_loss_workspace(ctx, a->w, a->n_rows) / sizeof(float));
   const span spans[] = {F32("x", a->x, a->n_rows, a->w->n_in, IN),
                         ARRAY("targets", a->targets, a->n_rows, IN),
                         F32("row_scale", a->row_scale, a->n_rows, 1, IN | MAY_BE_NULL),
@@ -426,27 +432,34 @@ ks_status ks_sample(ks_ctx *ctx, const ks_sample_args *a) {
 
 /* ---------------------------------------------------------------- optimizer */
 
-ks_status ks_sum_squares(ks_ctx *ctx, const float *x, int64_t n, double *out) {
-  KS_TRY(check_ctx("sum_squares", ctx, out, ctx && ctx->backend->sum_squares));
-  const span spans[] = {ARRAY("x", x, n, IN), ARRAY("out", out, 1, OUT)};
-  KS_TRY(check_spans("sum_squares", spans, N_SPANS(spans)));
-  *out = 0;
-  return n ? ctx->backend->sum_squares(ctx, x, n, out) : KS_OK;
+static ks_status check_adamw_job(const ks_adamw_job *job, int64_t i) {
+  const span spans[] = {ARRAY("p", job->p, job->n, OUT), ARRAY("m", job->m, job->n, OUT),
+                        ARRAY("v", job->v, job->n, OUT), ARRAY("grad", job->grad, job->n, OUT)};
+  KS_TRY_AS(check_spans("adamw", spans, N_SPANS(spans)), "job %lld", (long long)i);
+  KS_TRY_AS(check_eps("adamw", job->eps), "job %lld", (long long)i);
+  if (!(job->beta1 >= 0 && job->beta1 < 1 && job->beta2 >= 0 && job->beta2 < 1))
+    return KS_FAIL(KS_EINVAL, "adamw: job %lld has betas %g and %g; give 0 or more and less than 1",
+                   (long long)i, job->beta1, job->beta2);
+  if (!isfinite(job->lr) || !isfinite(job->weight_decay) || !(job->max_grad_norm >= 0))
+    return KS_FAIL(KS_EINVAL,
+                   "adamw: job %lld has lr %g, weight_decay %g, max_grad_norm %g; give finite numbers, the "
+                   "last 0 or more",
+                   (long long)i, job->lr, job->weight_decay, job->max_grad_norm);
+  if (job->step < 1)
+    return KS_FAIL(KS_EINVAL, "adamw: job %lld has step %lld; steps count from 1", (long long)i,
+                   (long long)job->step);
+  return KS_OK;
 }
 
+/* That no two jobs share memory is the caller's to see to. */
 ks_status ks_adamw(ks_ctx *ctx, const ks_adamw_args *a) {
   KS_TRY(CHECK_CTX(adamw));
-  const span spans[] = {ARRAY("p", a->p, a->n, OUT), ARRAY("m", a->m, a->n, OUT), ARRAY("v", a->v, a->n, OUT),
-                        ARRAY("grad", a->grad, a->n, IN)};
+  const span spans[] = {{"jobs", a->jobs, a->n_jobs, 1, sizeof *a->jobs, IN},
+                        ARRAY("norm", a->norm, a->n_jobs, OUT)};
   KS_TRY(check_spans("adamw", spans, N_SPANS(spans)));
-  KS_TRY(check_eps("adamw", a->eps));
-  if (!(a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1))
-    return KS_FAIL(KS_EINVAL, "adamw: betas are %g and %g; give 0 or more and less than 1", a->beta1,
-                   a->beta2);
-  if (!isfinite(a->lr) || !isfinite(a->weight_decay))
-    return KS_FAIL(KS_EINVAL, "adamw: lr or weight_decay is not finite");
-  if (a->step < 1) return KS_FAIL(KS_EINVAL, "adamw: step is %lld; steps count from 1", (long long)a->step);
-  return a->n ? ctx->backend->adamw(ctx, a) : KS_OK;
+  for (int64_t i = 0; i < a->n_jobs; i++)
+    KS_TRY(check_adamw_job(&a->jobs[i], i));
+  return a->n_jobs ? ctx->backend->adamw(ctx, a) : KS_OK;
 }
 
 /* ---------------------------------------------------------------- embeddings */
@@ -455,7 +468,7 @@ ks_status ks_pool(ks_ctx *ctx, const ks_pool_args *a) {
   KS_TRY(CHECK_CTX(pool));
   if (a->n_seqs < 0 || a->n_seqs == INT64_MAX)
     return KS_FAIL(KS_EINVAL, "pool: n_seqs is %lld", (long long)a->n_seqs);
-  const span spans[] = {F32("x", a->x, a->n_rows, a->n_cols, IN),
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN),
                         ARRAY("seq_offsets", a->seq_offsets, a->n_seqs ? a->n_seqs + 1 : 0, IN),
                         F32("y", a->y, a->n_seqs, a->n_cols, OUT)};
   KS_TRY(check_spans("pool", spans, N_SPANS(spans)));
@@ -486,11 +499,23 @@ ks_status ks_entropy(ks_ctx *ctx, const ks_entropy_args *a) {
 
 /* ---------------------------------------------------------------- similarity */
 
+static bool is_embedding_dtype(ks_dtype t) {
+  return t == KS_DTYPE_F32 || t == KS_DTYPE_BF16 || t == KS_DTYPE_I8;
+}
+
 static ks_status check_similarity(const char *op, const ks_similarity_args *a, const span *outs, int n_outs) {
-  span spans[16] = {F32("q", a->q, a->n_q, a->n_cols, IN), F32("k", a->k, a->n_k, a->n_cols, IN)};
+  if (!is_embedding_dtype(a->q_dtype) || !is_embedding_dtype(a->k_dtype))
+    return KS_FAIL(KS_EINVAL, "%s: embeddings are f32, bf16 or i8, not '%s' and '%s'", op,
+                   ks_dtype_name(a->q_dtype), ks_dtype_name(a->k_dtype));
+  if ((a->q_scales && a->q_dtype != KS_DTYPE_I8) || (a->k_scales && a->k_dtype != KS_DTYPE_I8))
+    return KS_FAIL(KS_EINVAL, "%s: factors of rows belong to i8 embeddings", op);
+  span spans[16] = {{"q", a->q, a->n_q, a->n_cols, ks_dtype_size(a->q_dtype), IN},
+                    {"k", a->k, a->n_k, a->n_cols, ks_dtype_size(a->k_dtype), IN},
+                    ARRAY("q_scales", a->q_scales, a->n_q, IN | MAY_BE_NULL),
+                    ARRAY("k_scales", a->k_scales, a->n_k, IN | MAY_BE_NULL)};
   for (int i = 0; i < n_outs; i++)
-    spans[2 + i] = outs[i];
-  KS_TRY(check_spans(op, spans, 2 + n_outs));
+    spans[4 + i] = outs[i];
+  KS_TRY(check_spans(op, spans, 4 + n_outs));
   if (a->metric != KS_METRIC_COSINE && a->metric != KS_METRIC_DOT)
     return KS_FAIL(KS_EINVAL, "%s: metric is %d", op, (int)a->metric);
   return KS_OK;

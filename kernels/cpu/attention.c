@@ -133,7 +133,7 @@ static void attention_tile(const attention_task *t, const attention_work *w, int
   tile_product((tile_args){.a = w->scores,
                            .a_row = ATTENTION_KEYS,
                            .a_col = 1,
-                           .b = t->seq->v + k0 * kv + t->head * d,
+                           .b = ks_in(t->seq->v) + k0 * kv + t->head * d,
                            .b_row = kv,
                            .c = w->o + r0 * d,
                            .c_row = d,
@@ -147,7 +147,7 @@ static void attention_tile(const attention_task *t, const attention_work *w, int
 
 static void attention_finish_row(const ks_attention_args *a, const attention_work *w, int64_t r) {
   const int64_t d = a->head_dim;
-  float l = ks_v_sum(ks_v_load(w->sum + r * KS_LANES)), *to = a->o + w->at[r] * d;
+  float l = ks_v_sum(ks_v_load(w->sum + r * KS_LANES)), *to = ks_out(a->o) + w->at[r] * d;
   const ks_v inverse = ks_v_set(1.0f / l);
   for (int64_t j = 0; j < d; j += KS_LANES)
     ks_v_store_n(to + j, ks_v_mul(ks_v_load_n(w->o + r * d + j, d - j), inverse), d - j);
@@ -161,13 +161,13 @@ static void attention_task_run(const attention_task *t, const attention_work *w)
     w->at[r] = (t->seq->q_begin + i) * t->a->n_heads + t->head * t->group + g;
     w->seen[r] = t->seq->n_k - t->seq->n_q + i + 1;
     w->max[r] = -INFINITY;
-    memcpy(w->q + r * d, t->a->q + w->at[r] * d, (size_t)d * sizeof(float));
+    memcpy(w->q + r * d, ks_in(t->a->q) + w->at[r] * d, (size_t)d * sizeof(float));
   }
   memset(w->o, 0, (size_t)(t->n_rows * d) * sizeof(float));
   memset(w->sum, 0, (size_t)(t->n_rows * KS_LANES) * sizeof(float));
   const int64_t n_keys = w->seen[t->n_rows - 1];
   for (int64_t k0 = 0, first = 0; k0 < n_keys; k0 += ATTENTION_KEYS) {
-    tile_transpose(t->seq->k + k0 * kv + t->head * d, kv, ks_min_i64(n_keys - k0, ATTENTION_KEYS), d, w->keys,
+    tile_transpose(ks_in(t->seq->k) + k0 * kv + t->head * d, kv, ks_min_i64(n_keys - k0, ATTENTION_KEYS), d, w->keys,
                    ATTENTION_KEYS);
     while (w->seen[first] <= k0)
       first++;

@@ -64,7 +64,7 @@ static void attention_back_block(const ks_attention_args *a, const ks_attention_
   const int64_t d = a->head_dim, row = a->n_heads * d, kv_head = head / (a->n_heads / a->n_kv_heads);
   const int64_t at = (seq->q_begin + i0) * row + head * d, before = seq->n_k - seq->n_q - k0;
   const int64_t width = (n_keys + KS_LANES - 1) / KS_LANES * KS_LANES;
-  tile_args t = {.a = a->q + at,
+  tile_args t = {.a = ks_in(a->q) + at,
                  .a_row = row,
                  .a_col = 1,
                  .b = w->keys,
@@ -75,7 +75,7 @@ static void attention_back_block(const ks_attention_args *a, const ks_attention_
                  .n = width,
                  .depth = d};
   tile_product(t);
-  t.a = a->d_o + at;
+  t.a = ks_in(a->d_o) + at;
   t.b = w->values;
   t.c = w->ds;
   tile_product(t);
@@ -85,9 +85,9 @@ static void attention_back_block(const ks_attention_args *a, const ks_attention_
   tile_product((tile_args){.a = w->ds,
                            .a_row = ATTENTION_KEYS,
                            .a_col = 1,
-                           .b = seq->k + k0 * a->kv_stride + kv_head * d,
+                           .b = ks_in(seq->k) + k0 * a->kv_stride + kv_head * d,
                            .b_row = a->kv_stride,
-                           .c = a->dq + at,
+                           .c = ks_out(a->dq) + at,
                            .c_row = row,
                            .m = n,
                            .n = d,
@@ -96,7 +96,7 @@ static void attention_back_block(const ks_attention_args *a, const ks_attention_
   t = (tile_args){.a = w->p,
                   .a_row = 1,
                   .a_col = ATTENTION_KEYS,
-                  .b = a->d_o + at,
+                  .b = ks_in(a->d_o) + at,
                   .b_row = row,
                   .c = w->dv,
                   .c_row = d,
@@ -106,7 +106,7 @@ static void attention_back_block(const ks_attention_args *a, const ks_attention_
                   .accumulate = true};
   tile_product(t);
   t.a = w->ds;
-  t.b = a->q + at;
+  t.b = ks_in(a->q) + at;
   t.c = w->dk;
   tile_product(t);
 }
@@ -119,9 +119,9 @@ static void attention_back_start(const ks_attention_args *a, const ks_attention_
     int64_t at = ((seq->q_begin + i) * a->n_heads + head) * d;
     ks_v sum = ks_v_zero();
     for (int64_t j = 0; j < d; j += KS_LANES)
-      sum = ks_v_fma(ks_v_load_n(a->d_o + at + j, d - j), ks_v_load_n(a->o + at + j, d - j), sum);
+      sum = ks_v_fma(ks_v_load_n(ks_in(a->d_o) + at + j, d - j), ks_v_load_n(ks_in(a->o) + at + j, d - j), sum);
     dot[i] = ks_v_sum(sum);
-    memset(a->dq + at, 0, (size_t)d * sizeof(float));
+    memset(ks_out(a->dq) + at, 0, (size_t)d * sizeof(float));
   }
 }
 
@@ -133,8 +133,8 @@ static void attention_back_task(const ks_attention_args *a, const ks_attention_s
   for (int64_t k0 = 0; k0 < seq->n_k; k0 += ATTENTION_KEYS) {
     const int64_t n_keys = ks_min_i64(seq->n_k - k0, ATTENTION_KEYS), at = k0 * kv + kv_head * d;
     const int64_t first = ks_max_i64(k0 - (seq->n_k - seq->n_q), 0); /* the first query that sees key k0 */
-    tile_transpose(seq->k + at, kv, n_keys, d, w->keys, ATTENTION_KEYS);
-    tile_transpose(seq->v + at, kv, n_keys, d, w->values, ATTENTION_KEYS);
+    tile_transpose(ks_in(seq->k) + at, kv, n_keys, d, w->keys, ATTENTION_KEYS);
+    tile_transpose(ks_in(seq->v) + at, kv, n_keys, d, w->values, ATTENTION_KEYS);
     memset(w->dk, 0, (size_t)(n_keys * d) * sizeof(float));
     memset(w->dv, 0, (size_t)(n_keys * d) * sizeof(float));
     for (int64_t g = 0; g < group; g++) {
@@ -145,8 +145,8 @@ static void attention_back_task(const ks_attention_args *a, const ks_attention_s
                              ks_min_i64(seq->n_q - i, ATTENTION_BACK_ROWS), k0, n_keys);
     }
     for (int64_t j = 0; j < n_keys; j++) {
-      memcpy(seq->dk + at + j * kv, w->dk + j * d, (size_t)d * sizeof(float));
-      memcpy(seq->dv + at + j * kv, w->dv + j * d, (size_t)d * sizeof(float));
+      memcpy(ks_out(seq->dk) + at + j * kv, w->dk + j * d, (size_t)d * sizeof(float));
+      memcpy(ks_out(seq->dv) + at + j * kv, w->dv + j * d, (size_t)d * sizeof(float));
     }
   }
 }

@@ -25,6 +25,14 @@ typedef struct {
   size_t shared_bytes[KS_CPU_N_SHARED];
 } ks_cpu;
 
+/* Activations are float32 here. */
+KS_INLINE const float *ks_in(const void *p) {
+  return p;
+}
+KS_INLINE float *ks_out(void *p) {
+  return p;
+}
+
 /* Functions of all instruction sets (cpu.c). */
 ks_status ks_cpu_probe(void);
 ks_status ks_cpu_ctx_init(ks_ctx *ctx, const ks_ctx_params *params);

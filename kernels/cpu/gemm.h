@@ -58,7 +58,7 @@ static int gemm_pack_terms(const gemm_args *g, int64_t row, int64_t n_rows, int6
     const int64_t end = ks_min_i64(seg->row_begin + seg->n_rows - row, n_rows);
     for (int64_t i = ks_max_i64(seg->row_begin - row, 0), next; i < end; i = next) {
       next = ks_min_i64((i / tile_rows + 1) * tile_rows, end);
-      const float *u = (g->backward ? l->v : l->u) + (row + i) * l->u_stride;
+      const float *u = ks_in(g->backward ? l->v : l->u) + (row + i) * l->u_stride;
       gemm_pack_rows(packed, GEMM_U_PAIR,
                      &(gemm_rows){.x = u,
                                   .ldx = l->u_stride,

@@ -18,7 +18,8 @@ static int64_t head_block_rows(const ks_weight *w, int64_t n_rows) {
   return ks_min_i64(rows, n_rows);
 }
 
-static size_t head_loss_workspace(const ks_weight *w, int64_t n_rows) {
+static size_t head_loss_workspace(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows) {
+  (void)ctx;
   /* A block of logits and a factor for each of its rows. */
   return (size_t)(head_block_rows(w, n_rows) * (head_stride(w) + 1)) * sizeof(float);
 }
@@ -80,7 +81,7 @@ static void head_run(const head_job *job, int thread, int n_threads, gemm_scratc
   const int64_t n_in = a->w->n_in, n_out = a->w->n_out;
   for (int64_t row = 0; row < a->n_rows; row += job->block) {
     const int64_t rows = ks_min_i64(job->block, a->n_rows - row);
-    const gemm_args z = {.x = a->x + row * n_in,
+    const gemm_args z = {.x = ks_in(a->x) + row * n_in,
                          .ldx = n_in,
                          .b = job->forward,
                          .c = job->logits,
@@ -100,7 +101,7 @@ static void head_run(const head_job *job, int thread, int n_threads, gemm_scratc
                           .ldx = job->stride,
                           .x_scale = job->factors,
                           .b = job->backward,
-                          .c = a->dx + row * n_in,
+                          .c = ks_out(a->dx) + row * n_in,
                           .ldc = n_in,
                           .n_rows = rows};
     gemm_run(&dx, thread, n_threads, scratch);

@@ -52,7 +52,6 @@ const ks_backend KS_ISA_TABLE = {
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .sample = sample,
-    .sum_squares = sum_squares,
     .adamw = adamw,
     .pool = pool,
     .entropy = entropy,

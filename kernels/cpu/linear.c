@@ -38,7 +38,7 @@ static void linear_project(const ks_linear_args *a, bool backward, const dropout
                     .ranks = scratch->gemm.ranks};
     for (b.col = 0; b.col == 0 || b.col < n; b.col += GEMM_KC) {
       b.k = ks_min_i64(GEMM_KC, n - b.col);
-      const gemm_rows rows = {.x = (backward ? a->dy : a->x) + row * n + b.col,
+      const gemm_rows rows = {.x = ks_in(backward ? a->dy : a->x) + row * n + b.col,
                               .ldx = n,
                               .n_rows = b.n_rows,
                               .n = b.k,
@@ -65,7 +65,7 @@ static void linear_drop_dx(const ks_linear_args *a, const dropout_mask *mask, in
     for (int64_t row = ks_max_i64(r0, seg->row_begin), rows; row < end; row += rows) {
       rows = ks_min_i64(GEMM_MR, end - row);
       const gemm_rows v = {
-          .x = a->v + row * a->u_stride, .ldx = a->u_stride, .n_rows = rows, .n = lora->rank, .scale = 1};
+          .x = ks_in(a->v) + row * a->u_stride, .ldx = a->u_stride, .n_rows = rows, .n = lora->rank, .scale = 1};
       gemm_pack_rows(scratch->gemm.u, GEMM_U_PAIR, &v);
       for (int64_t col = 0; col < n; col += GEMM_KC) {
         const int64_t cols = ks_min_i64(GEMM_KC, n - col);
@@ -79,7 +79,7 @@ static void linear_drop_dx(const ks_linear_args *a, const dropout_mask *mask, in
         gemm_kernels[rows][GEMM_TERM](&t);
         for (int64_t i = 0; i < rows; i++)
           for (int64_t j = 0; j < cols; j += KS_LANES) {
-            float *dx = a->dx + (row + i) * n + col + j;
+            float *dx = ks_out(a->dx) + (row + i) * n + col + j;
             ks_v term = ks_v_mul(ks_v_load(scratch->x + i * GEMM_KC + j), keep);
             term = dropout_keep(mask, row + i, col + j, term);
             ks_v_store_n(dx, ks_v_add(ks_v_load_n(dx, cols - j), term), cols - j);
@@ -102,8 +102,8 @@ static void linear_gradients(const ks_linear_args *a, const dropout_mask *mask, 
     if (!lora) continue;
     const int64_t row = seg->row_begin;
     const lora_gradient_args b = {.g = lora->grad_b_t,
-                                  .u = a->u + row * a->u_stride,
-                                  .y = a->dy + row * n_out,
+                                  .u = ks_in(a->u) + row * a->u_stride,
+                                  .y = ks_in(a->dy) + row * n_out,
                                   .ldu = a->u_stride,
                                   .n = n_out,
                                   .n_rows = seg->n_rows,
@@ -112,8 +112,8 @@ static void linear_gradients(const ks_linear_args *a, const dropout_mask *mask, 
                                   .end = out1,
                                   .scale = lora->scale};
     const lora_gradient_args g = {.g = lora->grad_a,
-                                  .u = a->v + row * a->u_stride,
-                                  .y = a->x + row * n_in,
+                                  .u = ks_in(a->v) + row * a->u_stride,
+                                  .y = ks_in(a->x) + row * n_in,
                                   .ldu = a->u_stride,
                                   .n = n_in,
                                   .n_rows = seg->n_rows,

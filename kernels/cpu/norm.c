@@ -35,8 +35,8 @@ static ks_status rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const int64_t n = a->n_cols;
 #pragma omp parallel for num_threads(ks_cpu_threads(ctx, a->n_rows *n)) schedule(static)
   for (int64_t i = 0; i < a->n_rows; i++) {
-    const float *x = a->x + i * n;
-    float *y = a->y + i * n;
+    const float *x = ks_in(a->x) + i * n;
+    float *y = ks_out(a->y) + i * n;
     double mean = n ? (double)norm_sum(x, NULL, NULL, n) / (double)n : 0.0;
     float rstd = (float)(1.0 / __builtin_sqrt(mean + (double)a->eps));
     if (a->rstd) a->rstd[i] = rstd;
@@ -52,8 +52,8 @@ static ks_status rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const int64_t n = a->n_cols;
 #pragma omp parallel for num_threads(ks_cpu_threads(ctx, 2 * a->n_rows * n)) schedule(static)
   for (int64_t i = 0; i < a->n_rows; i++) {
-    const float *x = a->x + i * n, *dy = a->dy + i * n;
-    float *dx = a->dx + i * n;
+    const float *x = ks_in(a->x) + i * n, *dy = ks_in(a->dy) + i * n;
+    float *dx = ks_out(a->dx) + i * n;
     double r = (double)a->rstd[i];
     double mean = n ? (double)norm_sum(x, dy, a->w, n) / (double)n : 0.0;
     ks_v rstd = ks_v_set(a->rstd[i]), back = ks_v_set((float)(-r * r * r * mean));

@@ -25,9 +25,9 @@ static ks_status pool(ks_ctx *ctx, const ks_pool_args *a) {
                     n = ks_min_i64(cols - j, POOL_COLS);
       float *y = a->y + s * cols + j;
       if (a->pooling == KS_POOL_LAST)
-        memcpy(y, a->x + (end - 1) * cols + j, (size_t)n * sizeof *y);
+        memcpy(y, ks_in(a->x) + (end - 1) * cols + j, (size_t)n * sizeof *y);
       else
-        pool_mean(a->x + begin * cols + j, end - begin, n, cols, y);
+        pool_mean(ks_in(a->x) + begin * cols + j, end - begin, n, cols, y);
     }
   return KS_OK;
 }

@@ -85,7 +85,7 @@ static ks_status rope(ks_ctx *ctx, const ks_rope_args *a) {
     float *cos_of = ks_cpu_scratch(ctx, omp_get_thread_num()), *sin_of = cos_of + half;
     rope_row_angles((double)a->positions[i], a->inv_freq, half, cos_of, sin_of);
     for (int64_t h = 0; h < a->n_heads; h++) {
-      float *x = a->x + i * width + h * a->head_dim;
+      float *x = ks_out(a->x) + i * width + h * a->head_dim;
       rope_rotate(x, x + half, cos_of, sin_of, half, sign);
     }
   }

@@ -127,7 +127,7 @@ static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k, bool no
  * or NULL: computed here. */
 static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *inv_k) {
   const int64_t d = w->a->n_cols;
-  const float *k = w->a->k + k0 * d;
+  const float *k = ks_in(w->a->k) + k0 * d;
   const bool cosine = w->a->metric == KS_METRIC_COSINE, norms = cosine && !inv_k;
   if (norms && w->n_q > SIM_FEW) sim_inverse_norms(k, n_k, d, w->inv_k);
   if (w->n_q <= SIM_FEW)
@@ -159,7 +159,7 @@ static ks_status similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s) 
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t stretch = 0; stretch < a->n_k; stretch += SIM_STRETCH) {
       const int64_t end = ks_min_i64(a->n_k, stretch + SIM_STRETCH);
-      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
       for (int64_t k0 = stretch; k0 < end; k0 += SIM_KEYS) {
         const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
         sim_block(&w, k0, n_k, NULL);
@@ -284,7 +284,7 @@ static ks_status similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_
   for (int64_t b = 0; b < n_blocks; b++)
     for (int64_t p = 0; p < n_parts; p++) {
       const int64_t q0 = b * SIM_ROWS, at = q0 * best_k;
-      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
       sim_top_stretch(&w, ks_min_i64(p * part, a->n_k), ks_min_i64((p + 1) * part, a->n_k), best_k,
                       p ? part_scores + (p - 1) * n_list + at : scores + at,
                       p ? part_index + (p - 1) * n_list + at : index + at);
@@ -334,7 +334,7 @@ static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const
 #pragma omp parallel for collapse(2) num_threads(sim_threads(ctx, a)) schedule(static)
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t p = 0; p < n_stretches; p++) {
-      const sim_work w = sim_start(ctx, a, a->q + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
       const int64_t end = ks_min_i64((p + 1) * SIM_STRETCH, a->n_k);
       double *sum = (p ? part_sum + (p - 1) * a->n_q : mean) + q0;
       int64_t *n = (p ? part_count + (p - 1) * a->n_q : count) + q0;
@@ -407,12 +407,12 @@ static ks_status similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args
   for (int64_t j = 0; j < a->n_k; j++)
     nearest[j] = -INFINITY;
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
-    sim_choose(ctx, a, a->q + q0 * d, ks_min_i64(a->n_q - q0, SIM_ROWS), inv_k, nearest);
+    sim_choose(ctx, a, ks_in(a->q) + q0 * d, ks_min_i64(a->n_q - q0, SIM_ROWS), inv_k, nearest);
   for (int64_t p = 0; p < n_pick; p++) {
     int64_t pick = p == 0 && a->n_q == 0 ? first : sim_farthest(nearest, taken, a->n_k);
     picked[p] = pick;
     taken[pick] = 1;
-    if (p + 1 < n_pick) sim_choose(ctx, a, a->k + pick * d, 1, inv_k, nearest);
+    if (p + 1 < n_pick) sim_choose(ctx, a, ks_in(a->k) + pick * d, 1, inv_k, nearest);
   }
 out:
   free(nearest);

@@ -15,18 +15,18 @@ KS_INLINE ks_v swiglu_sigmoid(ks_v z) {
 }
 
 KS_INLINE void swiglu_forward_at(const ks_swiglu_args *a, int64_t i, int64_t n) {
-  ks_v z = ks_v_load_n(a->gate + i, n), one = ks_v_set(1.0f);
+  ks_v z = ks_v_load_n(ks_in(a->gate) + i, n), one = ks_v_set(1.0f);
   ks_v silu = ks_v_div(z, ks_v_add(one, ks_v_exp(ks_v_sub(ks_v_zero(), z))));
-  ks_v_store_n(a->h + i, ks_v_mul(silu, ks_v_load_n(a->up + i, n)), n);
+  ks_v_store_n(ks_out(a->h) + i, ks_v_mul(silu, ks_v_load_n(ks_in(a->up) + i, n)), n);
 }
 
 KS_INLINE void swiglu_backward_at(const ks_swiglu_args *a, int64_t i, int64_t n) {
-  ks_v z = ks_v_load_n(a->gate + i, n), up = ks_v_load_n(a->up + i, n), dh = ks_v_load_n(a->dh + i, n);
+  ks_v z = ks_v_load_n(ks_in(a->gate) + i, n), up = ks_v_load_n(ks_in(a->up) + i, n), dh = ks_v_load_n(ks_in(a->dh) + i, n);
   ks_v one = ks_v_set(1.0f), s = swiglu_sigmoid(z);
   ks_v slope = ks_v_mul(s, ks_v_fma(z, ks_v_sub(one, s), one));
   ks_v dup = ks_v_mul(dh, ks_v_mul(z, s));
-  ks_v_store_n(a->dgate + i, ks_v_mul(ks_v_mul(dh, up), slope), n);
-  ks_v_store_n(a->dup + i, dup, n);
+  ks_v_store_n(ks_out(a->dgate) + i, ks_v_mul(ks_v_mul(dh, up), slope), n);
+  ks_v_store_n(ks_out(a->dup) + i, dup, n);
 }
 
 static ks_status swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
