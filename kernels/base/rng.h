@@ -12,9 +12,9 @@
 #include <stdint.h>
 
 #ifdef __CUDACC__
-#define KS_HOST_DEVICE __host__ __device__
+#define KS_RNG_FN __host__ __device__
 #else
-#define KS_HOST_DEVICE
+#define KS_RNG_FN
 #endif
 
 /* One purpose, one family of streams. Append only: the values are part of every recorded result. */
@@ -38,7 +38,7 @@ typedef struct {
 } ks_philox_block;
 
 /* The 128 random bits of counter (hi, lo) under `key`. */
-KS_HOST_DEVICE static inline ks_philox_block ks_philox(uint64_t key, uint64_t hi, uint64_t lo) {
+KS_RNG_FN static inline ks_philox_block ks_philox(uint64_t key, uint64_t hi, uint64_t lo) {
   uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
   uint32_t c0 = (uint32_t)lo, c1 = (uint32_t)(lo >> 32), c2 = (uint32_t)hi, c3 = (uint32_t)(hi >> 32);
   for (int round = 0; round < 10; round++) {
@@ -63,26 +63,26 @@ typedef struct {
 } ks_rng;
 
 /* The stream of `purpose` and `id` (id < 2^56) under `seed`. */
-KS_HOST_DEVICE static inline ks_rng ks_rng_make(uint64_t seed, ks_rng_purpose purpose, uint64_t id) {
+KS_RNG_FN static inline ks_rng ks_rng_make(uint64_t seed, ks_rng_purpose purpose, uint64_t id) {
   ks_rng r = {seed, ((uint64_t)purpose << 56) ^ id, 0};
   return r;
 }
 
 /* A key derived from (seed, purpose, id, sub): for operations that take a 64-bit key and count for
  * themselves. */
-KS_HOST_DEVICE static inline uint64_t ks_rng_key(uint64_t seed, ks_rng_purpose purpose, uint64_t id,
+KS_RNG_FN static inline uint64_t ks_rng_key(uint64_t seed, ks_rng_purpose purpose, uint64_t id,
                                                  uint64_t sub) {
   ks_philox_block b = ks_philox(seed, ((uint64_t)purpose << 56) ^ id, sub);
   return ((uint64_t)b.v[1] << 32) | b.v[0];
 }
 
-KS_HOST_DEVICE static inline uint64_t ks_rng_u64(ks_rng *r) {
+KS_RNG_FN static inline uint64_t ks_rng_u64(ks_rng *r) {
   ks_philox_block b = ks_philox(r->key, r->stream, r->next++);
   return ((uint64_t)b.v[1] << 32) | b.v[0];
 }
 
 /* Uniform in [0, 1), 53 bits. */
-KS_HOST_DEVICE static inline double ks_rng_uniform(ks_rng *r) {
+KS_RNG_FN static inline double ks_rng_uniform(ks_rng *r) {
   return (double)(ks_rng_u64(r) >> 11) * 0x1p-53;
 }
 
