@@ -20,40 +20,46 @@ typedef struct {
   int32_t *tokens, *targets;
   int64_t *offsets, *rows;
   float *scale, *loss;
+  ks_adamw_job *jobs;
+  double *norms;
   double mean_loss, least_norm; /* of the last step; the least gradient norm of any adapter */
   int64_t step;
 } lora_step;
 
+static ks_status queue_step(lora_step *s) {
+  KS_TRY(ks_forward_backward(s->run, &s->batch, s->rows, s->targets, s->scale, s->n_targets, s->loss));
+  s->step++;
+  for (int64_t i = 0; i < s->n_adapters; i++) {
+    ks_adapter *a = s->adapters[i];
+    s->jobs[i] = (ks_adamw_job){.p = a->weights,
+                                .m = a->m,
+                                .v = a->v,
+                                .grad = a->grads,
+                                .n = a->n_params,
+                                .lr = 1e-3,
+                                .beta1 = 0.9,
+                                .beta2 = 0.999,
+                                .eps = 1e-8,
+                                .weight_decay = 0.01,
+                                .max_grad_norm = 1,
+                                .step = s->step};
+  }
+  return ks_adamw(s->b->ctx, &(ks_adamw_args){.jobs = s->jobs, .n_jobs = s->n_adapters, .norm = s->norms});
+}
+
 /* One whole step: forward, loss, backward, clip, AdamW of every adapter. */
 static ks_status step_once(void *arg) {
   lora_step *s = arg;
-  for (int64_t i = 0; i < s->n_adapters; i++)
-    KS_TRY(ks_mem_zero(s->b->ctx, s->adapters[i]->grads, (size_t)s->adapters[i]->n_params * sizeof(float)));
-  KS_TRY(ks_forward_backward(s->run, &s->batch, s->rows, s->targets, s->scale, s->n_targets, s->loss));
-  s->step++;
+  KS_TRY(ks_step_begin(s->b->ctx, 1));
+  ks_status status = queue_step(s), ended = ks_step_end(s->b->ctx);
+  KS_TRY(status != KS_OK ? status : ended);
+  KS_TRY(ks_sync(s->b->ctx));
   s->mean_loss = 0;
   for (int64_t i = 0; i < s->n_targets; i++)
     s->mean_loss += (double)s->loss[i] / (double)s->n_targets;
   s->least_norm = INFINITY;
-  for (int64_t i = 0; i < s->n_adapters; i++) {
-    ks_adapter *a = s->adapters[i];
-    double norm;
-    KS_TRY(ks_sum_squares(s->b->ctx, a->grads, a->n_params, &norm));
-    norm = sqrt(norm);
-    s->least_norm = fmin(s->least_norm, norm);
-    KS_TRY(ks_adamw(s->b->ctx, &(ks_adamw_args){.p = a->weights,
-                                                .m = a->m,
-                                                .v = a->v,
-                                                .grad = a->grads,
-                                                .n = a->n_params,
-                                                .lr = 1e-3,
-                                                .beta1 = 0.9,
-                                                .beta2 = 0.999,
-                                                .eps = 1e-8,
-                                                .weight_decay = 0.01,
-                                                .grad_scale = norm > 1 ? 1 / norm : 1,
-                                                .step = s->step}));
-  }
+  for (int64_t i = 0; i < s->n_adapters; i++)
+    s->least_norm = fmin(s->least_norm, s->norms[i]);
   return KS_OK;
 }
 
@@ -70,6 +76,8 @@ static ks_status step_create(ks_bench *b, ks_model *model, int64_t n_seqs, int64
   KS_TRY(ks_alloc_array(&s->adapters, (size_t)n_adapters, sizeof(ks_adapter *), "bench"));
   KS_TRY(ks_alloc_array(&s->views, (size_t)n_adapters, sizeof *s->views, "bench"));
   KS_TRY(ks_alloc_array(&s->segments, (size_t)n_adapters, sizeof *s->segments, "bench"));
+  KS_TRY(ks_alloc_array(&s->jobs, (size_t)n_adapters, sizeof *s->jobs, "bench"));
+  KS_TRY(ks_alloc_array(&s->norms, (size_t)n_adapters, sizeof *s->norms, "bench"));
   ks_rng rng = ks_rng_make(1, KS_RNG_TEST, 0);
   for (int64_t i = 0; i < n_rows; i++)
     s->tokens[i] = (int32_t)ks_rng_below(&rng, (uint64_t)model->config.vocab_size);
@@ -107,8 +115,8 @@ static void step_destroy(lora_step *s) {
   ks_run_destroy(s->run);
   for (int64_t i = 0; s->adapters && i < s->n_adapters; i++)
     ks_adapter_destroy(s->adapters[i]);
-  void *arrays[] = {s->tokens,  s->targets,  s->rows,  s->scale,   s->loss,
-                    s->offsets, s->adapters, s->views, s->segments};
+  void *arrays[] = {s->tokens,   s->targets, s->rows,     s->scale, s->loss, s->offsets,
+                    s->adapters, s->views,   s->segments, s->jobs,  s->norms};
   for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
     free(arrays[i]);
 }
@@ -186,11 +194,13 @@ typedef struct {
 
 static ks_status prefill_once(void *arg) {
   prefill *p = arg;
-  const float *hidden;
+  const void *hidden;
   KS_TRY(ks_forward(p->run, &p->batch, &hidden));
-  const float *last = hidden + (p->batch.n_rows - 1) * p->model->config.hidden_size;
-  return ks_linear_forward(p->b->ctx,
-                           &(ks_linear_args){.w = p->model->head, .x = last, .y = p->logits, .n_rows = 1});
+  const void *last = ks_act_at(p->b->ctx, hidden, (p->batch.n_rows - 1) * p->model->config.hidden_size);
+  KS_TRY(ks_linear_forward(
+      p->b->ctx,
+      &(ks_linear_args){.w = p->model->head, .x = last, .y = p->logits, .y_is_f32 = true, .n_rows = 1}));
+  return ks_sync(p->b->ctx);
 }
 
 static ks_status prefill_check(prefill *p, double *sum) {

@@ -55,7 +55,7 @@ struct ks_backend {
   ks_status (*step_begin)(ks_ctx *ctx, uint64_t key);
   ks_status (*step_end)(ks_ctx *ctx);
   size_t (*mem_available)(ks_ctx *ctx);
-  const ks_variant *variants; /* [n_variants] */
+  const ks_op_variant *variants; /* [n_variants] */
   int64_t n_variants;
 
   ks_status (*embed_forward)(ks_ctx *, const ks_embed_args *);

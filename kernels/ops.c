@@ -79,7 +79,7 @@ void *ks_act_at(const ks_ctx *ctx, const void *p, int64_t n) {
   return at.out;
 }
 
-int64_t ks_backend_variants(const char *backend, ks_variant *out, int64_t cap) {
+int64_t ks_backend_variants(const char *backend, ks_op_variant *out, int64_t cap) {
   for (int i = 0; ks_backends[i]; i++) {
     if (strcmp(ks_backends[i]->name, backend) != 0) continue;
     for (int64_t v = 0; v < ks_backends[i]->n_variants && v < cap; v++)

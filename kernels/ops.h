@@ -84,8 +84,8 @@ void *ks_act_at(const ks_ctx *ctx, const void *p, int64_t n);
 typedef struct {
   const char *op, *name;
   bool f32, bf16; /* activations that it works on */
-} ks_variant;
-int64_t ks_backend_variants(const char *backend, ks_variant *out, int64_t cap);
+} ks_op_variant;
+int64_t ks_backend_variants(const char *backend, ks_op_variant *out, int64_t cap);
 
 /* Waits until everything that was queued is done and brings the late outputs. KS_EDEVICE: something failed on the device since
  * the last wait. */

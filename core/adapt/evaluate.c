@@ -57,6 +57,7 @@ static ks_status evaluate_all(evaluation *e, const ks_progress *progress) {
     KS_TRY(ks_progress_report(progress, "evaluate", (double)first, (double)e->n));
     int64_t end = pack(e, first);
     KS_TRY(ks_forward_loss(e->run, &p->batch, p->rows, p->targets, p->n_targets, p->loss));
+    KS_TRY(ks_sync(e->run->model->ctx));
     for (; first < end; first++) {
       double sum = 0;
       for (int64_t j = ks_example_n_targets(&e->examples[e->order[first]]); j > 0; j--)

@@ -33,6 +33,8 @@ typedef struct {
   ks_packing packing;
   int64_t *members; /* [n] trainees in the pass being packed */
   int64_t n_members;
+  ks_adamw_job *jobs; /* [n] of the members whose batch a pass completes */
+  double *norms;      /* [n] theirs */
   int64_t steps_done, steps_all;
   const ks_progress *progress;
   double reported;
@@ -155,42 +157,80 @@ static ks_status fail_numeric(const trainee *t, const char *what, double value) 
                  (long long)t->index, (long long)(t->step + 1), what, value);
 }
 
-static ks_status optimizer_step(trainer *tr, trainee *t) {
-  ks_adapter *a = t->job->adapter;
+static ks_adamw_job optimizer_job(const trainee *t) {
   const ks_train_params *p = &t->job->params;
-  ks_ctx *ctx = tr->model->ctx;
-  double squares = 0;
-  if (t->n_targets == 0) return KS_OK;
-  KS_TRY(ks_sum_squares(ctx, a->grads, a->n_params, &squares));
-  double norm = sqrt(squares), mean = t->loss / (double)t->n_targets;
-  if (!isfinite(mean)) return fail_numeric(t, "the loss", mean);
-  if (!isfinite(norm)) return fail_numeric(t, "the gradient's norm", norm);
-  double clip = p->max_grad_norm > 0 ? p->max_grad_norm / (norm + 1e-6) : 1; /* as clip_grad_norm_ */
-  KS_TRY(ks_adamw(ctx, &(ks_adamw_args){.p = a->weights,
-                                        .m = a->m,
-                                        .v = a->v,
-                                        .grad = a->grads,
-                                        .n = a->n_params,
-                                        .lr = p->learning_rate * schedule_factor(p, t->step, t->job->n_steps),
-                                        .beta1 = p->beta1,
-                                        .beta2 = p->beta2,
-                                        .eps = p->eps,
-                                        .weight_decay = p->weight_decay,
-                                        .grad_scale = clip < 1 ? clip : 1,
-                                        .step = a->step + 1}));
-  a->step++;
-  t->job->step_loss[t->step] = (float)mean;
-  t->job->step_grad_norm[t->step] = (float)norm;
-  return ks_mem_zero(ctx, a->grads, (size_t)a->n_params * sizeof *a->grads);
+  const ks_adapter *a = t->job->adapter;
+  return (ks_adamw_job){.p = a->weights,
+                        .m = a->m,
+                        .v = a->v,
+                        .grad = a->grads,
+                        .n = a->n_params,
+                        .lr = p->learning_rate * schedule_factor(p, t->step, t->job->n_steps),
+                        .beta1 = p->beta1,
+                        .beta2 = p->beta2,
+                        .eps = p->eps,
+                        .weight_decay = p->weight_decay,
+                        .max_grad_norm = p->max_grad_norm,
+                        .step = a->step + 1};
+}
+
+/* Whether this pass completes a batch that has something to learn. */
+static bool takes_step(const trainee *t) {
+  return t->piece_end == t->end && t->n_targets > 0;
+}
+
+/* What is packed, and an optimizer step for each member whose batch it completes; queued. */
+static ks_status queue_pass(trainer *tr) {
+  ks_packing *p = &tr->packing;
+  int64_t n_jobs = 0;
+  KS_TRY(ks_forward_backward(tr->run, &p->batch, p->rows, p->targets, p->scale, p->n_targets, p->loss));
+  for (int64_t m = 0; m < tr->n_members; m++) {
+    const trainee *t = &tr->trainees[tr->members[m]];
+    if (takes_step(t)) tr->jobs[n_jobs++] = optimizer_job(t);
+  }
+  return ks_adamw(tr->model->ctx, &(ks_adamw_args){.jobs = tr->jobs, .n_jobs = n_jobs, .norm = tr->norms});
+}
+
+/* Passes of the same key queue the same work. */
+static uint64_t pass_key(const trainer *tr) {
+  const ks_batch *b = &tr->packing.batch;
+  uint64_t key = 0x747261696e; /* "train" */
+  key = ks_hash_mix(key, (uint64_t)tr->packing.n_targets);
+  for (int64_t s = 0; s < b->n_seqs; s++)
+    key = ks_hash_mix(key, (uint64_t)b->seq_offsets[s + 1]);
+  for (int64_t m = 0; m < tr->n_members; m++)
+    key = ks_hash_mix(key, 2 * (uint64_t)tr->members[m] + takes_step(&tr->trainees[tr->members[m]]));
+  return key;
+}
+
+/* Books a completed batch. */
+static ks_status end_batch(trainer *tr, trainee *t, double norm) {
+  double mean = t->loss / (double)t->n_targets;
+  if (t->n_targets > 0) {
+    if (!isfinite(mean)) return fail_numeric(t, "the loss", mean);
+    if (!isfinite(norm)) return fail_numeric(t, "the gradient's norm", norm);
+    t->job->adapter->step++;
+    t->job->step_loss[t->step] = (float)mean;
+    t->job->step_grad_norm[t->step] = (float)norm;
+  }
+  t->step++;
+  tr->steps_done++;
+  if (is_active(t)) begin_step(t);
+  return KS_OK;
 }
 
 /* Runs what is packed and hands each member its losses; in the order of the members. */
 static ks_status run_pass(trainer *tr) {
-  ks_packing *p = &tr->packing;
-  const float *loss = p->loss;
-  KS_TRY(ks_forward_backward(tr->run, &p->batch, p->rows, p->targets, p->scale, p->n_targets, p->loss));
+  ks_ctx *ctx = tr->model->ctx;
+  const float *loss = tr->packing.loss;
+  int64_t n_jobs = 0;
+  KS_TRY(ks_step_begin(ctx, pass_key(tr)));
+  ks_status status = queue_pass(tr), ended = ks_step_end(ctx);
+  KS_TRY(status != KS_OK ? status : ended);
+  KS_TRY(ks_sync(ctx));
   for (int64_t m = 0; m < tr->n_members; m++) {
     trainee *t = &tr->trainees[tr->members[m]];
+    double norm = takes_step(t) ? tr->norms[n_jobs++] : 0;
     for (; t->next < t->piece_end; t->next++) {
       const ks_example *e = &t->job->examples[t->order[t->next]];
       for (int64_t i = ks_example_n_targets(e); i > 0; i--)
@@ -198,13 +238,9 @@ static ks_status run_pass(trainer *tr) {
       t->job->n_tokens += ks_example_n_rows(e);
     }
     t->n_passes++;
-    if (t->next < t->end) continue;
-    KS_TRY(optimizer_step(tr, t));
-    t->step++;
-    tr->steps_done++;
-    if (is_active(t)) begin_step(t);
+    if (t->next == t->end) KS_TRY(end_batch(tr, t, norm));
   }
-  ks_packing_clear(p);
+  ks_packing_clear(&tr->packing);
   tr->n_members = 0;
   return KS_OK;
 }
@@ -296,6 +332,8 @@ static ks_status begin_training(trainer *tr) {
   run.max_rows = ks_max_i64(run.max_rows, ks_min_i64(all_rows, tr->max_rows));
   run.max_seqs = run.max_rows;
   KS_TRY(ks_alloc_array(&tr->members, (size_t)tr->n, sizeof *tr->members, "training"));
+  KS_TRY(ks_alloc_array(&tr->jobs, (size_t)tr->n, sizeof *tr->jobs, "training"));
+  KS_TRY(ks_alloc_array(&tr->norms, (size_t)tr->n, sizeof *tr->norms, "training"));
   KS_TRY(ks_packing_create(&tr->packing, run.max_rows, run.max_seqs));
   return ks_run_create(tr->model, &run, &tr->run);
 }
@@ -304,6 +342,8 @@ static void end_training(trainer *tr, bool failed) {
   ks_run_destroy(tr->run);
   ks_packing_destroy(&tr->packing);
   free(tr->members);
+  free(tr->jobs);
+  free(tr->norms);
   for (int64_t i = 0; i < tr->n; i++) {
     ks_train_job *job = tr->trainees[i].job;
     free(tr->trainees[i].order);

@@ -76,6 +76,14 @@ ks_status ks_path_join(const char *a, const char *b, char **out);
 
 /* ---------------------------------------------------------------- hash, clock */
 
+/* Mixes v into the running 64-bit value h (finalizer of SplitMix64): keys for tables, not for secrets. */
+static inline uint64_t ks_hash_mix(uint64_t h, uint64_t v) {
+  h = (h ^ v) + 0x9e3779b97f4a7c15u;
+  h = (h ^ h >> 30) * 0xbf58476d1ce4e5b9u;
+  h = (h ^ h >> 27) * 0x94d049bb133111ebu;
+  return h ^ h >> 31;
+}
+
 typedef struct {
   uint32_t state[8];
   uint64_t n_bytes;

@@ -17,7 +17,7 @@ typedef struct {
   int64_t lowest; /* layer * N_STAGES + stage of the lowest adapter: no gradient is needed below */
   const ks_row_set *rows;
   bool cut;
-  float *dh; /* gradient of the residual stream at `rows` */
+  void *dh; /* gradient of the residual stream at `rows` */
 } layer_state;
 
 /* -1 when no row of the pass has an adapter. */
@@ -46,8 +46,8 @@ static bool has_adapter(const layer_state *s, ks_target t) {
   return ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, s->rows}, &a);
 }
 
-static ks_status linear_backward(layer_state *s, ks_target t, const ks_row_set *rows, const float *x,
-                                 const float *dy, float *dx, bool accumulate) {
+static ks_status linear_backward(layer_state *s, ks_target t, const ks_row_set *rows, const void *x,
+                                 const void *dy, void *dx, bool accumulate) {
   ks_linear_args a;
   bool any = ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, &a);
   if (!passes(s, stage_of[t])) dx = NULL;
@@ -61,7 +61,7 @@ static ks_status linear_backward(layer_state *s, ks_target t, const ks_row_set *
   return ks_linear_backward(s->run->model->ctx, &a);
 }
 
-static ks_status recompute_norm(const layer_state *s, const float *x, const float *w, float *rstd,
+static ks_status recompute_norm(const layer_state *s, const void *x, const float *w, float *rstd,
                                 int64_t n_rows) {
   return ks_rmsnorm_forward(s->run->model->ctx, &(ks_rmsnorm_args){.x = x,
                                                                    .w = w,
@@ -73,7 +73,7 @@ static ks_status recompute_norm(const layer_state *s, const float *x, const floa
 }
 
 /* dres += gradient of the norm's input, given that of its output in dxn. */
-static ks_status norm_backward(const layer_state *s, const float *x, const float *w, float *rstd, float *dres,
+static ks_status norm_backward(const layer_state *s, const void *x, const float *w, float *rstd, void *dres,
                                int64_t n_rows) {
   return ks_rmsnorm_backward(s->run->model->ctx, &(ks_rmsnorm_args){.x = x,
                                                                     .w = w,
@@ -108,10 +108,10 @@ static ks_status mlp_backward(layer_state *s) {
 }
 
 /* dst = 0 but for the out rows, which are src's. */
-static ks_status spread_out_rows(const layer_state *s, const float *src, float *dst) {
+static ks_status spread_out_rows(const layer_state *s, const void *src, void *dst) {
   ks_ctx *ctx = s->run->model->ctx;
   int64_t n_rows = s->pass->all.n_rows, n_cols = s->m->hidden_size;
-  KS_TRY(ks_mem_zero(ctx, dst, (size_t)n_rows * (size_t)n_cols * sizeof *dst));
+  KS_TRY(ks_mem_zero(ctx, dst, (size_t)n_rows * (size_t)n_cols * ks_ctx_act_size(ctx)));
   return ks_rows_scatter(ctx, &(ks_rows_args){.x = src,
                                               .y = dst,
                                               .index = s->pass->out_index,
@@ -126,8 +126,10 @@ static ks_status qk_backward(const layer_state *s) {
   ks_ctx *ctx = run->model->ctx;
   const struct {
     const ks_row_set *rows;
-    const float *pre, *w;
-    float *dx, *rstd;
+    const void *pre;
+    const float *w;
+    void *dx;
+    float *rstd;
     int64_t n_heads;
   } sides[2] = {
       {s->rows, s->acts.q_pre, s->weights->q_norm, run->dq, s->acts.rstd_q, s->m->n_heads},
@@ -158,8 +160,8 @@ static ks_status qkv_backward(layer_state *s) {
   ks_run *run = s->run;
   const ks_layer_acts *acts = &s->acts;
   const ks_row_set *all = &s->pass->all;
-  const float *xq = run->xn;
-  float *dxq = s->cut ? run->dcut : run->dxn; /* dcut is free once its rows lie in dres */
+  const void *xq = run->xn;
+  void *dxq = s->cut ? run->dcut : run->dxn; /* dcut is free once its rows lie in dres */
   bool below = passes(s, 0);
   if (has_adapter(s, KS_TARGET_q) || has_adapter(s, KS_TARGET_k) || has_adapter(s, KS_TARGET_v))
     KS_TRY(recompute_norm(s, acts->h_in, s->weights->attn_norm, acts->rstd_attn, all->n_rows));

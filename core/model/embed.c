@@ -60,7 +60,7 @@ static ks_status embed_all(ks_run *run, packer *k, const ks_tokens *texts, int64
                            const ks_embed_params *p, const ks_progress *progress, float *out) {
   int64_t n_cols = run->model->config.hidden_size;
   for (int64_t first = 0; first < n;) {
-    const float *hidden = NULL;
+    const void *hidden = NULL;
     KS_TRY(ks_progress_report(progress, "embed", (double)first, (double)n));
     ks_batch b = pack(k, texts, first, n, p, run->params.max_rows);
     KS_TRY_AS(ks_forward_tails(run, &b, k->tails, &hidden), "texts %lld to %lld", (long long)first,

@@ -12,10 +12,10 @@ typedef struct {
   int64_t layer;
   const ks_row_set *rows; /* of the query side and the MLP */
   bool cut;               /* those rows are not all */
-  float *h_next;          /* where the layer's result goes */
+  void *h_next;           /* where the layer's result goes */
 } layer_state;
 
-static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, const float *x, float *y,
+static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, const void *x, void *y,
                         bool accumulate) {
   ks_linear_args a;
   ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, &a);
@@ -26,7 +26,7 @@ static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, con
   return ks_linear_forward(s->run->model->ctx, &a);
 }
 
-static ks_status norm(const layer_state *s, const float *x, const float *w, float *y, float *rstd,
+static ks_status norm(const layer_state *s, const void *x, const float *w, void *y, float *rstd,
                       int64_t n_rows, int64_t n_cols) {
   return ks_rmsnorm_forward(
       s->run->model->ctx,
@@ -34,7 +34,7 @@ static ks_status norm(const layer_state *s, const float *x, const float *w, floa
           .x = x, .w = w, .y = y, .rstd = rstd, .n_rows = n_rows, .n_cols = n_cols, .eps = s->m->rms_eps});
 }
 
-static ks_status gather_out_rows(const layer_state *s, const float *x, float *y) {
+static ks_status gather_out_rows(const layer_state *s, const void *x, void *y) {
   return ks_rows_gather(s->run->model->ctx, &(ks_rows_args){.x = x,
                                                             .y = y,
                                                             .index = s->pass->out_index,
@@ -49,8 +49,10 @@ ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_la
   const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
   const struct {
     const ks_row_set *rows;
-    const float *pre, *w;
-    float *x, *rstd;
+    const void *pre;
+    const float *w;
+    void *x;
+    float *rstd;
     int64_t n_heads;
   } sides[2] = {{rows, acts->q_pre, w->q_norm, acts->q, acts->rstd_q, m->n_heads},
                 {&pass->all, acts->k_pre, w->k_norm, acts->k, acts->rstd_k, m->n_kv_heads}};
@@ -77,27 +79,27 @@ ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_la
 static ks_status store_keys(const layer_state *s) {
   const ks_kv_cache *cache = s->pass->cache;
   int64_t kv = s->m->n_kv_heads * s->m->head_dim;
-  size_t begin = (size_t)s->layer * (size_t)cache->n_rows * (size_t)kv;
+  int64_t begin = s->layer * cache->n_rows * kv;
   ks_rows_args a = {
       .index = s->pass->cache_rows, .n_rows = s->pass->all.n_rows, .n_x_rows = cache->n_rows, .n_cols = kv};
   a.x = s->acts.k;
-  a.y = cache->k + begin;
+  a.y = ks_act_at(s->run->model->ctx, cache->k, begin);
   KS_TRY(ks_rows_scatter(s->run->model->ctx, &a));
   a.x = s->acts.v;
-  a.y = cache->v + begin;
+  a.y = ks_act_at(s->run->model->ctx, cache->v, begin);
   return ks_rows_scatter(s->run->model->ctx, &a);
 }
 
-static ks_status copy_rows(const layer_state *s, float *dst, const float *src) {
+static ks_status copy_rows(const layer_state *s, void *dst, const void *src) {
   if (dst == src) return KS_OK;
-  size_t bytes = (size_t)s->rows->n_rows * (size_t)s->m->hidden_size * sizeof *dst;
+  size_t bytes = (size_t)s->rows->n_rows * (size_t)s->m->hidden_size * ks_ctx_act_size(s->run->model->ctx);
   return ks_mem_copy(s->run->model->ctx, dst, src, bytes);
 }
 
 static ks_status attention(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
-  const float *xq = run->xn;
+  const void *xq = run->xn;
   KS_TRY(norm(s, acts->h_in, s->weights->attn_norm, run->xn, acts->rstd_attn, s->pass->all.n_rows,
               s->m->hidden_size));
   if (s->cut) {
@@ -121,7 +123,7 @@ static ks_status attention(layer_state *s) {
 static ks_status mlp(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
-  float *h = run->params.backward ? run->ff : acts->gate;
+  void *h = run->params.backward ? run->ff : acts->gate;
   KS_TRY(norm(s, acts->h_mid, s->weights->mlp_norm, run->xn, acts->rstd_mlp, s->rows->n_rows,
               s->m->hidden_size));
   KS_TRY(linear(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, false));
@@ -134,7 +136,7 @@ static ks_status mlp(layer_state *s) {
   return linear(s, KS_TARGET_down, s->rows, h, s->h_next, true);
 }
 
-ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, float **h) {
+ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h) {
   const ks_model_config *m = &run->model->config;
   layer_state s = {.run = run, .pass = pass, .m = m, .rows = &pass->all, .acts = ks_run_acts(run, 0)};
   *h = run->h_out;
@@ -161,7 +163,7 @@ ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, float **h) {
 
 /* ---------------------------------------------------------------- reading off */
 
-static ks_status final_norm(ks_run *run, const float *h, float *y, float *rstd, int64_t n_rows) {
+static ks_status final_norm(ks_run *run, const void *h, void *y, float *rstd, int64_t n_rows) {
   return ks_rmsnorm_forward(run->model->ctx, &(ks_rmsnorm_args){.x = h,
                                                                 .w = run->model->final_norm,
                                                                 .y = y,
@@ -171,13 +173,13 @@ static ks_status final_norm(ks_run *run, const float *h, float *y, float *rstd, 
                                                                 .eps = run->model->config.rms_eps});
 }
 
-ks_status ks_forward(ks_run *run, const ks_batch *batch, const float **hidden) {
+ks_status ks_forward(ks_run *run, const ks_batch *batch, const void **hidden) {
   return ks_forward_tails(run, batch, NULL, hidden);
 }
 
-ks_status ks_forward_tails(ks_run *run, const ks_batch *batch, const int64_t *tails, const float **hidden) {
+ks_status ks_forward_tails(ks_run *run, const ks_batch *batch, const int64_t *tails, const void **hidden) {
   ks_pass pass;
-  float *h = NULL;
+  void *h = NULL;
   if (!hidden) return KS_FAIL(KS_EINVAL, "ks_forward: hidden is NULL");
   KS_TRY(ks_run_begin(run, batch, tails, &pass));
   KS_TRY(ks_pass_forward(run, &pass, &h));
@@ -210,14 +212,14 @@ static ks_status place_targets(ks_run *run, const ks_batch *batch, const ks_loss
 }
 
 /* Loss of the target rows and, for a backward pass, the gradient of the out rows' residual stream. */
-static ks_status head(ks_run *run, const ks_pass *pass, const float *h, const ks_loss_spec *spec,
+static ks_status head(ks_run *run, const ks_pass *pass, const void *h, const ks_loss_spec *spec,
                       float *loss) {
   ks_ctx *ctx = run->model->ctx;
   int64_t n = spec->n_targets, n_cols = run->model->config.hidden_size;
   bool all = n == pass->out.n_rows, backward = spec->scale != NULL;
-  const float *x = h;
+  const void *x = h;
   if (!all) { /* forward only: h may be xt, which dxn's place is not */
-    float *picked = backward ? run->xt : run->xn;
+    void *picked = backward ? run->xt : run->xn;
     KS_TRY(ks_rows_gather(ctx, &(ks_rows_args){.x = h,
                                                .y = picked,
                                                .index = run->target_index,
@@ -236,7 +238,7 @@ static ks_status head(ks_run *run, const ks_pass *pass, const float *h, const ks
                                                 .n_rows = n,
                                                 .workspace = run->head_workspace}));
   if (!backward) return KS_OK;
-  float *dh = pass->cut ? run->dcut : run->dres;
+  void *dh = pass->cut ? run->dcut : run->dres;
   KS_TRY(ks_rmsnorm_backward(ctx, &(ks_rmsnorm_args){.x = x,
                                                      .w = run->model->final_norm,
                                                      .rstd = run->rstd,
@@ -245,7 +247,7 @@ static ks_status head(ks_run *run, const ks_pass *pass, const float *h, const ks
                                                      .n_rows = n,
                                                      .n_cols = n_cols}));
   if (all) return KS_OK;
-  KS_TRY(ks_mem_zero(ctx, dh, (size_t)pass->out.n_rows * (size_t)n_cols * sizeof *dh));
+  KS_TRY(ks_mem_zero(ctx, dh, (size_t)pass->out.n_rows * (size_t)n_cols * ks_ctx_act_size(ctx)));
   return ks_rows_scatter(ctx, &(ks_rows_args){.x = run->dxn,
                                               .y = dh,
                                               .index = run->target_index,
@@ -256,7 +258,7 @@ static ks_status head(ks_run *run, const ks_pass *pass, const float *h, const ks
 
 ks_status ks_forward_head(ks_run *run, const ks_batch *batch, const ks_loss_spec *spec, float *loss,
                           ks_pass *pass) {
-  float *h = NULL;
+  void *h = NULL;
   if (!run || !batch) return KS_FAIL(KS_EINVAL, "loss: run or batch is NULL");
   if (run->params.no_loss) return KS_FAIL(KS_EINVAL, "loss: this run was made with no_loss");
   if (spec->n_targets < 0 || (spec->n_targets > 0 && (!spec->rows || !spec->targets || !loss)))
@@ -278,7 +280,7 @@ ks_status ks_forward_loss(ks_run *run, const ks_batch *batch, const int64_t *row
 
 ks_status ks_forward_logits(ks_run *run, const ks_batch *batch, float *host_logits) {
   enum { BLOCK = 64 };
-  const float *hidden = NULL;
+  const void *hidden = NULL;
   if (!run || !batch || (batch->n_rows > 0 && !host_logits))
     return KS_FAIL(KS_EINVAL, "ks_forward_logits: NULL argument");
   KS_TRY(ks_forward(run, batch, &hidden));
@@ -292,8 +294,11 @@ ks_status ks_forward_logits(ks_run *run, const ks_batch *batch, float *host_logi
   KS_TRY(ks_mem_alloc(ctx, bytes, &block));
   for (int64_t i = 0; i < batch->n_rows && status == KS_OK; i += BLOCK) {
     int64_t n = ks_min_i64(BLOCK, batch->n_rows - i);
-    status = ks_linear_forward(
-        ctx, &(ks_linear_args){.w = run->model->head, .x = hidden + i * n_cols, .y = block, .n_rows = n});
+    status = ks_linear_forward(ctx, &(ks_linear_args){.w = run->model->head,
+                                                      .x = ks_act_at(ctx, hidden, i * n_cols),
+                                                      .y = block,
+                                                      .y_is_f32 = true,
+                                                      .n_rows = n});
     if (status == KS_OK)
       status = ks_mem_download(ctx, host_logits + i * n_vocab, block, (size_t)(n * n_vocab) * sizeof(float));
   }

@@ -80,7 +80,7 @@ static ks_status size_cache(generator *g, int64_t cache_bytes) {
   const ks_model_config *m = &g->model->config;
   int64_t *needs = NULL, row_bytes, sum = 0;
   int64_t kv = m->n_kv_heads * m->head_dim;
-  if (!ks_mul_i64(m->n_layers * 2 * (int64_t)sizeof(float), kv, &row_bytes))
+  if (!ks_mul_i64(m->n_layers * 2 * (int64_t)ks_ctx_act_size(g->model->ctx), kv, &row_bytes))
     return KS_FAIL(KS_EOVERFLOW, "generate: a cache row does not fit an address space");
   KS_TRY(ks_alloc_array(&needs, (size_t)g->n_requests, sizeof *needs, "generation"));
   for (int64_t i = 0; i < g->n_requests; i++)
@@ -121,7 +121,7 @@ static ks_status allocate(generator *g, int64_t cache_bytes) {
   KS_TRY(size_cache(g, cache_bytes));
   KS_TRY(create_run(g));
   size_t rows = (size_t)g->run->params.max_rows;
-  if (!ks_mul_size((size_t)(m->n_layers * m->n_kv_heads * m->head_dim) * sizeof(float),
+  if (!ks_mul_size((size_t)(m->n_layers * m->n_kv_heads * m->head_dim) * ks_ctx_act_size(g->model->ctx),
                    (size_t)g->cache.n_rows, &bytes))
     return KS_FAIL(KS_EOVERFLOW, "generate: KV cache of %lld rows does not fit an address space",
                    (long long)g->cache.n_rows);
@@ -266,10 +266,10 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
 }
 
 /* Logits of the sequences whose next token is due: the last rows, which are the out rows' norms. */
-static ks_status compute_logits(generator *g, const ks_pass *pass, float *h, int64_t n_ends) {
+static ks_status compute_logits(generator *g, const ks_pass *pass, void *h, int64_t n_ends) {
   ks_run *run = g->run;
   const ks_model *m = g->model;
-  float *x = run->xn;
+  void *x = run->xn;
   if (n_ends < pass->out.n_rows) {
     x = h == run->h_out ? run->xt : run->h_out;
     KS_TRY(ks_rows_gather(m->ctx, &(ks_rows_args){.x = h,
@@ -286,7 +286,10 @@ static ks_status compute_logits(generator *g, const ks_pass *pass, float *h, int
                                                        .n_rows = n_ends,
                                                        .n_cols = m->config.hidden_size,
                                                        .eps = m->config.rms_eps}));
-  return ks_linear_forward(m->ctx, &(ks_linear_args){.w = m->head, .x = x, .y = g->logits, .n_rows = n_ends});
+  return ks_linear_forward(
+      m->ctx,
+      &(ks_linear_args){
+          .w = m->head, .x = x, .y = g->logits, .y_is_f32 = true, .generation = true, .n_rows = n_ends});
 }
 
 static ks_status sample(generator *g, int64_t n_ends) {
@@ -328,22 +331,59 @@ static void collect(generator *g, int64_t n_ends) {
   g->n_active = kept;
 }
 
+/* One pass from tokens to tokens, queued. *sampling: when the layers had been queued (CPU: done). */
+static ks_status queue_pass(generator *g, const ks_pass *pass, int64_t n_ends, double *sampling) {
+  void *h = NULL;
+  KS_TRY(ks_pass_forward(g->run, pass, &h));
+  if (n_ends > 0) KS_TRY(compute_logits(g, pass, h, n_ends));
+  *sampling = ks_clock_seconds();
+  return n_ends > 0 ? sample(g, n_ends) : KS_OK;
+}
+
+/* Passes of the same key queue the same work: as many rows of the same adapters. Keys are longer each time,
+ * which attention notices seldom (it counts them in blocks). */
+static uint64_t pass_key(const generator *g, const ks_pass *pass) {
+  uint64_t key = 0x67656e6572617465; /* "generate" */
+  key = ks_hash_mix(key, (uint64_t)pass->all.n_rows);
+  for (int64_t i = 0; i < g->n_active; i++)
+    key = ks_hash_mix(key, (uint64_t)g->active[i].request->adapter);
+  return key;
+}
+
+static ks_status check_tokens(const generator *g, int64_t n_ends) {
+  for (int64_t i = 0; i < n_ends; i++) {
+    if (g->sampled[i] < 0)
+      return KS_FAIL(KS_ENUMERIC,
+                     "generate: the logits of request %lld at new token %lld hold a NaN or have no finite "
+                     "maximum; the model's "
+                     "weights or its adapter are damaged or training diverged",
+                     (long long)(g->ending[i]->request - g->requests),
+                     (long long)g->ending[i]->request->n_tokens);
+  }
+  return KS_OK;
+}
+
 static ks_status step(generator *g) {
+  ks_ctx *ctx = g->model->ctx;
   ks_pass pass;
-  float *h = NULL;
   int64_t n_ends = 0;
-  double start = ks_clock_seconds();
+  double start = ks_clock_seconds(), sampling = start, sampled;
   int64_t n_prompt_rows = share_rows(g);
   describe_pass(g, &pass, &n_ends);
-  KS_TRY(ks_pass_forward(g->run, &pass, &h));
-  if (n_ends > 0) KS_TRY(compute_logits(g, &pass, h, n_ends));
-  double sampling = ks_clock_seconds();
-  if (n_ends > 0) KS_TRY(sample(g, n_ends));
+  const bool repeats = n_prompt_rows == 0;
+  if (repeats) KS_TRY(ks_step_begin(ctx, pass_key(g, &pass)));
+  ks_status status = queue_pass(g, &pass, n_ends, &sampling);
+  sampled = ks_clock_seconds();
+  ks_status ended = repeats ? ks_step_end(ctx) : KS_OK;
+  KS_TRY(status != KS_OK ? status : ended);
+  KS_TRY(ks_sync(ctx));
+  KS_TRY(check_tokens(g, n_ends));
+  double layers = ks_clock_seconds() - start - (sampled - sampling);
   double share = (double)n_prompt_rows / (double)pass.all.n_rows;
   g->stats.prompt_tokens += n_prompt_rows;
-  g->stats.prefill_seconds += (sampling - start) * share;
-  g->stats.decode_seconds += (sampling - start) * (1 - share);
-  g->stats.sample_seconds += ks_clock_seconds() - sampling;
+  g->stats.prefill_seconds += layers * share;
+  g->stats.decode_seconds += layers * (1 - share);
+  g->stats.sample_seconds += sampled - sampling;
   collect(g, n_ends);
   return KS_OK;
 }

@@ -1,27 +1,39 @@
 /* Memory of a pass and the description of its rows. */
 #include "core/model/run.h"
 
+enum {
+  GPU_ROWS = 8192
+}; /* enough to fill the largest GPU; a fixed number, so that no result depends on the card */
+
 /* ---------------------------------------------------------------- layout */
 
-/* Hands out places in the arena; with base NULL it only counts. */
+/* Hands out places in the arena, 64-byte aligned; with base NULL it only counts. */
 typedef struct {
-  float *base;
-  size_t n, top; /* floats handed out now, and at most */
+  unsigned char *base;
+  size_t n, top; /* bytes handed out now, and at most */
+  size_t act_size;
   bool overflow;
 } cursor;
 
-static float *take(cursor *c, int64_t rows, int64_t cols) {
+static void *take_bytes(cursor *c, int64_t rows, int64_t cols, size_t size) {
   size_t n, end;
   if (rows <= 0 || cols <= 0) return NULL;
-  if (!ks_mul_size((size_t)rows, (size_t)cols, &n) || !ks_add_size(n, 15, &n) ||
-      !ks_add_size(c->n, n & ~(size_t)15, &end)) {
+  if (!ks_mul_size((size_t)rows, (size_t)cols, &n) || !ks_mul_size(n, size, &n) || !ks_add_size(n, 63, &n) ||
+      !ks_add_size(c->n, n & ~(size_t)63, &end)) {
     c->overflow = true;
     return NULL;
   }
-  float *p = c->base ? c->base + c->n : NULL;
+  void *p = c->base ? c->base + c->n : NULL;
   c->n = end;
   if (end > c->top) c->top = end;
   return p;
+}
+/* Of activations. */
+static void *take(cursor *c, int64_t rows, int64_t cols) {
+  return take_bytes(c, rows, cols, c->act_size);
+}
+static float *take_floats(cursor *c, int64_t rows, int64_t cols) {
+  return take_bytes(c, rows, cols, sizeof(float));
 }
 
 static void take_lora_u(const ks_run *run, cursor *c, ks_layer_acts *a) {
@@ -39,14 +51,14 @@ static void place_kept_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
   a->k_pre = take(c, rows, kv);
   a->v = take(c, rows, kv);
   a->attn = take(c, rows, q);
-  a->lse = take(c, rows, m->n_heads);
+  a->lse = take_floats(c, rows, m->n_heads);
   a->gate = take(c, rows, m->intermediate_size);
   a->up = take(c, rows, m->intermediate_size);
-  a->rstd_attn = take(c, rows, 1);
-  a->rstd_mlp = take(c, rows, 1);
+  a->rstd_attn = take_floats(c, rows, 1);
+  a->rstd_mlp = take_floats(c, rows, 1);
   if (m->qk_norm) {
-    a->rstd_q = take(c, rows, m->n_heads);
-    a->rstd_k = take(c, rows, m->n_kv_heads);
+    a->rstd_q = take_floats(c, rows, m->n_heads);
+    a->rstd_k = take_floats(c, rows, m->n_kv_heads);
   }
   take_lora_u(run, c, a);
   a->q = m->qk_norm ? run->q : a->q_pre;
@@ -58,7 +70,7 @@ static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
   a->h_in = a->h_mid = run->h_out;
-  float *u = take(c, rows, run->params.max_rank);
+  void *u = take(c, rows, run->params.max_rank);
   for (int t = 0; t < KS_N_TARGETS; t++)
     a->u[t] = u;
   size_t mark = c->n;
@@ -74,7 +86,9 @@ static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
 
 ks_layer_acts ks_run_acts(const ks_run *run, int64_t layer) {
   ks_layer_acts a = {0};
-  cursor c = {.base = run->arena, .n = run->layer_begin + (size_t)layer * run->layer_floats};
+  cursor c = {.base = run->arena,
+              .n = run->layer_begin + (size_t)layer * run->layer_bytes,
+              .act_size = ks_ctx_act_size(run->model->ctx)};
   c.top = c.n;
   if (run->params.backward)
     place_kept_layer(run, &c, &a);
@@ -90,7 +104,7 @@ static void place_backward_scratch(ks_run *run, cursor *c) {
   run->dres = take(c, rows, m->hidden_size);
   run->dcut = take(c, rows, m->hidden_size);
   run->lora_v = take(c, rows, run->params.max_rank);
-  run->rstd = take(c, rows, 1);
+  run->rstd = take_floats(c, rows, 1);
   if (m->qk_norm) {
     run->q = take(c, rows, q);
     run->k = take(c, rows, kv);
@@ -103,8 +117,8 @@ static void place_phases(ks_run *run, cursor *c) {
   int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
   size_t mark = c->n;
   if (!run->params.no_loss) {
-    size_t workspace = ks_head_loss_workspace(run->model->head, rows);
-    run->head_workspace = take(c, (int64_t)((workspace + sizeof(float) - 1) / sizeof(float)), 1);
+    size_t workspace = ks_head_loss_workspace(run->model->ctx, run->model->head, rows);
+    run->head_workspace = take_bytes(c, workspace > 0, 1, workspace);
   }
   c->n = mark;
   if (!run->params.backward) return; /* the shared layer takes this place too */
@@ -123,7 +137,7 @@ static ks_status place_all(ks_run *run) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows;
   ks_layer_acts acts = {0};
-  cursor c = {.base = run->arena};
+  cursor c = {.base = run->arena, .act_size = ks_ctx_act_size(run->model->ctx)};
   run->h_out = take(&c, rows, m->hidden_size);
   run->xn = take(&c, rows, m->hidden_size);
   run->xt = take(&c, rows, m->hidden_size);
@@ -134,16 +148,16 @@ static ks_status place_all(ks_run *run) {
     place_kept_layer(run, &c, &acts);
   else
     place_shared_layer(run, &c, &acts);
-  run->layer_floats = 0;
-  run->arena_floats = c.n;
+  run->layer_bytes = 0;
+  run->arena_bytes = c.n;
   if (run->params.backward) {
     size_t kept;
-    run->layer_floats = c.n - run->layer_begin;
-    if (!ks_mul_size(run->layer_floats, (size_t)m->n_layers, &kept) ||
-        !ks_add_size(run->layer_begin, kept, &run->arena_floats))
+    run->layer_bytes = c.n - run->layer_begin;
+    if (!ks_mul_size(run->layer_bytes, (size_t)m->n_layers, &kept) ||
+        !ks_add_size(run->layer_begin, kept, &run->arena_bytes))
       c.overflow = true;
   }
-  if (c.overflow || run->arena_floats > SIZE_MAX / sizeof(float))
+  if (c.overflow)
     return KS_FAIL(KS_EOVERFLOW,
                    "run: activations of %lld rows do not fit an address space; use fewer rows a pass",
                    (long long)rows);
@@ -190,7 +204,7 @@ ks_status ks_run_bytes(const ks_model *model, const ks_run_params *params, size_
   ks_run run = {.model = m.out, .params = *params};
   host_array hosts[N_HOST_ARRAYS];
   KS_TRY(place_all(&run));
-  *bytes = run.arena_floats * sizeof(float) + sizeof run;
+  *bytes = run.arena_bytes + sizeof run;
   list_host_arrays(&run, hosts);
   for (int i = 0; i < N_HOST_ARRAYS; i++)
     *bytes += hosts[i].n * hosts[i].size;
@@ -207,12 +221,40 @@ static ks_status prepare_weights(ks_model *model) {
   return KS_OK;
 }
 
+/* Rows of the largest pass that there is memory for; 0: not even one. */
+static int64_t rows_that_fit(const ks_run *run, size_t available) {
+  int64_t fit = 0, too_many = run->params.max_rows;
+  while (too_many - fit > 1) {
+    ks_run smaller = {.model = run->model, .params = run->params};
+    smaller.params.max_rows = fit + (too_many - fit) / 2;
+    if (place_all(&smaller) == KS_OK && smaller.arena_bytes <= available)
+      fit = smaller.params.max_rows;
+    else
+      too_many = smaller.params.max_rows;
+  }
+  return fit;
+}
+
+static ks_status explain_no_memory(const ks_run *run) {
+  const size_t available = ks_mem_available(run->model->ctx);
+  if (available == SIZE_MAX)
+    return ks_fail_context(KS_ENOMEM, "activations of %lld rows", (long long)run->params.max_rows);
+  const int64_t fit = rows_that_fit(run, available);
+  return KS_FAIL(
+      KS_ENOMEM,
+      "a pass of %lld rows needs %.2f GB for its activations; the device has %.2f GB free: %s %lld rows "
+      "fit; use smaller passes, shorter texts, bf16 or quantized weights",
+      (long long)run->params.max_rows, (double)run->arena_bytes / 1e9, (double)available / 1e9,
+      fit > 0 ? "at most" : "not even one row fits,", (long long)fit);
+}
+
 static ks_status allocate(ks_run *run) {
   host_array hosts[N_HOST_ARRAYS];
   void *arena = NULL;
   KS_TRY(place_all(run));
-  KS_TRY_AS(ks_mem_alloc(run->model->ctx, run->arena_floats * sizeof(float), &arena),
-            "activations of %lld rows", (long long)run->params.max_rows);
+  ks_status status = ks_mem_alloc(run->model->ctx, run->arena_bytes, &arena);
+  if (status == KS_ENOMEM) return explain_no_memory(run);
+  KS_TRY_AS(status, "activations of %lld rows", (long long)run->params.max_rows);
   run->arena = arena;
   KS_TRY(place_all(run));
   list_host_arrays(run, hosts);
@@ -253,6 +295,7 @@ void ks_run_destroy(ks_run *run) {
 }
 
 int64_t ks_run_default_rows(const ks_model *model, bool backward) {
+  if (strcmp(ks_ctx_backend_name(model->ctx), "cuda") == 0) return GPU_ROWS;
   int64_t a_thread = backward ? 512 : 256, rows = a_thread * ks_ctx_n_threads(model->ctx);
   return ks_max_i64(rows, 2 * a_thread);
 }
@@ -433,7 +476,9 @@ bool ks_run_linear_args(ks_run *run, const ks_pass *pass, ks_site site, ks_linea
     run->loras[adapter] = pass->adapters[adapter].loras[index];
     any = any || run->loras[adapter].rank > 0;
   }
-  *a = (ks_linear_args){.w = run->model->layers[site.layer].linear[site.target], .n_rows = rows->n_rows};
+  *a = (ks_linear_args){.w = run->model->layers[site.layer].linear[site.target],
+                        .n_rows = rows->n_rows,
+                        .generation = pass->cache != NULL};
   if (!any) return false;
   a->segments = rows->segments;
   a->n_segments = rows->n_segments;
@@ -450,17 +495,17 @@ ks_attention_args ks_run_attention_args(ks_run *run, const ks_pass *pass, int64_
                                         const ks_layer_acts *acts) {
   const ks_model_config *m = &run->model->config;
   const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
-  int64_t kv = m->n_kv_heads * m->head_dim;
-  size_t cached = pass->cache ? (size_t)layer * (size_t)pass->cache->n_rows * (size_t)kv : 0;
-  const float *k = pass->cache ? pass->cache->k + cached : acts->k;
-  const float *v = pass->cache ? pass->cache->v + cached : acts->v;
+  const ks_ctx *ctx = run->model->ctx;
+  int64_t kv = m->n_kv_heads * m->head_dim, cached = pass->cache ? layer * pass->cache->n_rows * kv : 0;
+  const void *k = pass->cache ? pass->cache->k : acts->k, *v = pass->cache ? pass->cache->v : acts->v;
   for (int64_t s = 0; s < pass->n_seqs; s++) {
     ks_attention_seq *seq = &rows->seqs[s];
-    seq->k = k + pass->key_begin[s] * kv;
-    seq->v = v + pass->key_begin[s] * kv;
+    int64_t begin = pass->key_begin[s] * kv;
+    seq->k = ks_act_at(ctx, k, cached + begin);
+    seq->v = ks_act_at(ctx, v, cached + begin);
     if (!run->params.backward) continue;
-    seq->dk = run->dk + pass->key_begin[s] * kv;
-    seq->dv = run->dv + pass->key_begin[s] * kv;
+    seq->dk = ks_act_at(ctx, run->dk, begin);
+    seq->dv = ks_act_at(ctx, run->dv, begin);
   }
   return (ks_attention_args){.q = acts->q,
                              .o = acts->attn,

@@ -21,7 +21,7 @@ typedef struct {
 /* Keys and values of the sequences that are being generated: [n_layers][n_rows, n_kv_heads * head_dim] each.
  */
 typedef struct {
-  float *k, *v; /* backend memory */
+  void *k, *v; /* backend memory, activations */
   int64_t n_rows;
 } ks_kv_cache;
 
@@ -40,32 +40,33 @@ typedef struct {
   const int64_t *cache_rows; /* host [all.n_rows]: where each row's key goes */
 } ks_pass;
 
-/* What one layer leaves behind; backend memory. Without backward all layers share it. */
+/* What one layer leaves behind; backend memory. Without backward all layers share it. `void *`: activations (ops.h). */
 typedef struct {
-  float *h_in, *h_mid;         /* [rows, hidden] residual stream before attention, before the MLP */
-  float *q, *k, *v;            /* [rows, heads * head_dim] after rotary */
-  float *q_pre, *k_pre;        /* before the norm of q and k; == q, k when the model has none */
-  float *attn, *lse;           /* [rows, n_heads * head_dim], [rows, n_heads] */
-  float *gate, *up;            /* [rows, intermediate] */
+  void *h_in, *h_mid;          /* [rows, hidden] residual stream before attention, before the MLP */
+  void *q, *k, *v;             /* [rows, heads * head_dim] after rotary */
+  void *q_pre, *k_pre;         /* before the norm of q and k; == q, k when the model has none */
+  void *attn;                  /* [rows, n_heads * head_dim] */
+  float *lse;                  /* [rows, n_heads] */
+  void *gate, *up;             /* [rows, intermediate] */
   float *rstd_attn, *rstd_mlp; /* [rows] */
   float *rstd_q, *rstd_k;      /* [rows * heads] */
-  float *u[KS_N_TARGETS];      /* [rows, max_rank] */
+  void *u[KS_N_TARGETS];       /* [rows, max_rank] */
 } ks_layer_acts;
 
 struct ks_run {
   ks_model *model;
   ks_run_params params;
-  float *arena; /* backend memory: everything below */
-  size_t arena_floats;
-  size_t layer_begin, layer_floats; /* place of layer 0's activations; stride (0: shared) */
-  float *h_out;                     /* [rows, hidden] after the last layer */
-  float *xn, *xt, *dxn;             /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
-  float *dres, *dcut;               /* [rows, hidden] gradient of the residual stream, of its cut rows */
-  float *q, *k;                     /* with q/k norm: q and k after rotary, recomputed in the backward pass */
+  unsigned char *arena; /* backend memory: everything below */
+  size_t arena_bytes;
+  size_t layer_begin, layer_bytes; /* place of layer 0's activations; stride (0: shared) */
+  void *h_out;                      /* [rows, hidden] after the last layer */
+  void *xn, *xt, *dxn;              /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
+  void *dres, *dcut;                /* [rows, hidden] gradient of the residual stream, of its cut rows */
+  void *q, *k;                      /* with q/k norm: q and k after rotary, recomputed in the backward pass */
   float *rstd;                      /* [rows] of the final norm */
-  float *ff, *dff; /* [rows, intermediate]; share their place with the four below and the head's */
-  float *d_attn, *dq, *dk, *dv;
-  float *lora_v; /* [rows, max_rank] */
+  void *ff, *dff;  /* [rows, intermediate]; share their place with the four below and the head's */
+  void *d_attn, *dq, *dk, *dv;
+  void *lora_v;  /* [rows, max_rank] */
   void *head_workspace;
   /* host */
   int32_t *positions, *out_positions;  /* [max_rows] */
@@ -93,7 +94,7 @@ void ks_run_cut(ks_run *run, const int64_t *tails, ks_pass *pass);
 ks_status ks_run_reserve_loras(ks_run *run, int64_t n);
 
 /* Runs all layers. *h: residual stream of the out rows [out.n_rows, hidden], before the final norm. */
-ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, float **h);
+ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h);
 /* Gradient of the out rows' residual stream (run->dcut when cut, else run->dres) down into the adapters. */
 ks_status ks_pass_backward(ks_run *run, const ks_pass *pass);
 
@@ -108,7 +109,7 @@ typedef struct {
 ks_status ks_forward_head(ks_run *run, const ks_batch *batch, const ks_loss_spec *spec, float *loss,
                           ks_pass *pass);
 /* ks_forward with the tails of ks_run_begin: *hidden holds the out rows only. */
-ks_status ks_forward_tails(ks_run *run, const ks_batch *batch, const int64_t *tails, const float **hidden);
+ks_status ks_forward_tails(ks_run *run, const ks_batch *batch, const int64_t *tails, const void **hidden);
 
 /* What forward and backward share. */
 typedef struct {

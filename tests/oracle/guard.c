@@ -349,7 +349,7 @@ static int64_t run_place(const test_place *t, ks_results *first) {
 
 static int64_t run_variants(test_place t) {
   enum { MOST = 64 };
-  ks_variant variants[MOST];
+  ks_op_variant variants[MOST];
   int64_t n = ks_backend_variants("cuda", variants, MOST), bad = 0;
   if (n > MOST) need(NULL);
   for (int64_t i = 0; i < n; i++) {
