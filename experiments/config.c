@@ -301,6 +301,14 @@ ks_status ks_config_text(const ks_config *c, bool for_results, ks_text *out) {
   return text_of(NULL, c, for_results, out);
 }
 
+ks_ctx_params ks_config_ctx_params(const ks_config *c) {
+  return (ks_ctx_params){.backend = c->run.backend,
+                         .n_threads = (int)c->run.threads,
+                         .isa = c->run.isa,
+                         .activations = c->model.dtype == KS_DTYPE_F32 ? KS_DTYPE_F32 : KS_DTYPE_BF16,
+                         .variants = c->run.variants[0] ? c->run.variants : NULL};
+}
+
 bool ks_config_same_cohort(const ks_config *a, const ks_config *b) {
   for (int i = 0; i < ks_n_keys; i++)
     if ((ks_keys[i].flags & KS_SHARED) &&

@@ -21,6 +21,7 @@
 #define KS_CONFIG_H
 
 #include "core/base/base.h"
+#include "kernels/ops.h"
 
 /* One field a key: c.seed, c.policy, c.train.learning_rate. INT int64_t; FLOAT double; BOOL bool; STRING and
  * PATH const char * (never NULL, "" when unset; owned by the matrix); ENUM int, numbered as the library's
@@ -76,6 +77,8 @@ void ks_matrix_destroy(ks_matrix *m); /* NULL-safe */
 /* One cell's resolved configuration as libconfig text. for_results: without the keys that change no result
  * (experiment, run, stats), so that equal texts mean equal cells. Appends to out. */
 ks_status ks_config_text(const ks_config *c, bool for_results, ks_text *out);
+/* What a context for c is created with; points into c. */
+ks_ctx_params ks_config_ctx_params(const ks_config *c);
 /* Whether two cells may share a cohort: same model, data, embeddings, window. */
 bool ks_config_same_cohort(const ks_config *a, const ks_config *b);
 

@@ -115,8 +115,7 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
 }
 
 static ks_status estimate_cohorts(const ks_matrix *m, const ks_shard *shard, ks_estimate *e) {
-  const ks_config *c = &m->cells[0].config;
-  ks_ctx_params params = {.backend = c->run.backend, .n_threads = (int)c->run.threads, .isa = c->run.isa};
+  ks_ctx_params params = ks_config_ctx_params(&m->cells[0].config);
   ks_ctx *ctx;
   bool *done;
   KS_TRY(ks_alloc_array(&done, (size_t)m->n_cells, sizeof *done, "cells"));

@@ -158,8 +158,7 @@ ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *opt
   ks_status status;
   KS_TRY_OUT(ks_path_join(m->output, "cells", &cells));
   KS_TRY_OUT(ks_dir_make(cells));
-  ks_ctx_params params = {
-      .backend = config->run.backend, .n_threads = (int)config->run.threads, .isa = config->run.isa};
+  ks_ctx_params params = ks_config_ctx_params(config);
   KS_TRY_OUT(ks_ctx_create(&ctx, &params));
   KS_TRY_OUT(write_index(m)); /* every shard writes the same one */
   status = run_cohorts(m, options, ctx);

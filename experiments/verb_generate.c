@@ -17,8 +17,8 @@ static const ks_option options[] = {
     {"top-p", "P", "sample from the smallest set of tokens with this probability; default 1: all"},
     {"seed", "N", "of the sampling; default 1"},
     {"threads", "N", "0, the default: all cores"},
-    {"dtype", "T", "weights in memory: f32 (default) or bf16"},
-    {"backend", "NAME", "auto (default), or one of keepsake ls backends"},
+    {"dtype", "T", "weights in memory: f32 (default), bf16, q8_0, q4_0 or nf4"},
+    {"device", "NAME", "cpu, cuda, or auto (default: a GPU when there is one)"},
     {NULL, NULL, NULL}};
 static const ks_command command = {"generate",
                                    "",
@@ -34,7 +34,7 @@ typedef struct {
   int64_t max_new_tokens, top_k, seed, threads;
   double temperature, top_p;
   ks_dtype dtype;
-  const char *backend;
+  const char *device;
 } settings;
 
 static ks_status read_settings(const ks_args *a, settings *s) {
@@ -46,9 +46,9 @@ static ks_status read_settings(const ks_args *a, settings *s) {
                   .temperature = 0.5,
                   .top_p = 1,
                   .dtype = KS_DTYPE_F32,
-                  .backend = ks_args_value(a, "backend")};
+                  .device = ks_args_value(a, "device")};
   if (!s->prompt) s->prompt = "";
-  if (!s->backend) s->backend = "auto";
+  if (!s->device) s->device = "auto";
   KS_TRY(ks_args_int(a, "max-new-tokens", 0, 1000000, &s->max_new_tokens));
   KS_TRY(ks_args_int(a, "top-k", 0, INT32_MAX, &s->top_k));
   KS_TRY(ks_args_int(a, "seed", 0, INT64_MAX, &s->seed));
@@ -59,8 +59,8 @@ static ks_status read_settings(const ks_args *a, settings *s) {
     return KS_FAIL(KS_ECONFIG, "--top-p 0: nothing is left to sample from; give a probability above 0");
   const char *dtype = ks_args_value(a, "dtype");
   if (dtype) KS_TRY_AS(ks_dtype_parse(dtype, &s->dtype), "--dtype %s", dtype);
-  if (s->dtype == KS_DTYPE_F16)
-    return KS_FAIL(KS_EUNSUPPORTED, "--dtype f16: weights are kept as f32 or bf16");
+  if (!ks_dtype_is_weight(s->dtype))
+    return KS_FAIL(KS_EUNSUPPORTED, "--dtype %s: weights are kept as f32, bf16, q8_0, q4_0 or nf4", dtype);
   size_t n = strlen(s->prompt), bad = ks_utf8_check(s->prompt, n);
   if (bad < n) return KS_FAIL(KS_ECONFIG, "--prompt: not UTF-8 at byte %zu", bad);
   return KS_OK;
@@ -124,7 +124,9 @@ static ks_status generate(const settings *s) {
   ks_status status;
   KS_TRY_OUT(ks_model_path_default(s->model, &model_path));
   KS_TRY_OUT(ks_tokenizer_path_find(s->tokenizer, model_path, &tokenizer_path));
-  ks_ctx_params params = {.backend = s->backend, .n_threads = (int)s->threads};
+  ks_ctx_params params = {.backend = s->device,
+                          .n_threads = (int)s->threads,
+                          .activations = s->dtype == KS_DTYPE_F32 ? KS_DTYPE_F32 : KS_DTYPE_BF16};
   KS_TRY_OUT(ks_ctx_create(&ctx, &params));
   KS_TRY_OUT(ks_model_load(ctx, model_path, &(ks_model_load_params){.dtype = s->dtype}, &model));
   KS_TRY_OUT(ks_tokenizer_load(tokenizer_path, model->config.vocab_size, &tokenizer));

@@ -6,6 +6,7 @@
 #include <stdio.h>
 
 static const ks_option options[] = {
+    {"device", "NAME", "cpu, cuda, or auto (a GPU when there is one): --set run.backend=NAME"},
     {"set", "KEY=VALUE", "override a configuration key (again for more)"},
     {"shard", "I/N",
      "run every N-th cell from I; auto: from Slurm's or MPI's variables; all: all whatever is set"},
@@ -88,11 +89,28 @@ static ks_status run_matrix(const ks_matrix *m, const ks_args *args) {
   return status == KS_OK ? print_report(m) : status;
 }
 
+/* --device is the last of the --set. */
+static ks_status load(const ks_args *args, ks_matrix **out) {
+  const char *device = ks_args_value(args, "device"), **sets = NULL;
+  ks_text set = {0};
+  ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&sets, (size_t)args->n_sets + 1, sizeof *sets, "settings"));
+  for (int64_t i = 0; i < args->n_sets; i++)
+    sets[i] = args->sets[i];
+  if (device) KS_TRY_OUT(ks_text_addf(&set, "run.backend=%s", device));
+  sets[args->n_sets] = set.data;
+  KS_TRY_OUT(ks_config_load(args->operands[0], sets, args->n_sets + (device != NULL), out));
+out:
+  ks_text_free(&set);
+  free(sets);
+  return status;
+}
+
 int ks_verb_run(int argc, char **argv) {
   ks_args args;
   if (!ks_args_parse(&command, argc, argv, &args)) return args.exit_code;
   ks_matrix *m = NULL;
-  ks_status status = ks_config_load(args.operands[0], args.sets, args.n_sets, &m);
+  ks_status status = load(&args, &m);
   if (status == KS_OK) status = run_matrix(m, &args);
   ks_matrix_destroy(m);
   ks_args_free(&args);

@@ -196,6 +196,9 @@ static bool is_dtype(ks_dtype t) {
 size_t ks_dtype_size(ks_dtype t) {
   return is_dtype(t) ? dtypes[t].size : 0;
 }
+bool ks_dtype_is_weight(ks_dtype t) {
+  return is_dtype(t) && t <= KS_DTYPE_NF4;
+}
 bool ks_dtype_is_quantized(ks_dtype t) {
   return is_dtype(t) && dtypes[t].size == 0;
 }
@@ -224,7 +227,7 @@ static ks_status check_weight_params(const ks_weight_params *p) {
   if (!ks_mul_size((size_t)p->n_out + 256, (size_t)p->n_in + 256, &n) || n > SIZE_MAX / 64)
     return KS_FAIL(KS_EOVERFLOW, "ks_weight_create: [%lld, %lld] does not fit an address space",
                    (long long)p->n_out, (long long)p->n_in);
-  if (p->dtype != KS_DTYPE_F32 && p->dtype != KS_DTYPE_BF16 && !ks_dtype_is_quantized(p->dtype))
+  if (!ks_dtype_is_weight(p->dtype))
     return KS_FAIL(KS_EINVAL, "ks_weight_create: packed weights are f32, bf16, q8_0, q4_0 or nf4, not '%s'",
                    ks_dtype_name(p->dtype));
   if (p->values_dtype != KS_DTYPE_F32 && p->values_dtype != KS_DTYPE_BF16 && p->values_dtype != KS_DTYPE_F16)

@@ -38,16 +38,18 @@ extern "C" {
 
 /* ---------------------------------------------------------------- element types */
 
-/* Q8_0, Q4_0 and NF4 are blocks of frozen weights (kernels/quant.h); I8 is for stored embeddings. */
+/* Frozen weights are kept as one of the first five; Q8_0, Q4_0 and NF4 are blocks (kernels/quant.h). I8 is for stored
+ * embeddings. */
 typedef enum {
   KS_DTYPE_F32 = 0,
   KS_DTYPE_BF16,
-  KS_DTYPE_F16,
-  KS_DTYPE_I8,
   KS_DTYPE_Q8_0,
   KS_DTYPE_Q4_0,
-  KS_DTYPE_NF4
+  KS_DTYPE_NF4,
+  KS_DTYPE_F16,
+  KS_DTYPE_I8
 } ks_dtype;
+bool ks_dtype_is_weight(ks_dtype t); /* one of the first five */
 size_t ks_dtype_size(ks_dtype t); /* bytes an element; 0: blocks */
 bool ks_dtype_is_quantized(ks_dtype t);
 const char *ks_dtype_name(ks_dtype t); /* "f32" */
