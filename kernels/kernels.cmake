@@ -4,7 +4,7 @@
 set(ks_cpu_plain_sources ${CMAKE_SOURCE_DIR}/kernels/cpu/cpu.c)
 
 get_target_property(ks_kernel_sources ks_kernels SOURCES)
-list(FILTER ks_kernel_sources EXCLUDE REGEX "/kernels/cpu/")
+list(FILTER ks_kernel_sources EXCLUDE REGEX "/kernels/(cpu|cuda)/")
 set_target_properties(ks_kernels PROPERTIES SOURCES "${ks_kernel_sources};${ks_cpu_plain_sources}")
 
 set(ks_isas generic)

@@ -15,7 +15,12 @@
  * pointer) queues what was held back, from the list, and goes on eagerly; the step is then recorded anew. Arrays that the host
  * describes (positions, segments, ...) may differ in content: they are staged again and uploaded in one copy. Launch
  * arguments must therefore hold everything that a kernel is told, and no kernel argument may carry host data that changes from
- * step to step (dropout keys, counters, learning rates: stage them).
+ * step to step (dropout keys, counters, learning rates: stage them). Structs among them must not have padding: it is compared too.
+ *
+ * Environment
+ *   KS_CUDA_SYNC=1       every launch is waited for; steps are not recorded
+ *   KS_CUDA_NO_GRAPHS=1  steps are not recorded
+ *   KS_CUDA_NO_BLAS=1    as if cuBLASLt were not there;  KS_CUBLASLT=<file>: the library to load
  */
 #ifndef KS_CUDA_H
 #define KS_CUDA_H
@@ -95,6 +100,17 @@ typedef struct {
   size_t total_bytes;
 } ks_cuda_device;
 const ks_cuda_device *ks_cuda_device_of(const ks_ctx *ctx);
+
+/* What the host side did so far, for tests and profiles. */
+typedef struct {
+  int64_t launches, matmuls;                /* put on the stream one by one */
+  int64_t stages, stages_shared;            /* calls of ks_cuda_stage; those that found their bytes there */
+  int64_t steps_recorded, steps_replayed;   /* steps that went one by one; as a whole */
+  int64_t steps_differing;                  /* of the recorded ones: had a list that did not fit */
+  int64_t graphs;                           /* CUDA graphs made */
+  int64_t blas_exceptions;                  /* products whose row count did not work with the algorithm of its weight */
+} ks_cuda_counts;
+const ks_cuda_counts *ks_cuda_counts_of(const ks_ctx *ctx);
 
 /* X(operation, variant, on float32, on bf16): the first variant of an operation that suits the type of activations is its default.
  * Selected by ks_ctx_params.variants, "attention_forward=simt,linear_forward=mma". */

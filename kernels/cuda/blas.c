@@ -1,0 +1,407 @@
+/* Dense products by cuBLASLt, which is loaded when a context is made: a program runs without it.
+ *
+ * cuBLASLt is column-major. A row-major [r, c] is a column-major [c, r], so y = x W^T is read as y' = (W')^T
+ * x' with m = n_out, n = n_rows, k = n_in, and dx = dy W as dx' = W' dy' with m = n_in, k = n_out. W is A,
+ * rows are B.
+ *
+ * The algorithm. One is chosen for each (n_out, n_in, direction, types, accumulate, bias), at NOMINAL_ROWS
+ * rows, among those that neither split the reduction nor sum in a second pass: an element is then one chain
+ * over k, in an order that belongs to the algorithm, and rows do not meet. Pointers are promised the
+ * alignment of a row (at most 16 bytes), which is a property of the shape too. Before an algorithm runs with
+ * a row count for the first time cuBLASLt is asked whether it may; where it may not, another is chosen for
+ * that row count and counted (ks_cuda_counts.blas_exceptions). */
+#include "kernels/cuda/cuda_impl.h"
+
+#ifdef KS_CUDA_HAS_CUBLASLT
+#include <cublasLt.h>
+#include <dlfcn.h>
+#include <stdio.h>
+
+enum { NOMINAL_ROWS = 2048, N_CANDIDATES = 16, MAX_ALIGN = 16 };
+static const size_t workspace_bytes = (size_t)32 << 20;
+
+/* ---------------------------------------------------------------- library */
+
+#define FUNCTIONS(X)                                                                                         \
+  X(cublasLtCreate)                                                                                          \
+  X(cublasLtDestroy)                                                                                         \
+  X(cublasLtMatmul)                                                                                          \
+  X(cublasLtMatmulDescCreate)                                                                                \
+  X(cublasLtMatmulDescDestroy)                                                                               \
+  X(cublasLtMatmulDescSetAttribute)                                                                          \
+  X(cublasLtMatrixLayoutCreate)                                                                              \
+  X(cublasLtMatrixLayoutDestroy)                                                                             \
+  X(cublasLtMatrixLayoutSetAttribute)                                                                        \
+  X(cublasLtMatmulPreferenceCreate)                                                                          \
+  X(cublasLtMatmulPreferenceDestroy)                                                                         \
+  X(cublasLtMatmulPreferenceSetAttribute)                                                                    \
+  X(cublasLtMatmulAlgoGetHeuristic)                                                                          \
+  X(cublasLtMatmulAlgoCheck)                                                                                 \
+  X(cublasLtMatmulAlgoConfigGetAttribute)
+
+/* What belongs to one shape of W, direction, types, accumulate and bias. */
+typedef struct {
+  ks_cuda_matmul_params key; /* pointers and n_rows are not part of it */
+  bool has_bias;
+  cublasLtMatmulDesc_t desc;
+  cublasLtMatrixLayout_t a, b, d;
+  cublasLtMatmulPreference_t preference;
+  cublasLtMatmulAlgo_t algo;
+  int64_t *checked; /* row counts that it may run with */
+  size_t n_checked, cap_checked;
+  struct exception {
+    int64_t n_rows;
+    cublasLtMatmulAlgo_t algo;
+  } * exceptions;
+  size_t n_exceptions, cap_exceptions;
+} plan;
+
+struct ks_cuda_blas {
+#define X(name) __typeof__(&name) name;
+  FUNCTIONS(X)
+#undef X
+  void *library;
+  cublasLtHandle_t handle;
+  void *workspace;
+  plan *plans;
+  size_t n_plans, cap_plans;
+  char missing[256]; /* why there is no handle */
+};
+
+#ifdef KS_CUDA_ON_CPU
+static bool load_from(ks_cuda_blas *blas, const char *file) {
+  (void)file;
+#define X(name) blas->name = name;
+  FUNCTIONS(X)
+#undef X
+  return blas->cublasLtCreate(&blas->handle) == CUBLAS_STATUS_SUCCESS;
+}
+#else
+static bool load_from(ks_cuda_blas *blas, const char *file) {
+  void *library = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    snprintf(blas->missing, sizeof blas->missing, "%.200s", dlerror());
+    return false;
+  }
+  bool all = true;
+#define X(name)                                                                                              \
+  void *at_##name = dlsym(library, #name);                                                                   \
+  memcpy(&blas->name, &at_##name, sizeof blas->name);                                                        \
+  if (!at_##name) snprintf(blas->missing, sizeof blas->missing, "%.160s lacks " #name, file), all = false;
+  FUNCTIONS(X)
+#undef X
+  cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+  if (all) status = blas->cublasLtCreate(&blas->handle);
+  if (all && status == CUBLAS_STATUS_SUCCESS) {
+    blas->library = library;
+    return true;
+  }
+  if (all)
+    snprintf(blas->missing, sizeof blas->missing, "%.160s: cublasLtCreate fails with %d", file, (int)status);
+  blas->handle = NULL;
+  dlclose(library);
+  return false;
+}
+#endif
+
+static const char *const places[] = {
+    "libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so",
+    "/usr/local/cuda/lib64/libcublasLt.so" /* toolkits that were not told to the loader */
+};
+
+ks_status ks_cuda_blas_init(ks_ctx *ctx) {
+  ks_cuda_blas *blas = NULL;
+  KS_TRY(ks_alloc_array(&blas, 1, sizeof *blas, "cuBLASLt"));
+  ks_cuda_of(ctx)->blas = blas;
+  const char *none = getenv("KS_CUDA_NO_BLAS"), *named = getenv("KS_CUBLASLT");
+  if (none && *none && strcmp(none, "0") != 0) {
+    snprintf(blas->missing, sizeof blas->missing, "KS_CUDA_NO_BLAS is set");
+    return KS_OK;
+  }
+  if (named && *named) {
+    if (load_from(blas, named)) return KS_OK;
+    return KS_FAIL(KS_EENV, "cuda: KS_CUBLASLT: %s", blas->missing);
+  }
+  for (size_t i = 0; i < sizeof places / sizeof places[0]; i++)
+    if (load_from(blas, places[i])) return KS_OK;
+  snprintf(blas->missing, sizeof blas->missing,
+           "there is no libcublasLt.so.13 or .12 here; install libcublas, or name the file in KS_CUBLASLT");
+  return KS_OK;
+}
+
+bool ks_cuda_has_blas(const ks_ctx *ctx) {
+  const ks_cuda_blas *blas = ks_cuda_of(ctx)->blas;
+  return blas && blas->handle;
+}
+const char *ks_cuda_blas_missing(const ks_ctx *ctx) {
+  return ks_cuda_of(ctx)->blas->missing;
+}
+size_t ks_cuda_blas_pending_bytes(const ks_ctx *ctx) {
+  return ks_cuda_has_blas(ctx) && !ks_cuda_of(ctx)->blas->workspace ? workspace_bytes : 0;
+}
+
+static void plan_free(const ks_cuda_blas *blas, plan *p) {
+  if (p->desc) blas->cublasLtMatmulDescDestroy(p->desc);
+  if (p->preference) blas->cublasLtMatmulPreferenceDestroy(p->preference);
+  cublasLtMatrixLayout_t layouts[] = {p->a, p->b, p->d};
+  for (int i = 0; i < 3; i++)
+    if (layouts[i]) blas->cublasLtMatrixLayoutDestroy(layouts[i]);
+  free(p->checked);
+  free(p->exceptions);
+}
+
+void ks_cuda_blas_exit(ks_ctx *ctx) {
+  ks_cuda_blas *blas = ks_cuda_of(ctx)->blas;
+  if (!blas) return;
+  for (size_t i = 0; i < blas->n_plans; i++)
+    plan_free(blas, &blas->plans[i]);
+  if (blas->handle) blas->cublasLtDestroy(blas->handle);
+  if (blas->workspace) ks_mem_account(ctx, 0, workspace_bytes);
+  cudaFree(blas->workspace);
+  free(blas->plans);
+  free(blas); /* the library stays: unloading it does not give everything back */
+  ks_cuda_of(ctx)->blas = NULL;
+}
+
+/* ---------------------------------------------------------------- plans */
+
+static ks_status blas_failed(const char *what, const ks_cuda_matmul_params *p, cublasStatus_t status) {
+  return KS_FAIL(KS_EDEVICE, "matmul [%lld, %lld] x [%lld, %lld]%s, %s to %s: %s fails with cuBLAS status %d",
+                 (long long)p->n_rows, (long long)(p->w_transposed ? p->n_in : p->n_out), (long long)p->n_out,
+                 (long long)p->n_in, p->w_transposed ? " transposed" : "", ks_dtype_name(p->x_dtype),
+                 ks_dtype_name(p->y_dtype), what, (int)status);
+}
+#define BLAS_TRY(p, expr)                                                                                    \
+  do {                                                                                                       \
+    cublasStatus_t blas_try_ = (expr);                                                                       \
+    if (blas_try_ != CUBLAS_STATUS_SUCCESS) return blas_failed(#expr, p, blas_try_);                         \
+  } while (0)
+
+static cudaDataType_t type_of(ks_dtype t) {
+  return t == KS_DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+/* What rows of n elements share, up to what the widest loads want. */
+static uint32_t row_alignment(int64_t n, ks_dtype t) {
+  const uint64_t bytes = (uint64_t)n * ks_dtype_size(t);
+  const uint64_t low = bytes & (~bytes + 1);
+  return (uint32_t)(low < MAX_ALIGN ? low : MAX_ALIGN);
+}
+
+static ks_status make_desc(const ks_cuda_blas *blas, plan *e) {
+  const ks_cuda_matmul_params *p = &e->key;
+  const cublasOperation_t a_op = p->w_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+  BLAS_TRY(p, blas->cublasLtMatmulDescCreate(&e->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSA, &a_op, sizeof a_op));
+  if (!e->has_bias) return KS_OK;
+  const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+  const int32_t type = (int32_t)type_of(p->y_dtype);
+  BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                                   sizeof epilogue));
+  BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type,
+                                                   sizeof type));
+  return KS_OK;
+}
+
+static ks_status make_layouts(const ks_cuda_blas *blas, plan *e) {
+  const ks_cuda_matmul_params *p = &e->key;
+  const int64_t m = p->w_transposed ? p->n_out : p->n_in, k = p->w_transposed ? p->n_in : p->n_out;
+  const struct {
+    cublasLtMatrixLayout_t *out;
+    ks_dtype type;
+    int64_t rows, cols;
+  } layouts[] = {{&e->a, p->w_dtype, p->n_in, p->n_out},
+                 {&e->b, p->x_dtype, k, NOMINAL_ROWS},
+                 {&e->d, p->y_dtype, m, NOMINAL_ROWS}};
+  for (int i = 0; i < 3; i++)
+    BLAS_TRY(p, blas->cublasLtMatrixLayoutCreate(layouts[i].out, type_of(layouts[i].type),
+                                                 (uint64_t)layouts[i].rows, (uint64_t)layouts[i].cols,
+                                                 layouts[i].rows));
+  return KS_OK;
+}
+
+static ks_status make_preference(const ks_cuda_blas *blas, plan *e) {
+  const ks_cuda_matmul_params *p = &e->key;
+  const int64_t m = p->w_transposed ? p->n_out : p->n_in, k = p->w_transposed ? p->n_in : p->n_out;
+  const uint32_t no_reduction = CUBLASLT_REDUCTION_SCHEME_NONE;
+  const uint32_t align[] = {row_alignment(p->n_in, p->w_dtype), row_alignment(k, p->x_dtype),
+                            row_alignment(m, p->y_dtype)};
+  const struct {
+    cublasLtMatmulPreferenceAttributes_t which;
+    const void *value;
+    size_t bytes;
+  } wanted[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes},
+                {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_reduction, sizeof no_reduction},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align[0], sizeof align[0]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align[1], sizeof align[1]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]}};
+  BLAS_TRY(p, blas->cublasLtMatmulPreferenceCreate(&e->preference));
+  for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
+    BLAS_TRY(p, blas->cublasLtMatmulPreferenceSetAttribute(e->preference, wanted[i].which, wanted[i].value,
+                                                           wanted[i].bytes));
+  return KS_OK;
+}
+
+static bool is_one_chain(const ks_cuda_blas *blas, const cublasLtMatmulAlgo_t *algo) {
+  int32_t split_k = 0;
+  uint32_t scheme = 0;
+  size_t n = 0;
+  return blas->cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split_k,
+                                                    sizeof split_k, &n) == CUBLAS_STATUS_SUCCESS &&
+         blas->cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                    sizeof scheme, &n) == CUBLAS_STATUS_SUCCESS &&
+         split_k <= 1 && scheme == CUBLASLT_REDUCTION_SCHEME_NONE;
+}
+
+static ks_status set_rows(const ks_cuda_blas *blas, const plan *e, const ks_cuda_matmul_params *p,
+                          int64_t n_rows) {
+  const uint64_t cols = (uint64_t)n_rows;
+  BLAS_TRY(p, blas->cublasLtMatrixLayoutSetAttribute(e->b, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, sizeof cols));
+  BLAS_TRY(p, blas->cublasLtMatrixLayoutSetAttribute(e->d, CUBLASLT_MATRIX_LAYOUT_COLS, &cols, sizeof cols));
+  return KS_OK;
+}
+
+/* For the row count that the layouts have now. */
+static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_matmul_params *p,
+                        cublasLtMatmulAlgo_t *out) {
+  cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
+  int n = 0;
+  BLAS_TRY(p, blas->cublasLtMatmulAlgoGetHeuristic(blas->handle, e->desc, e->a, e->b, e->d, e->d,
+                                                   e->preference, N_CANDIDATES, found, &n));
+  for (int i = 0; i < n; i++) {
+    if (found[i].state != CUBLAS_STATUS_SUCCESS || !is_one_chain(blas, &found[i].algo)) continue;
+    *out = found[i].algo;
+    return KS_OK;
+  }
+  return blas_failed("a search for an algorithm that does not split its sums", p,
+                     CUBLAS_STATUS_NOT_SUPPORTED);
+}
+
+static bool same_plan(const plan *e, const ks_cuda_matmul_params *p) {
+  return e->key.n_out == p->n_out && e->key.n_in == p->n_in && e->key.w_transposed == p->w_transposed &&
+         e->key.accumulate == p->accumulate && e->key.x_dtype == p->x_dtype && e->key.w_dtype == p->w_dtype &&
+         e->key.y_dtype == p->y_dtype && e->has_bias == (p->bias != NULL);
+}
+
+static ks_status find_plan(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, plan **out) {
+  for (size_t i = 0; i < blas->n_plans; i++) {
+    if (!same_plan(&blas->plans[i], p)) continue;
+    *out = &blas->plans[i];
+    return KS_OK;
+  }
+  KS_TRY(ks_cuda_grow(&blas->plans, &blas->cap_plans, blas->n_plans + 1, sizeof *blas->plans, "matmul"));
+  plan made = {.key = *p, .has_bias = p->bias != NULL};
+  ks_status status = make_desc(blas, &made);
+  if (status == KS_OK) status = make_layouts(blas, &made);
+  if (status == KS_OK) status = make_preference(blas, &made);
+  if (status == KS_OK) status = choose(blas, &made, p, &made.algo);
+  if (status != KS_OK) {
+    plan_free(blas, &made);
+    return status;
+  }
+  blas->plans[blas->n_plans] = made;
+  *out = &blas->plans[blas->n_plans++];
+  return KS_OK;
+}
+
+/* The plan's algorithm, or the exception for this row count. The layouts have it already. */
+static ks_status algo_for(ks_cuda *cuda, plan *e, const ks_cuda_matmul_params *p,
+                          const cublasLtMatmulAlgo_t **out) {
+  const ks_cuda_blas *blas = cuda->blas;
+  *out = &e->algo;
+  for (size_t i = 0; i < e->n_checked; i++)
+    if (e->checked[i] == p->n_rows) return KS_OK;
+  for (size_t i = 0; i < e->n_exceptions; i++) {
+    if (e->exceptions[i].n_rows != p->n_rows) continue;
+    *out = &e->exceptions[i].algo;
+    cuda->counts.blas_exceptions++;
+    return KS_OK;
+  }
+  cublasLtMatmulHeuristicResult_t result;
+  if (blas->cublasLtMatmulAlgoCheck(blas->handle, e->desc, e->a, e->b, e->d, e->d, &e->algo, &result) ==
+          CUBLAS_STATUS_SUCCESS &&
+      result.workspaceSize <= workspace_bytes) {
+    KS_TRY(ks_cuda_grow(&e->checked, &e->cap_checked, e->n_checked + 1, sizeof *e->checked, "matmul"));
+    e->checked[e->n_checked++] = p->n_rows;
+    return KS_OK;
+  }
+  KS_TRY(
+      ks_cuda_grow(&e->exceptions, &e->cap_exceptions, e->n_exceptions + 1, sizeof *e->exceptions, "matmul"));
+  struct exception *x = &e->exceptions[e->n_exceptions];
+  x->n_rows = p->n_rows;
+  KS_TRY(choose(blas, e, p, &x->algo));
+  e->n_exceptions++;
+  cuda->counts.blas_exceptions++;
+  *out = &x->algo;
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- products */
+
+ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
+  ks_cuda *cuda = ks_cuda_of(ctx);
+  ks_cuda_blas *blas = cuda->blas;
+  const float one = 1, beta = p->accumulate ? 1 : 0;
+  const cublasLtMatmulAlgo_t *algo;
+  plan *e;
+  if (!blas->workspace) {
+    KS_TRY(ks_cuda_alloc(ctx, "matmul workspace", workspace_bytes, &blas->workspace));
+    ks_mem_account(ctx, workspace_bytes, 0);
+  }
+  KS_TRY(find_plan(blas, p, &e));
+  KS_TRY(set_rows(blas, e, p, p->n_rows));
+  KS_TRY(algo_for(cuda, e, p, &algo));
+  if (p->bias)
+    BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias,
+                                                     sizeof p->bias));
+  cuda->counts.matmuls++;
+  BLAS_TRY(p, blas->cublasLtMatmul(blas->handle, e->desc, &one, p->w, e->a, p->x, e->b, &beta, p->y, e->d,
+                                   p->y, e->d, algo, blas->workspace, workspace_bytes, cuda->stream));
+  if (cuda->sync_launches) KS_CUDA_TRY(ctx, "matmul", cudaStreamSynchronize(cuda->stream));
+  return KS_OK;
+}
+
+#else /* built without cublasLt.h */
+
+ks_status ks_cuda_blas_init(ks_ctx *ctx) {
+  (void)ctx;
+  return KS_OK;
+}
+void ks_cuda_blas_exit(ks_ctx *ctx) {
+  (void)ctx;
+}
+bool ks_cuda_has_blas(const ks_ctx *ctx) {
+  (void)ctx;
+  return false;
+}
+size_t ks_cuda_blas_pending_bytes(const ks_ctx *ctx) {
+  (void)ctx;
+  return 0;
+}
+const char *ks_cuda_blas_missing(const ks_ctx *ctx) {
+  (void)ctx;
+  return "this build was made without cublasLt.h; install libcublas-dev and build again";
+}
+ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
+  (void)p;
+  return KS_FAIL(KS_EENV, "matmul: %s", ks_cuda_blas_missing(ctx));
+}
+
+#endif
+
+ks_status ks_cuda_matmul(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
+  KS_TRY(ks_cuda_alive(ctx, "matmul"));
+  if (!ks_cuda_has_blas(ctx)) return KS_FAIL(KS_EENV, "matmul: %s", ks_cuda_blas_missing(ctx));
+  const int64_t m = p->w_transposed ? p->n_out : p->n_in, k = p->w_transposed ? p->n_in : p->n_out;
+  const bool known = (p->x_dtype == KS_DTYPE_F32 || p->x_dtype == KS_DTYPE_BF16) &&
+                     p->w_dtype == p->x_dtype && (p->y_dtype == KS_DTYPE_F32 || p->y_dtype == p->x_dtype) &&
+                     (p->w_transposed || !p->bias);
+  if (!known)
+    return KS_FAIL(KS_EINTERNAL, "matmul: %s times %s to %s%s", ks_dtype_name(p->x_dtype),
+                   ks_dtype_name(p->w_dtype), ks_dtype_name(p->y_dtype),
+                   p->bias && !p->w_transposed ? " with a bias backward" : "");
+  if (p->n_rows == 0 || m == 0) return KS_OK;
+  if (k == 0) return KS_FAIL(KS_EUNSUPPORTED, "matmul: sums of no elements");
+  return ks_cuda_queue(ctx, &(ks_cuda_op){.kind = KS_CUDA_OP_MATMUL, .u.matmul = *p});
+}
