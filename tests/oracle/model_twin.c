@@ -1,5 +1,6 @@
 #include "tests/oracle/model_twin.h"
 #include "kernels/base/rng.h"
+#include "tests/oracle/guard.h"
 #include <stdio.h>
 
 #define SHAPE(layers, hidden, ff, vocab, heads, kv, dim)                                                     \
@@ -17,10 +18,16 @@ void ks_must(ks_status s) {
   abort();
 }
 
-ks_ctx *ks_twin_ctx(int n_threads) {
+ks_ctx *ks_twin_ctx_as(int n_threads, ks_dtype activations) {
   ks_ctx *ctx = NULL;
-  ks_must(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = n_threads}));
+  ks_must(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = ks_test_is_cuda() ? "cuda" : "cpu",
+                                               .n_threads = n_threads,
+                                               .activations = activations}));
   return ctx;
+}
+
+ks_ctx *ks_twin_ctx(int n_threads) {
+  return ks_twin_ctx_as(n_threads, KS_DTYPE_F32);
 }
 
 static uint64_t next_stream; /* one stream of draws an array, in the order of making */

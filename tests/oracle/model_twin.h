@@ -42,7 +42,9 @@ int32_t *ks_twin_tokens(int64_t n, int64_t n_vocab, uint64_t seed);
 
 /* Aborts with the library's message unless s is KS_OK. */
 void ks_must(ks_status s);
-/* A CPU context of n threads. */
+/* A CPU context of n threads, or with KS_TEST_BACKEND=cuda a GPU (guard.h); activations float32, or of a given type where
+ * the backend has a choice. */
 ks_ctx *ks_twin_ctx(int n_threads);
+ks_ctx *ks_twin_ctx_as(int n_threads, ks_dtype activations);
 
 #endif

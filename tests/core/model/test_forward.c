@@ -18,6 +18,7 @@ typedef struct {
   ks_adapter_view views[MAX_SEQS];
   int64_t n_targets;
   ks_batch batch;
+  ks_ctx *ctx;
 } problem;
 
 /* Sequence s has lengths[s] tokens + one more that is only predicted; targets from begins[s] on. */
@@ -34,8 +35,9 @@ static void add_sequence(problem *p, const int32_t *tokens, int64_t length, int6
   p->offsets[++b->n_seqs] = b->n_rows;
 }
 
-static void begin_problem(problem *p) {
+static void begin_problem(problem *p, ks_ctx *ctx) {
   memset(p, 0, sizeof *p);
+  p->ctx = ctx;
   p->tokens = calloc(512, sizeof *p->tokens);
   p->batch = (ks_batch){
       .tokens = p->tokens, .seq_offsets = p->offsets, .segments = p->segments, .adapters = p->views};
@@ -63,6 +65,7 @@ static void run_backward(ks_run *run, problem *p) {
   for (int64_t i = 0; i < p->n_targets; i++)
     p->loss[i] = NAN;
   ks_must(ks_forward_backward(run, &p->batch, p->rows, p->targets, p->scale, p->n_targets, p->loss));
+  ks_must(ks_sync(p->ctx));
 }
 
 /* ---------------------------------------------------------------- against the float64 oracle */
@@ -143,7 +146,7 @@ static void check_gradients(ks_ctx *ctx, const ks_twin_case *c, uint32_t mask, i
   int32_t *tokens[N_SEQUENCES];
   ks_twin_make(&t, ctx, &c->config, KS_DTYPE_F32, 7);
   ks_twin_adapter_make(&a, ctx, &c->config, 3, mask, 8);
-  begin_problem(&p);
+  begin_problem(&p, ctx);
   for (int s = 0; s < N_SEQUENCES; s++) {
     tokens[s] = ks_twin_tokens(sequences[s].length + 1, c->config.vocab_size, (uint64_t)s);
     add_sequence(&p, tokens[s], sequences[s].length, sequences[s].begin);
@@ -214,7 +217,7 @@ Test(forward, the_pass_stops_at_the_lowest_adapter) {
             ks_mem_zero(ctx, a.weights + (a.loras[i].b_t - a.weights), (size_t)(2 * n_out) * sizeof(float)));
         if (!zeroed) a.loras[i].rank = 0;
       }
-      begin_problem(&p);
+      begin_problem(&p, ctx);
       int32_t *tokens = ks_twin_tokens(20, c->vocab_size, 1);
       add_sequence(&p, tokens, 19, 5);
       add_segment(&p, 0, 19, &a, 0);
@@ -249,7 +252,7 @@ Test(forward, logits_equal_the_oracle) {
     ks_twin_make(&t, ctx, c, KS_DTYPE_F32, 11);
     ks_run *run = make_run(&t.model, false);
     problem p;
-    begin_problem(&p);
+    begin_problem(&p, ctx);
     int32_t *tokens = ks_twin_tokens(30, c->vocab_size, 2);
     add_sequence(&p, tokens, 9, 1);
     add_sequence(&p, tokens + 9, 20, 1);
@@ -293,7 +296,7 @@ static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last,
   ks_ctx *ctx = t->model.ctx;
   const ks_model_config *c = &t->model.config;
   problem p;
-  begin_problem(&p);
+  begin_problem(&p, ctx);
   for (int j = first; j <= last; j++) {
     int64_t begin = p.batch.n_rows;
     for (int s = 0; s < 2; s++) {
@@ -317,10 +320,10 @@ static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last,
     out->losses[out->n_targets++] = p.loss[i];
   for (int j = first; j <= last; j++)
     out->grads[j] = ks_twin_download(ctx, adapters[j].grads, adapters[j].n);
-  const float *hidden = NULL;
+  const void *hidden = NULL;
   ks_must(ks_forward(run, &p.batch, &hidden));
-  ks_must(ks_mem_download(ctx, out->hidden + out->n_hidden, hidden,
-                          (size_t)(n_rows * c->hidden_size) * sizeof(float)));
+  ks_must(ks_mem_download(ctx, out->hidden + out->n_hidden, hidden, /* bits, whatever their type */
+                          (size_t)(n_rows * c->hidden_size) * ks_ctx_act_size(ctx)));
   out->n_hidden += n_rows * c->hidden_size;
   free(p.tokens);
   ks_run_destroy(run);
@@ -373,7 +376,7 @@ Test(forward, a_result_does_not_depend_on_batch_or_threads) {
     for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++) {
       outcome results[2] = {{.n_targets = 0}, {.n_targets = 0}};
       for (int threads = 1; threads <= 2; threads++) {
-        ks_ctx *ctx = ks_twin_ctx(threads);
+        ks_ctx *ctx = ks_twin_ctx_as(threads, kinds[k].dtype);
         run_case(ctx, &ks_twin_cases[i].config, kinds[k].dtype, kinds[k].dropout, &results[threads - 1]);
         ks_ctx_destroy(ctx);
       }
@@ -398,7 +401,7 @@ Test(forward, dropout_changes_results_and_depends_on_key_and_step) {
   float losses[4];
   for (int k = 0; k < 4; k++) {
     problem p;
-    begin_problem(&p);
+    begin_problem(&p, ctx);
     int32_t *tokens = ks_twin_tokens(11, c->vocab_size, 1);
     add_sequence(&p, tokens, 10, 10);
     add_segment(&p, 0, 10, &a, k == 2 ? 9 : 8);
@@ -474,7 +477,7 @@ Test(forward, embeddings_are_pooled_hidden_states) {
     }
     for (int i = 0; i < N; i++) {
       int64_t n = ks_min_i64(lengths[i], 32), offsets[2] = {0, n};
-      const float *h = NULL;
+      const void *h = NULL;
       ks_must(ks_forward(
           run, &(ks_batch){.tokens = tokens[i], .n_rows = n, .seq_offsets = offsets, .n_seqs = 1}, &h));
       ks_must(ks_mem_download(ctx, hidden, h, (size_t)(n * COLS) * sizeof(float)));
@@ -512,7 +515,7 @@ Test(forward, illegal_sequences_are_refused) {
   } bad[] = {{tokens, 201, 1, {0, 201}}, {tokens, 4, 3, {0, 3, 3, 4}}, {tokens, 4, 1, {1, 4}},
              {tokens, 4, 1, {0, 3}},     {tokens, 65, 1, {0, 65}},     {alien, 4, 1, {0, 4}},
              {tokens, 4, 9, {0, 4}},     {NULL, 4, 1, {0, 4}},         {tokens, 4, 1, {0, 5}}};
-  const float *hidden = NULL;
+  const void *hidden = NULL;
   for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
     ks_batch b = {.tokens = bad[i].tokens,
                   .n_rows = bad[i].n_rows,
@@ -550,7 +553,7 @@ Test(forward, illegal_segments_are_refused) {
              {{{0, 4, 1, 0}}, 1, &a.view},  {{{2, 2, 0, 0}, {0, 2, 0, 0}}, 2, &a.view},
              {{{0, -2, 0, 0}}, 1, &a.view}, {{{0, 4, 0, 0}}, 1, &wide.view},
              {{{-2, 4, 0, 0}}, 1, &a.view}};
-  const float *hidden = NULL;
+  const void *hidden = NULL;
   ks_batch b = {.tokens = tokens, .n_rows = 4, .seq_offsets = offsets, .n_seqs = 2, .n_adapters = 1};
   for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
     b.segments = bad[i].segments;

@@ -16,7 +16,7 @@ typedef struct {
 } world;
 
 static void make_world(world *w, int n_threads, const ks_model_config *c, ks_dtype dtype) {
-  w->ctx = ks_twin_ctx(n_threads);
+  w->ctx = ks_twin_ctx_as(n_threads, dtype);
   ks_twin_make(&w->twin, w->ctx, c, dtype, 31);
   for (int i = 0; i < N_ADAPTERS; i++) {
     ks_twin_adapter_make(&w->adapters[i], w->ctx, c, 1 + i, i == 1 ? 1 | 8 : ALL_TARGETS, (uint64_t)i);

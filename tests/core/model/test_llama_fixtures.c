@@ -1,6 +1,6 @@
 /* Whole models against PyTorch, transformers and PEFT: tests/fixtures/make_llama_fixtures.py. An error may be
- * at most twice the one that PyTorch itself makes in float32, and one unit in the last place of the array's
- * scale. */
+ * at most twice the one that PyTorch itself makes in the same type (float32, bf16), and one unit in the last
+ * place of the array's scale. */
 #include "core/model/forward.h"
 #include "tests/oracle/llama_fixture.h"
 #include "tests/oracle/model_twin.h"
@@ -11,6 +11,7 @@ enum { N_EXAMPLES = 4, MAX_ROWS = 64 };
 
 typedef struct {
   ks_fixture f;
+  ks_dtype dtype;
   ks_ctx *ctx;
   ks_model *model;
   ks_run *run;
@@ -21,11 +22,12 @@ typedef struct {
   ks_segment segment;
 } loaded;
 
-static void load(loaded *x, const char *name) {
+static void load(loaded *x, const char *name, ks_dtype dtype) {
   memset(x, 0, sizeof *x);
   ks_fixture_load(&x->f, KS_SOURCE_DIR, name);
-  x->ctx = ks_twin_ctx(2);
-  ks_must(ks_model_load(x->ctx, x->f.folder, &KS_MODEL_LOAD_DEFAULT, &x->model));
+  x->dtype = dtype;
+  x->ctx = ks_twin_ctx_as(2, dtype);
+  ks_must(ks_model_load(x->ctx, x->f.folder, &(ks_model_load_params){.dtype = dtype}, &x->model));
   x->tokens = ks_fixture_ints(&x->f, "tokens");
   x->lengths = ks_fixture_ints(&x->f, "lengths");
   x->begins = ks_fixture_ints(&x->f, "loss_begin");
@@ -65,7 +67,7 @@ static void unload(loaded *x) {
 
 /* values[0..n) against reference[0..n): the largest error, or its Euclidean norm; PyTorch's own is `torch`.
  */
-static void check(const char *name, const char *what, const float *values, const double *reference, int64_t n,
+static void check(const loaded *x, const char *what, const float *values, const double *reference, int64_t n,
                   double torch, bool euclidean) {
   double error = 0, scale = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -75,35 +77,39 @@ static void check(const char *name, const char *what, const float *values, const
     if (!isfinite(values[i])) error = NAN;
     if (!isfinite(error)) break;
   }
-  cr_expect(error <= 2 * torch + 0x1p-23 * scale, "%s: %s is off by %g; PyTorch in float32 by %g, scale %g",
-            name, what, error, torch, scale);
+  cr_expect(error <= 2 * torch + 0x1p-23 * scale, "%s: %s in %s is off by %g; PyTorch by %g, scale %g",
+            strrchr(x->f.folder, '/') + 1, what, ks_dtype_name(x->dtype), error, torch, scale);
 }
 
-static void check_array(const loaded *x, const char *name, const char *array, const float *values,
-                        int64_t n) {
-  char error[64];
-  snprintf(error, sizeof error, "%s_error", array);
-  const ks_fixture_array *reference = ks_fixture_get(&x->f, array), *torch = ks_fixture_get(&x->f, error);
-  cr_assert_eq(reference->n, n, "%s: %s has %ld values, not %ld", name, array, (long)reference->n, (long)n);
-  check(name, array, values, reference->values, n, torch->values[0], false);
+/* PyTorch's own errors in the type at hand. */
+static const ks_fixture_array *torch_errors(const loaded *x, const char *array) {
+  char name[64];
+  snprintf(name, sizeof name, "%s%s_error", array, x->dtype == KS_DTYPE_BF16 ? "_bf16" : "");
+  return ks_fixture_get(&x->f, name);
+}
+
+static void check_array(const loaded *x, const char *array, const float *values, int64_t n) {
+  const ks_fixture_array *reference = ks_fixture_get(&x->f, array);
+  cr_assert_eq(reference->n, n, "%s has %ld values, not %ld", array, (long)reference->n, (long)n);
+  check(x, array, values, reference->values, n, torch_errors(x, array)->values[0], false);
 }
 
 Test(llama_fixtures, logits_equal_transformers) {
-  for (int c = 0; ks_llama_cases[c]; c++) {
+  for (int c = 0; ks_llama_cases[c / 2]; c++) {
     loaded x;
-    load(&x, ks_llama_cases[c]);
+    load(&x, ks_llama_cases[c / 2], (ks_dtype)(c % 2));
     float *logits = malloc((size_t)(x.batch.n_rows * x.model->config.vocab_size) * sizeof *logits);
     ks_must(ks_forward_logits(x.run, &x.batch, logits));
-    check_array(&x, ks_llama_cases[c], "logits", logits, x.batch.n_rows * x.model->config.vocab_size);
+    check_array(&x, "logits", logits, x.batch.n_rows * x.model->config.vocab_size);
     free(logits);
     unload(&x);
   }
 }
 
 Test(llama_fixtures, losses_and_every_adapter_gradient_equal_peft) {
-  for (int c = 0; ks_llama_cases[c]; c++) {
+  for (int c = 0; ks_llama_cases[c / 2]; c++) {
     loaded x;
-    load(&x, ks_llama_cases[c]);
+    load(&x, ks_llama_cases[c / 2], (ks_dtype)(c % 2));
     int64_t rows[MAX_ROWS], n = 0;
     int32_t targets[MAX_ROWS];
     float scale[MAX_ROWS], loss[MAX_ROWS];
@@ -116,10 +122,10 @@ Test(llama_fixtures, losses_and_every_adapter_gradient_equal_peft) {
     for (int64_t i = 0; i < n; i++)
       scale[i] = (float)(1.0 / (double)n);
     ks_must(ks_forward_backward(x.run, &x.batch, rows, targets, scale, n, loss));
-    check_array(&x, ks_llama_cases[c], "token_loss", loss, n);
+    ks_must(ks_sync(x.ctx));
+    check_array(&x, "token_loss", loss, n);
     float *grads = ks_twin_download(x.ctx, x.adapter.grads, x.adapter.n);
-    const ks_fixture_array *reference = ks_fixture_get(&x.f, "grads"),
-                           *torch = ks_fixture_get(&x.f, "grads_error");
+    const ks_fixture_array *reference = ks_fixture_get(&x.f, "grads"), *torch = torch_errors(&x, "grads");
     int64_t n_tensors = x.model->config.n_layers * KS_N_TARGETS * 2, begin = 0;
     cr_assert_eq(torch->n, n_tensors);
     for (int64_t i = 0; i < n_tensors; i++) {
@@ -130,7 +136,7 @@ Test(llama_fixtures, losses_and_every_adapter_gradient_equal_peft) {
       char what[64];
       snprintf(what, sizeof what, "gradient of layer %ld, target %ld, %s", (long)(i / 2 / KS_N_TARGETS),
                (long)(i / 2 % KS_N_TARGETS), i & 1 ? "B" : "A");
-      check(ks_llama_cases[c], what, grads + begin, reference->values + begin, size, torch->values[i], true);
+      check(&x, what, grads + begin, reference->values + begin, size, torch->values[i], true);
       begin += size;
     }
     free(grads);
