@@ -18,16 +18,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(ks_isas neon)
 endif()
 
-# Sanitizers put a check beside every load of the unrolled loops: at -O3 a unit then compiles for minutes.
-if(KS_SANITIZE)
-  set(ks_isa_optimize -O1)
-else()
-  set(ks_isa_optimize -O3)
-endif()
-
 # With sanitizers -O3 takes the compiler minutes a unit.
-set(ks_isa_optimize $<IF:$<BOOL:${KS_SANITIZE}>,-O1,-O3>)
-# Unrolled kernels under sanitizers take GCC minutes at -O3.
 set(ks_isa_optimize -O3)
 if(KS_SANITIZE)
   set(ks_isa_optimize -O1)
@@ -50,3 +41,7 @@ foreach(isa ${ks_isas})
   target_sources(ks_kernels PRIVATE $<TARGET_OBJECTS:ks_cpu_${isa}>)
   target_compile_definitions(ks_kernels PRIVATE KS_HAS_ISA_${isa}=1)
 endforeach()
+
+if(KS_CUDA STREQUAL "ON") # AUTO too, once every operation is there
+  include(${CMAKE_SOURCE_DIR}/kernels/cuda/cuda.cmake)
+endif()

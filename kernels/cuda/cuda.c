@@ -10,20 +10,20 @@
 #endif
 enum { MIN_CAPABILITY = 75 };
 
-/* KS_CUDA_ARCHS: "75-real;80-real;110" as CMAKE_CUDA_ARCHITECTURES. Machine code runs on its own major
- * version from its own minor version on, PTX on everything newer. */
+/* KS_CUDA_ARCHS: "75-real 80-real 110", each as in CMAKE_CUDA_ARCHITECTURES. Machine code runs on its own
+ * major version from its own minor version on, PTX on everything newer. */
 static bool has_code_for(int capability) {
   const char *s = KS_CUDA_ARCHS;
   if (!*s) return true;
   while (*s) {
     char *end;
     const int arch = (int)strtol(s, &end, 10);
-    const size_t n = strcspn(end, ";");
+    const size_t n = strcspn(end, " ");
     const char *real = strstr(end, "-real"), *ptx = strstr(end, "-virtual");
     const bool is_real = !(ptx && ptx < end + n), is_ptx = !(real && real < end + n);
     if (is_real && arch / 10 == capability / 10 && arch <= capability) return true;
     if (is_ptx && arch <= capability) return true;
-    s = end + n + (end[n] == ';');
+    s = end + n + (end[n] == ' ');
   }
   return false;
 }

@@ -1,0 +1,177 @@
+# Builds the CUDA backend into ks_kernels when a toolkit is there.
+#
+#   KS_CUDA=AUTO|ON|OFF   AUTO: when nvcc 12.0 or newer works here; ON: fails with the reason when it does not
+#   KS_CUDA_ARCHS         "75-real;...;110" (default: all that are supported and that the toolkit knows, and PTX of the newest),
+#                         or "native": the GPUs of this machine. CMAKE_CUDA_ARCHITECTURES is taken where it is not set
+#   CUDAToolkit_ROOT, CUDACXX or CMAKE_CUDA_COMPILER say where the toolkit is
+#   CUDAHOSTCXX           the C++ compiler that nvcc calls
+#
+# Targets: ks_cuda_archs compiles every kernel for every architecture, warnings as errors; needs no GPU.
+#          ks_cuda_resources prints registers, stack, spills and shared memory of every kernel; fails when one spills that
+#          kernels/cuda/spills.allow does not name.
+#
+# nvcc is called by custom commands and not as a language of CMake: the objects then link with the C compiler, a build without
+# toolkit configures in no time, and what ptxas says of each kernel is kept beside its object, without compiling twice.
+# The driver and cuBLASLt are loaded at run time; the program runs on machines that have neither.
+
+set(KS_CUDA_ARCHS "" CACHE STRING "GPU architectures, \"75-real;90\" or \"native\"; empty: all supported")
+set(ks_cuda_all_archs 75 80 87 89 90 100 110)
+
+# Sets ks_cuda_why to the reason when there is no usable toolkit.
+macro(ks_cuda_find_toolkit)
+  set(ks_cuda_why "")
+  if(CMAKE_CUDA_COMPILER AND NOT CUDAToolkit_ROOT)
+    get_filename_component(CUDAToolkit_ROOT "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+    get_filename_component(CUDAToolkit_ROOT "${CUDAToolkit_ROOT}" DIRECTORY)
+  elseif(DEFINED ENV{CUDACXX} AND NOT CUDAToolkit_ROOT)
+    get_filename_component(CUDAToolkit_ROOT "$ENV{CUDACXX}" DIRECTORY)
+    get_filename_component(CUDAToolkit_ROOT "${CUDAToolkit_ROOT}" DIRECTORY)
+  endif()
+  find_package(CUDAToolkit QUIET)
+  if(NOT CUDAToolkit_FOUND OR NOT CUDAToolkit_NVCC_EXECUTABLE)
+    set(ks_cuda_why "there is no nvcc; install the CUDA toolkit, or say where it is: -DCUDAToolkit_ROOT=<folder>")
+  elseif(CUDAToolkit_VERSION VERSION_LESS 12.0)
+    set(ks_cuda_why "${CUDAToolkit_NVCC_EXECUTABLE} is version ${CUDAToolkit_VERSION}; 12.0 or newer is needed")
+  elseif(NOT TARGET CUDA::cudart_static)
+    set(ks_cuda_why "the toolkit of ${CUDAToolkit_NVCC_EXECUTABLE} has no libcudart_static.a; install its development files")
+  else()
+    set(ks_nvcc ${CUDAToolkit_NVCC_EXECUTABLE})
+    if(DEFINED ENV{CUDAHOSTCXX})
+      list(APPEND ks_nvcc -ccbin $ENV{CUDAHOSTCXX})
+    endif()
+    ks_cuda_try_nvcc()
+  endif()
+endmacro()
+
+# nvcc may be there without a C++ compiler that it accepts.
+macro(ks_cuda_try_nvcc)
+  if(NOT KS_NVCC_WORKS STREQUAL "${ks_nvcc}")
+    set(ks_try ${CMAKE_BINARY_DIR}/CMakeFiles/ks_try_nvcc)
+    file(WRITE ${ks_try}.cu "__global__ void kernel(float *x) { *x = 0; }\n")
+    execute_process(COMMAND ${ks_nvcc} -std=c++17 -c ${ks_try}.cu -o ${ks_try}.o RESULT_VARIABLE ks_try_status
+      OUTPUT_VARIABLE ks_try_output ERROR_VARIABLE ks_try_output)
+    if(ks_try_status EQUAL 0)
+      set(KS_NVCC_WORKS "${ks_nvcc}" CACHE INTERNAL "")
+    else()
+      string(STRIP "${ks_try_output}" ks_try_output)
+      set(ks_cuda_why "${CUDAToolkit_NVCC_EXECUTABLE} does not work: ${ks_try_output}")
+    endif()
+  endif()
+endmacro()
+
+# Capabilities of this machine's GPUs: "87" or "80;90".
+function(ks_cuda_native_archs out)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE caps ERROR_QUIET)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]+" caps "${caps}")
+  string(REPLACE "." "" caps "${caps}")
+  list(REMOVE_DUPLICATES caps)
+  if(NOT caps)
+    message(FATAL_ERROR "KS_CUDA_ARCHS=native: nvidia-smi sees no GPU here; name the architecture, as in -DKS_CUDA_ARCHS=87")
+  endif()
+  set(${out} "${caps}" PARENT_SCOPE)
+endfunction()
+
+# All supported ones that the toolkit knows, machine code for each and PTX of the newest.
+function(ks_cuda_default_archs out)
+  execute_process(COMMAND ${ks_nvcc} --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
+  set(archs "")
+  foreach(arch ${ks_cuda_all_archs})
+    if(known MATCHES "sm_${arch}[^0-9]")
+      list(APPEND archs ${arch}-real)
+    endif()
+  endforeach()
+  string(REGEX REPLACE "-real$" "" archs "${archs}")
+  set(${out} "${archs}" PARENT_SCOPE)
+endfunction()
+
+function(ks_cuda_gencode out)
+  set(flags "")
+  foreach(arch ${ARGN})
+    if(NOT arch MATCHES "^([0-9]+[af]?)(-real|-virtual)?$")
+      message(FATAL_ERROR "KS_CUDA_ARCHS: '${arch}' is no architecture; give a list like \"80-real;90\", or \"native\"")
+    endif()
+    set(cc ${CMAKE_MATCH_1})
+    if(CMAKE_MATCH_2 STREQUAL "-real")
+      list(APPEND flags "-gencode=arch=compute_${cc},code=sm_${cc}")
+    elseif(CMAKE_MATCH_2 STREQUAL "-virtual")
+      list(APPEND flags "-gencode=arch=compute_${cc},code=compute_${cc}")
+    else()
+      list(APPEND flags "-gencode=arch=compute_${cc},code=[compute_${cc},sm_${cc}]")
+    endif()
+  endforeach()
+  set(${out} "${flags}" PARENT_SCOPE)
+endfunction()
+
+# Objects of all .cu in `folder` of the build, and beside each the log of ptxas.
+function(ks_cuda_compile folder out_objects out_logs)
+  ks_cuda_gencode(gencode ${ARGN})
+  file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/${folder})
+  foreach(source ${ks_cuda_cu_sources})
+    get_filename_component(name ${source} NAME_WE)
+    set(object ${CMAKE_BINARY_DIR}/${folder}/${name}.cu.o)
+    set(log ${CMAKE_BINARY_DIR}/${folder}/${name}.ptxas.log)
+    add_custom_command(OUTPUT ${object} ${log} DEPFILE ${object}.d
+      COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh ${log} ${ks_nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v
+        -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wshadow,-fno-exceptions,-fPIC -I${CMAKE_SOURCE_DIR} ${gencode}
+        -MD -MF ${object}.d -c ${source} -o ${object}
+      DEPENDS ${source} ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh COMMENT "nvcc kernels/cuda/${name}.cu" VERBATIM)
+    list(APPEND objects ${object})
+    list(APPEND logs ${log})
+  endforeach()
+  set(${out_objects} ${objects} PARENT_SCOPE)
+  set(${out_logs} ${logs} PARENT_SCOPE)
+endfunction()
+
+macro(ks_cuda_add)
+  file(GLOB ks_cuda_cu_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu)
+  file(GLOB ks_cuda_c_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.c)
+  ks_cuda_default_archs(ks_cuda_every)
+  set(ks_cuda_archs "${KS_CUDA_ARCHS}")
+  if(NOT ks_cuda_archs)
+    set(ks_cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
+  endif()
+  if(ks_cuda_archs STREQUAL "native")
+    ks_cuda_native_archs(ks_cuda_archs)
+  elseif(NOT ks_cuda_archs)
+    set(ks_cuda_archs "${ks_cuda_every}")
+  endif()
+  string(REPLACE ";" " " ks_cuda_archs_text "${ks_cuda_archs}")
+  message(STATUS "CUDA backend: toolkit ${CUDAToolkit_VERSION}, ${ks_cuda_archs_text}")
+
+  ks_cuda_compile(cuda ks_cuda_objects ks_cuda_logs ${ks_cuda_archs})
+  if(ks_cuda_archs STREQUAL ks_cuda_every)
+    set(ks_cuda_every_objects ${ks_cuda_objects})
+    set(ks_cuda_every_logs ${ks_cuda_logs})
+  else()
+    ks_cuda_compile(cuda_archs ks_cuda_every_objects ks_cuda_every_logs ${ks_cuda_every})
+  endif()
+  add_custom_target(ks_cuda_archs DEPENDS ${ks_cuda_every_objects})
+  add_custom_target(ks_cuda_resources
+    COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/resources.sh ${CMAKE_SOURCE_DIR}/kernels/cuda/spills.allow ${ks_cuda_every_logs}
+    DEPENDS ${ks_cuda_every_logs} USES_TERMINAL VERBATIM)
+
+  target_sources(ks_kernels PRIVATE ${ks_cuda_c_sources} ${ks_cuda_objects})
+  set_source_files_properties(${ks_cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+  set_source_files_properties(${CMAKE_SOURCE_DIR}/kernels/backend.c PROPERTIES COMPILE_DEFINITIONS KS_HAS_CUDA=1)
+  set(ks_cuda_definitions "KS_CUDA_ARCHS=\"${ks_cuda_archs_text}\"")
+  find_path(KS_CUBLASLT_INCLUDE cublasLt.h HINTS ${CUDAToolkit_INCLUDE_DIRS} NO_DEFAULT_PATH)
+  if(KS_CUBLASLT_INCLUDE)
+    list(APPEND ks_cuda_definitions KS_CUDA_HAS_CUBLASLT=1)
+  else()
+    message(STATUS "CUDA backend: no cublasLt.h; products use this project's kernels only")
+  endif()
+  set_source_files_properties(${ks_cuda_c_sources} PROPERTIES COMPILE_DEFINITIONS "${ks_cuda_definitions}"
+    COMPILE_OPTIONS "-isystem;${CUDAToolkit_INCLUDE_DIRS}")
+  target_link_libraries(ks_kernels PUBLIC CUDA::cudart_static ${CMAKE_DL_LIBS})
+endmacro()
+
+if(NOT KS_CUDA STREQUAL "OFF")
+  ks_cuda_find_toolkit()
+  if(NOT ks_cuda_why)
+    ks_cuda_add()
+  elseif(KS_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "KS_CUDA=ON: ${ks_cuda_why}")
+  else()
+    message(STATUS "CUDA backend: none: ${ks_cuda_why}")
+  endif()
+endif()
