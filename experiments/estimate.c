@@ -90,7 +90,7 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
   if (status == KS_OK) {
     const ks_config *c = w->config;
     own.embed_tokens = (double)w->data->n_stream * s.scored_tokens;
-    ks_run_params run = {.max_rows = c->run.max_rows ? c->run.max_rows : 4096,
+    ks_run_params run = {.max_rows = c->run.max_rows ? c->run.max_rows : ks_run_default_rows(w->model, true),
                          .max_seqs = 4096,
                          .max_rank = (int32_t)c->lora.rank,
                          .backward = true};

@@ -61,6 +61,9 @@ ks_status ks_world_encode_example(const ks_world *w, const char *question, const
 ks_status ks_world_score_sets(ks_world *w, const int64_t *set_ids, int64_t n, const ks_progress *progress);
 /* Fills own_responses for these sets (batched, greedy, frozen model). */
 ks_status ks_world_answer_sets(ks_world *w, const int64_t *set_ids, int64_t n, const ks_progress *progress);
+/* KS_ENOMEM when the passes of `n_trials` cells cannot all be held by the device beside what it holds now (model, embeddings,
+ * adapters): before the first of them runs, and with what would fit. Where memory is not the device's own (CPU), nothing. */
+ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials);
 /* Bounds on generation from run.*: where they are 0, the library's own. */
 ks_generate_params ks_world_generate_params(const ks_world *w);
 /* Ids that end a generated answer. */

@@ -79,6 +79,7 @@ static ks_status run_cohort(cohort *c, ks_ctx *ctx, int64_t first, const bool *d
   KS_TRY_OUT(ks_alloc_array(&c->now, n, sizeof *c->now, "cells"));
   KS_TRY_OUT(ks_world_open(ctx, &c->matrix->cells[first].config, &c->world));
   KS_TRY_OUT(open_trials(c, first, done));
+  KS_TRY_OUT(ks_world_check_memory(c->world, c->n_trials));
   for (int64_t i = 0; i < c->n_trials; i++)
     n_windows = ks_max_i64(n_windows, ks_trial_n_windows(c->trials[i]));
   for (int64_t window = 0; window < n_windows; window++)

@@ -42,6 +42,9 @@ typedef struct {
   bool backward;      /* keep what the backward pass reads */
   bool no_loss;       /* no ks_forward_loss on this run: saves the head's workspace */
 } ks_run_params;
+/* Rows a pass when the caller does not say. CPU: few enough that activations stay in the caches, and work for every thread; no
+ * result depends on it there. GPU: a fixed number that fills a large one. */
+int64_t ks_run_default_rows(const ks_model *model, bool backward);
 /* Bytes that such a run will hold, before it is made. */
 ks_status ks_run_bytes(const ks_model *model, const ks_run_params *params, size_t *bytes);
 ks_status ks_run_create(ks_model *model, const ks_run_params *params, ks_run **out);

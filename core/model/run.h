@@ -81,9 +81,6 @@ struct ks_run {
 /* Activations of `layer`. */
 ks_layer_acts ks_run_acts(const ks_run *run, int64_t layer);
 
-/* Rows a pass when the caller does not say: few enough that activations stay in the caches, and work for
- * every thread. No result depends on it. */
-int64_t ks_run_default_rows(const ks_model *model, bool backward);
 /* Checks the batch and describes it. tails: host [n_seqs], how many last rows of each sequence (1..length)
  * are read off; NULL: all. The description points into run and batch. */
 ks_status ks_run_begin(ks_run *run, const ks_batch *batch, const int64_t *tails, ks_pass *pass);
