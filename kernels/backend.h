@@ -2,6 +2,7 @@
 #ifndef KS_BACKEND_H
 #define KS_BACKEND_H
 
+#include "kernels/meter.h"
 #include "kernels/ops.h"
 
 /* One allocation of ks_mem_alloc, for the accounting. */
@@ -57,6 +58,7 @@ struct ks_backend {
   size_t (*mem_available)(ks_ctx *ctx);
   const ks_op_variant *variants; /* [n_variants] */
   int64_t n_variants;
+  const ks_meter_ops *meter; /* may be NULL: kernels/meter.h */
 
   ks_status (*embed_forward)(ks_ctx *, const ks_embed_args *);
   ks_status (*linear_forward)(ks_ctx *, const ks_linear_args *);

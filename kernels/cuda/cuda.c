@@ -1,5 +1,6 @@
 /* The CUDA backend's device, context and memory, and its table of functions. */
 #include "kernels/cuda/cuda_impl.h"
+#include "kernels/cuda/meter.cuh"
 
 #include <stdio.h>
 
@@ -293,6 +294,7 @@ const ks_backend ks_backend_cuda = {
     .mem_available = cuda_mem_available,
     .variants = variants,
     .n_variants = sizeof variants / sizeof variants[0],
+    .meter = &ks_cuda_meter,
 #define X(op, args) .op = ks_cuda_##op,
     KS_CUDA_OP_MAP(X)
 #undef X
