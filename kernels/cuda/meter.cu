@@ -13,7 +13,9 @@
 
 enum { METER_THREADS = 512, METER_BLOCKS_PER_SM = 4, METER_UNROLL = 4 };
 
-static __global__ void meter_null_kernel() {}
+static __global__ void meter_null_kernel(int nothing) {
+  (void)nothing;
+}
 
 static __global__ void meter_delay_kernel(int64_t cycles) {
 #ifndef KS_CUDA_ON_CPU
