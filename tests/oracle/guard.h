@@ -39,7 +39,7 @@ void ks_act_round(const ks_ctx *ctx, float *x, int64_t n);
 /* Unit roundoff of activations stored by ctx: 2^-24 or 2^-8. */
 double ks_act_roundoff(const ks_ctx *ctx);
 
-/* n elements of backend memory between two walls of 4 KiB. */
+/* n elements of backend memory between two walls: of 4 KiB, on the shim those of AddressSanitizer. */
 typedef struct {
   ks_ctx *ctx;
   unsigned char *base;
