@@ -43,6 +43,8 @@ static const size_t workspace_bytes = (size_t)32 << 20;
 typedef struct {
   ks_cuda_matmul_params key; /* pointers and n_rows are not part of it */
   bool has_bias;
+  uint32_t align[3]; /* of W, rows in, rows out */
+  bool is_exception; /* less than that of a row */
   cublasLtMatmulDesc_t desc;
   cublasLtMatrixLayout_t a, b, d;
   cublasLtMatmulPreference_t preference;
@@ -181,11 +183,21 @@ static cudaDataType_t type_of(ks_dtype t) {
   return t == KS_DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
 }
 
-/* What rows of n elements share, up to what the widest loads want. */
-static uint32_t row_alignment(int64_t n, ks_dtype t) {
-  const uint64_t bytes = (uint64_t)n * ks_dtype_size(t);
-  const uint64_t low = bytes & (~bytes + 1);
-  return (uint32_t)(low < MAX_ALIGN ? low : MAX_ALIGN);
+/* What rows of n elements share, up to what the widest loads want, and less where the array does not begin
+ * so. */
+static uint32_t alignment(const void *p, int64_t n, ks_dtype t, bool *is_less) {
+  const uint64_t row = ((uint64_t)n * ks_dtype_size(t)) | MAX_ALIGN, all = row | (uintptr_t)p;
+  const uint64_t low_row = row & (~row + 1), low_all = all & (~all + 1);
+  if (low_all < low_row) *is_less = true;
+  return (uint32_t)low_all;
+}
+
+static void find_alignment(const ks_cuda_matmul_params *p, uint32_t align[3], bool *is_less) {
+  const int64_t m = p->w_transposed ? p->n_out : p->n_in, k = p->w_transposed ? p->n_in : p->n_out;
+  *is_less = false;
+  align[0] = alignment(p->w, p->n_in, p->w_dtype, is_less);
+  align[1] = alignment(p->x, k, p->x_dtype, is_less);
+  align[2] = alignment(p->y, m, p->y_dtype, is_less);
 }
 
 static ks_status make_desc(const ks_cuda_blas *blas, plan *e) {
@@ -222,20 +234,17 @@ static ks_status make_layouts(const ks_cuda_blas *blas, plan *e) {
 
 static ks_status make_preference(const ks_cuda_blas *blas, plan *e) {
   const ks_cuda_matmul_params *p = &e->key;
-  const int64_t m = p->w_transposed ? p->n_out : p->n_in, k = p->w_transposed ? p->n_in : p->n_out;
   const uint32_t no_reduction = CUBLASLT_REDUCTION_SCHEME_NONE;
-  const uint32_t align[] = {row_alignment(p->n_in, p->w_dtype), row_alignment(k, p->x_dtype),
-                            row_alignment(m, p->y_dtype)};
   const struct {
     cublasLtMatmulPreferenceAttributes_t which;
     const void *value;
     size_t bytes;
   } wanted[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes},
                 {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &no_reduction, sizeof no_reduction},
-                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align[0], sizeof align[0]},
-                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align[1], sizeof align[1]},
-                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align[2], sizeof align[2]},
-                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align[2], sizeof align[2]}};
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &e->align[0], sizeof e->align[0]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &e->align[1], sizeof e->align[1]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &e->align[2], sizeof e->align[2]},
+                {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &e->align[2], sizeof e->align[2]}};
   BLAS_TRY(p, blas->cublasLtMatmulPreferenceCreate(&e->preference));
   for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
     BLAS_TRY(p, blas->cublasLtMatmulPreferenceSetAttribute(e->preference, wanted[i].which, wanted[i].value,
@@ -278,20 +287,23 @@ static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_m
                      CUBLAS_STATUS_NOT_SUPPORTED);
 }
 
-static bool same_plan(const plan *e, const ks_cuda_matmul_params *p) {
-  return e->key.n_out == p->n_out && e->key.n_in == p->n_in && e->key.w_transposed == p->w_transposed &&
-         e->key.accumulate == p->accumulate && e->key.x_dtype == p->x_dtype && e->key.w_dtype == p->w_dtype &&
-         e->key.y_dtype == p->y_dtype && e->has_bias == (p->bias != NULL);
+static bool same_plan(const plan *a, const plan *b) {
+  return a->key.n_out == b->key.n_out && a->key.n_in == b->key.n_in &&
+         a->key.w_transposed == b->key.w_transposed && a->key.accumulate == b->key.accumulate &&
+         a->key.x_dtype == b->key.x_dtype && a->key.w_dtype == b->key.w_dtype &&
+         a->key.y_dtype == b->key.y_dtype && a->has_bias == b->has_bias &&
+         memcmp(a->align, b->align, sizeof a->align) == 0;
 }
 
 static ks_status find_plan(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, plan **out) {
+  plan made = {.key = *p, .has_bias = p->bias != NULL};
+  find_alignment(p, made.align, &made.is_exception);
   for (size_t i = 0; i < blas->n_plans; i++) {
-    if (!same_plan(&blas->plans[i], p)) continue;
+    if (!same_plan(&blas->plans[i], &made)) continue;
     *out = &blas->plans[i];
     return KS_OK;
   }
   KS_TRY(ks_cuda_grow(&blas->plans, &blas->cap_plans, blas->n_plans + 1, sizeof *blas->plans, "matmul"));
-  plan made = {.key = *p, .has_bias = p->bias != NULL};
   ks_status status = make_desc(blas, &made);
   if (status == KS_OK) status = make_layouts(blas, &made);
   if (status == KS_OK) status = make_preference(blas, &made);
@@ -356,6 +368,7 @@ ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
     BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias,
                                                      sizeof p->bias));
   cuda->counts.matmuls++;
+  cuda->counts.blas_exceptions += e->is_exception;
   BLAS_TRY(p, blas->cublasLtMatmul(blas->handle, e->desc, &one, p->w, e->a, p->x, e->b, &beta, p->y, e->d,
                                    p->y, e->d, algo, blas->workspace, workspace_bytes, cuda->stream));
   if (cuda->sync_launches) KS_CUDA_TRY(ctx, "matmul", cudaStreamSynchronize(cuda->stream));
