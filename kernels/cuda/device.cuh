@@ -240,6 +240,25 @@ KS_DEVICE void ks_cp_async_16(void *smem, const void *src, bool pred) {
                : "memory");
 #endif
 }
+/* The same with 8 and 4 bytes, for rows that are aligned to no more. */
+KS_DEVICE void ks_cp_async_8(void *smem, const void *src, bool pred) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  *(uint2 *)smem = pred ? *(const uint2 *)src : make_uint2(0, 0);
+#else
+  int n = pred ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(ks_smem_address(smem)), "l"(src), "r"(n)
+               : "memory");
+#endif
+}
+KS_DEVICE void ks_cp_async_4(void *smem, const void *src, bool pred) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  *(uint32_t *)smem = pred ? *(const uint32_t *)src : 0;
+#else
+  int n = pred ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(ks_smem_address(smem)), "l"(src), "r"(n)
+               : "memory");
+#endif
+}
 /* Ends a group of copies. */
 KS_DEVICE void ks_cp_async_commit() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
