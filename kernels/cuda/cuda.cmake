@@ -162,7 +162,7 @@ macro(ks_cuda_add)
   endif()
   set_source_files_properties(${ks_cuda_c_sources} PROPERTIES COMPILE_DEFINITIONS "${ks_cuda_definitions}"
     COMPILE_OPTIONS "-isystem;${CUDAToolkit_INCLUDE_DIRS}")
-  target_link_libraries(ks_kernels PUBLIC CUDA::cudart_static ${CMAKE_DL_LIBS})
+  target_link_libraries(ks_kernels PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
 endmacro()
 
 if(NOT KS_CUDA STREQUAL "OFF")
