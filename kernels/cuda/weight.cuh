@@ -64,33 +64,29 @@ KS_DEVICE uint4 ks_load_codes_16(const ks_weight_view &w, int64_t row, int64_t c
   return make_uint4(half.x, half.y, 0, 0);
 }
 
-/* Their values as eight registers of two bf16. lut: shared, of w.lut. */
+/* Values of eight codes under scale d as four registers of two bf16: q8_0 in both words of c, four bits a
+ * code in c.x. lut: shared, of w.lut. */
+KS_DEVICE void ks_unpack_8(int dtype, const float *lut, uint2 c, float d, uint32_t out[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float lo, hi;
+    if (dtype == KS_DTYPE_Q8_0) {
+      const uint32_t pair = (i < 2 ? c.x : c.y) >> (i % 2 * 16);
+      lo = (float)(int8_t)(pair & 255u), hi = (float)(int8_t)(pair >> 8 & 255u);
+    } else if (dtype == KS_DTYPE_NF4) {
+      lo = lut[c.x >> (8 * i) & 15u], hi = lut[c.x >> (8 * i + 4) & 15u];
+    } else { /* 2^23 + code as float32, less 2^23 + 8 */
+      lo = ks_bits_to_float(0x4b000000u | (c.x >> (8 * i) & 15u)) - 8388616.0f;
+      hi = ks_bits_to_float(0x4b000000u | (c.x >> (8 * i + 4) & 15u)) - 8388616.0f;
+    }
+    out[i] = ks_pack_bf16(lo * d, hi * d);
+  }
+}
+/* Of sixteen codes (ks_load_codes_16). */
 KS_DEVICE void ks_unpack_16(int dtype, const float *lut, uint4 c, float d, uint32_t out[8]) {
-  if (dtype == KS_DTYPE_Q8_0) {
-    const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const uint32_t pair = words[i / 2] >> (i % 2 * 16);
-      out[i] = ks_pack_bf16((float)(int8_t)(pair & 255u) * d, (float)(int8_t)(pair >> 8 & 255u) * d);
-    }
-    return;
-  }
-  const uint32_t words[2] = {c.x, c.y};
-  if (dtype == KS_DTYPE_NF4) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const uint32_t pair = words[i / 4] >> (i % 4 * 8);
-      out[i] = ks_pack_bf16(lut[pair & 15u] * d, lut[pair >> 4 & 15u] * d);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) { /* 2^23 + code as float32, less 2^23 + 8 */
-    const uint32_t pair = words[i / 4] >> (i % 4 * 8);
-    const float lo = ks_bits_to_float(0x4b000000u | (pair & 15u)),
-                hi = ks_bits_to_float(0x4b000000u | (pair >> 4 & 15u));
-    out[i] = ks_pack_bf16((lo - 8388616.0f) * d, (hi - 8388616.0f) * d);
-  }
+  const bool bytes = dtype == KS_DTYPE_Q8_0;
+  ks_unpack_8(dtype, lut, make_uint2(c.x, c.y), d, out);
+  ks_unpack_8(dtype, lut, bytes ? make_uint2(c.z, c.w) : make_uint2(c.y, 0), d, out + 4);
 }
 
 #endif
