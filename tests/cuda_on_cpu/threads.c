@@ -36,6 +36,7 @@ typedef struct {
   char *stack;
   size_t stack_size;
   void *fake_stack;
+  void *const *frame; /* of the function of this file in which it waits */
   uint3 index;
   int number, lane;
   warp *warp;
@@ -104,18 +105,15 @@ void ks_shim_set_report(const char *text) {
 
 /* ---------------------------------------------------------------- switching stacks */
 
-/* Saves what a function must preserve on the stack, its end in *from, and goes on where `to` was saved. The
- * saved frame pointer lies FRAME_AT bytes above that end. */
+/* Saves what a function must preserve on the stack, its end in *from, and goes on where `to` was saved. */
 void ks_shim_swap(void **from, void *to);
 #if defined(__x86_64__) && !defined(KS_SHIM_UCONTEXT)
-enum { FRAME_AT = 40 };
 __asm__(".text\n.p2align 4\n.globl ks_shim_swap\n.type ks_shim_swap, @function\nks_shim_swap:\n"
         "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
         "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
         "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n"
         ".size ks_shim_swap, . - ks_shim_swap\n");
 #elif defined(__aarch64__) && !defined(KS_SHIM_UCONTEXT)
-enum { FRAME_AT = 80 };
 __asm__(
     ".text\n.p2align 4\n.globl ks_shim_swap\n.type ks_shim_swap, %function\nks_shim_swap:\n"
     "  sub sp, sp, #160\n"
@@ -133,7 +131,6 @@ __asm__(
 #else
 #define KS_SHIM_UCONTEXT 1
 #include <ucontext.h>
-enum { FRAME_AT = -1 }; /* no tracing of those that wait */
 void ks_shim_swap(void **from, void *to) {
   ucontext_t here;
   *from = &here;
@@ -227,19 +224,15 @@ static void say_launch(void) {
 }
 
 enum { MAX_FRAMES = 16, FRAMES_SAID = 3 };
-/* Addresses at which the functions called by this fiber return, innermost first. */
+/* Addresses to which the function in which a fiber waits, its caller, ... return. */
 static int trace(const fiber *f, void **pc) {
   const char *low = f->stack, *high = f->stack + f->stack_size;
-  void **frame = __builtin_frame_address(0);
-  if (f != now) {
-    if (FRAME_AT < 0) return 0;
-    memcpy(&frame, (const char *)f->sp + FRAME_AT, sizeof frame);
-  }
+  void *const *frame = f->frame;
   int n = 0;
   while (n < MAX_FRAMES && (const char *)frame > low && (const char *)(frame + 2) <= high && frame[1]) {
     pc[n++] = frame[1];
-    if ((void **)frame[0] <= frame) break;
-    frame = (void **)frame[0];
+    if ((void *const *)frame[0] <= frame) break;
+    frame = frame[0];
   }
   return n;
 }
@@ -258,28 +251,40 @@ static void say_place(const fiber *f, void *const *pc, int n) {
   for (int i = 0, shown = 0; i < n && shown < FRAMES_SAID; i++) {
     char where[512] = "";
     __sanitizer_symbolize_pc((char *)pc[i] - 1, "%S", where, sizeof where);
-    if (!where[0] || strstr(where, "cuda_on_cpu/threads.c") || strstr(where, "/include/ks_shim_")) continue;
+    if (!where[0] || strstr(where, "/include/ks_shim_")) continue;
     if (strstr(where, "launch.cuh")) break;
     const char *slash = strrchr(where, '/');
     say("%s%s", shown++ ? " < " : ", ", slash ? slash + 1 : where);
   }
 }
 
-/* What the threads from..to-1 do, those alike together. */
-static void say_threads(int from, int to) {
+static bool is_alike(const fiber *a, const fiber *b) {
   void *pc[2][MAX_FRAMES];
-  int n[2] = {0, 0}, begin = from, old = 0;
-  for (int i = from; i <= to; i++) {
-    const fiber *f = &fibers[i], *before = i > from ? f - 1 : NULL;
-    if (i < to) n[!old] = f->state == DONE ? 0 : trace(f, pc[!old]);
-    bool alike = i < to && before && f->state == before->state && (f->state == DONE || f->at == before->at) &&
-                 n[0] == n[1] && memcmp(pc[0], pc[1], (size_t)n[0] * sizeof pc[0][0]) == 0;
-    if (before && !alike) {
-      say("\n  threads %d to %d ", begin, i - 1);
-      say_place(before, pc[old], n[old]);
-      begin = i;
+  if (a->state != b->state) return false;
+  if (a->state == DONE) return true;
+  const int n = trace(a, pc[0]);
+  return a->at == b->at && n == trace(b, pc[1]) && memcmp(pc[0], pc[1], (size_t)n * sizeof pc[0][0]) == 0;
+}
+
+/* What the threads from..to-1 do: "threads 0-15 20 wait at __syncwarp, norm.cu:88". */
+static void say_threads(int from, int to) {
+  bool is_said[MAX_THREADS] = {false};
+  for (int i = from; i < to; i++) {
+    if (is_said[i]) continue;
+    say("\n  threads");
+    for (int j = i; j < to; j++) {
+      if (is_said[j] || !is_alike(&fibers[i], &fibers[j])) continue;
+      const int begin = j;
+      while (j + 1 < to && is_alike(&fibers[i], &fibers[j + 1]))
+        j++;
+      for (int k = begin; k <= j; k++)
+        is_said[k] = true;
+      say(" %d", begin);
+      if (j > begin) say("-%d", j);
     }
-    old = !old;
+    void *pc[MAX_FRAMES];
+    say(" ");
+    say_place(&fibers[i], pc, fibers[i].state == DONE ? 0 : trace(&fibers[i], pc));
   }
 }
 
@@ -364,6 +369,7 @@ int ks_shim_block_wait(ks_shim_at at, int value) {
   fiber *self = now;
   self->state = AT_BLOCK;
   self->at = at;
+  self->frame = __builtin_frame_address(0);
   if (block.arrived++ == 0) block.at = at, block.mixed = false;
   block.mixed |= block.at != at;
   block.sum += value;
@@ -379,6 +385,7 @@ static unsigned existing(const warp *w) {
   return w->n == WARP ? 0xffffffffu : (1u << w->n) - 1;
 }
 
+/* `self->frame` is set. */
 static inline void warp_wait(fiber *self, ks_shim_at at, unsigned size, unsigned mask) {
   warp *w = self->warp;
   self->state = AT_WARP;
@@ -392,6 +399,7 @@ static inline void warp_wait(fiber *self, ks_shim_at at, unsigned size, unsigned
 }
 
 void ks_shim_warp_sync(unsigned mask) {
+  now->frame = __builtin_frame_address(0);
   warp_wait(now, KS_SHIM_SYNCWARP, 0, mask);
 }
 
@@ -404,6 +412,7 @@ unsigned ks_shim_ballot(ks_shim_at at, unsigned mask, int value) {
   warp *w = self->warp;
   const int half = w->parity;
   w->value[half][self->lane] = (uint64_t)(value != 0);
+  self->frame = __builtin_frame_address(0);
   warp_wait(self, at, 0, mask);
   return w->ballot[half];
 }
@@ -418,6 +427,7 @@ uint64_t ks_shim_shuffle(ks_shim_at at, unsigned size, unsigned mask, uint64_t b
   if (at == KS_SHIM_SHFL) from = begin + (lane & (width - 1));
   if (at == KS_SHIM_SHFL_UP ? from < begin : from >= end) from = l;
   w->value[half][l] = bits;
+  self->frame = __builtin_frame_address(0);
   warp_wait(self, at, size, mask);
   return w->value[half][from & (WARP - 1)];
 }
@@ -427,6 +437,7 @@ void ks_shim_ldmatrix(uint32_t *r, int n, int transposed, const void *row) {
   warp *w = self->warp;
   const int half = w->parity, l = self->lane;
   memcpy(w->row[half][l], row, 16);
+  self->frame = __builtin_frame_address(0);
   warp_wait(self, KS_SHIM_LDMATRIX, (unsigned)(2 * n + transposed), 0xffffffffu);
   for (int i = 0; i < n; i++) {
     uint32_t(*m)[4] = &w->row[half][8 * i];
@@ -440,6 +451,7 @@ void ks_shim_mma(float *d, const uint32_t *a, const uint32_t *b) {
   fiber *self = now;
   warp *w = self->warp;
   w->mma[self->lane].d = d, w->mma[self->lane].a = a, w->mma[self->lane].b = b;
+  self->frame = __builtin_frame_address(0);
   warp_wait(self, KS_SHIM_MMA, 0, 0xffffffffu);
 }
 

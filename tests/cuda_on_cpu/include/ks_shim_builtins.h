@@ -56,53 +56,55 @@ static inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long lon
 
 /* ---------------------------------------------------------------- barriers, votes, shuffles */
 
-static inline void __syncthreads() {
+/* Not inlined, so that reports say which line of a kernel called them. */
+#define KS_SHIM_WAITS static __attribute__((noinline, unused))
+
+KS_SHIM_WAITS void __syncthreads() {
   (void)ks_shim_block_wait(KS_SHIM_SYNCTHREADS, 0);
 }
-static inline int __syncthreads_count(int predicate) {
+KS_SHIM_WAITS int __syncthreads_count(int predicate) {
   return ks_shim_block_wait(KS_SHIM_SYNCTHREADS_COUNT, predicate != 0);
 }
-static inline int __syncthreads_or(int predicate) {
+KS_SHIM_WAITS int __syncthreads_or(int predicate) {
   return ks_shim_block_wait(KS_SHIM_SYNCTHREADS_OR, predicate != 0) > 0;
 }
-static inline int __syncthreads_and(int predicate) {
+KS_SHIM_WAITS int __syncthreads_and(int predicate) {
   return ks_shim_block_wait(KS_SHIM_SYNCTHREADS_AND, predicate == 0) == 0;
 }
-static inline void __syncwarp(unsigned mask = 0xffffffffu) {
+KS_SHIM_WAITS void __syncwarp(unsigned mask = 0xffffffffu) {
   ks_shim_warp_sync(mask);
 }
 static inline unsigned __activemask() {
   return ks_shim_warp_lanes();
 }
-static inline unsigned __ballot_sync(unsigned mask, int predicate) {
+KS_SHIM_WAITS unsigned __ballot_sync(unsigned mask, int predicate) {
   return ks_shim_ballot(KS_SHIM_BALLOT, mask, predicate != 0);
 }
-static inline int __any_sync(unsigned mask, int predicate) {
+KS_SHIM_WAITS int __any_sync(unsigned mask, int predicate) {
   return ks_shim_ballot(KS_SHIM_ANY, mask, predicate != 0) != 0;
 }
-static inline int __all_sync(unsigned mask, int predicate) {
+KS_SHIM_WAITS int __all_sync(unsigned mask, int predicate) {
   return ks_shim_ballot(KS_SHIM_ALL, mask, predicate == 0) == 0;
 }
 
 template <class T>
 static inline T ks_shim_shuffle_any(ks_shim_at at, unsigned mask, T value, int lane, int width) {
-  static_assert(std::is_arithmetic<T>::value && sizeof(T) <= 8, "a type that a shuffle takes");
-  uint64_t bits = 0;
-  memcpy(&bits, &value, sizeof value);
-  bits = ks_shim_shuffle(at, (unsigned)sizeof(T), mask, bits, lane, width);
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
+                "a type that a shuffle takes");
+  typedef typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type word;
+  const word bits = __builtin_bit_cast(word, value);
+  return __builtin_bit_cast(T, (word)ks_shim_shuffle(at, (unsigned)sizeof(T), mask, bits, lane, width));
 }
-template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+template <class T> KS_SHIM_WAITS T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
   return ks_shim_shuffle_any(KS_SHIM_SHFL, mask, value, lane, width);
 }
-template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+template <class T> KS_SHIM_WAITS T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   return ks_shim_shuffle_any(KS_SHIM_SHFL_XOR, mask, value, lane_mask, width);
 }
-template <class T> static inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <class T> KS_SHIM_WAITS T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return ks_shim_shuffle_any(KS_SHIM_SHFL_UP, mask, value, (int)delta, width);
 }
-template <class T> static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <class T> KS_SHIM_WAITS T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return ks_shim_shuffle_any(KS_SHIM_SHFL_DOWN, mask, value, (int)delta, width);
 }
 

@@ -35,20 +35,20 @@ inline void ks_shim_ldmatrix_row(uint32_t *r, int n, int transposed, const void 
   const uint4 values = *static_cast<const uint4 *>(row);
   ks_shim_ldmatrix(r, n, transposed, &values);
 }
-inline void ks_ldmatrix_x4(uint32_t r[4], const void *row) {
+KS_SHIM_WAITS void ks_ldmatrix_x4(uint32_t r[4], const void *row) {
   ks_shim_ldmatrix_row(r, 4, 0, row);
 }
-inline void ks_ldmatrix_x4_trans(uint32_t r[4], const void *row) {
+KS_SHIM_WAITS void ks_ldmatrix_x4_trans(uint32_t r[4], const void *row) {
   ks_shim_ldmatrix_row(r, 4, 1, row);
 }
-inline void ks_ldmatrix_x2(uint32_t r[2], const void *row) {
+KS_SHIM_WAITS void ks_ldmatrix_x2(uint32_t r[2], const void *row) {
   ks_shim_ldmatrix_row(r, 2, 0, row);
 }
-inline void ks_ldmatrix_x2_trans(uint32_t r[2], const void *row) {
+KS_SHIM_WAITS void ks_ldmatrix_x2_trans(uint32_t r[2], const void *row) {
   ks_shim_ldmatrix_row(r, 2, 1, row);
 }
 
-inline void ks_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+KS_SHIM_WAITS void ks_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
   ks_shim_mma(d, a, b);
 }
 
