@@ -125,6 +125,8 @@ Test(cuda_host, memory) {
   cr_assert(ks_mem_download(ctx, back, p, N * sizeof *host) == KS_OK);
   for (int i = 0; i < N; i++)
     cr_assert(back[i] == 0);
+  for (int i = 0; i < 100; i++) /* the device is busy */
+    cr_assert(ks_mem_zero(ctx, q, 64) == KS_OK);
   cr_assert(ks_mem_upload(ctx, p, host, N * sizeof *host) == KS_OK);
   float first = host[0];
   host[0] = -100;

@@ -187,8 +187,9 @@ Test(cuda_steps, a_difference_at_each_place) {
                                 {AFFINE, 0, 2, 256, -1},
                                 {MATMUL, 4, 2, 8, 0},
                                 {ZERO, 1, 0, 33, 0},
-                                {DELIVER, 0, 0, 17, 0}},
-                               10};
+                                {DELIVER, 0, 0, 17, 0},
+                                {ZERO, 4, 0, 10, 0}},
+                               11};
   for (int at = 0; at < base.n; at++)
     for (int kind = 0; kind < 4; kind++) {
       program p = base;
@@ -200,7 +201,7 @@ Test(cuda_steps, a_difference_at_each_place) {
             (p.list[at].b + 2) % N_ARRAYS == p.list[at].a ? p.list[at].b : (p.list[at].b + 2) % N_ARRAYS;
       if (kind == 2) p.list[at].value = 99;
       if (kind == 3) p.n = at + 1;
-      const program *steps[] = {&base, &base, &base, &p, &base, &base, &p, &p, &p, &base};
+      const program *steps[] = {&base, &base, &base, &p, &base, &base, &p, &p, &base, &p};
       for (int s = 0; s < MAX_STEPS; s++) {
         run_step(&with, steps[s], s, 7);
         run_step(&without, steps[s], s, 7);
