@@ -302,10 +302,33 @@ ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
 
 /* ---------------------------------------------------------------- attention */
 
-static ks_status check_attention_seq(const char *op, const ks_attention_args *a, int64_t s,
+/* Rows of k and v that a sequence may reach. */
+static ks_status check_attention_pages(const char *op, const ks_attention_args *a, int64_t s, bool backward,
+                                       int64_t *n_rows) {
+  const ks_attention_seq *seq = &a->seqs[s];
+  *n_rows = seq->n_k;
+  if (!seq->pages || seq->n_k <= 0) return KS_OK;
+  if (backward)
+    return KS_FAIL(KS_EINVAL, "%s: sequence %lld has pages; gradients need rows one after another", op,
+                   (long long)s);
+  if (a->page_rows <= 0 || a->page_rows % KS_ATTENTION_PAGE_UNIT != 0 || a->n_page_rows < 0)
+    return KS_FAIL(KS_EINVAL, "%s: pages of %lld rows in %lld; give a multiple of %d and 0 or more", op,
+                   (long long)a->page_rows, (long long)a->n_page_rows, KS_ATTENTION_PAGE_UNIT);
+  const int64_t n = (seq->n_k - 1) / a->page_rows + 1, n_pages = a->n_page_rows / a->page_rows;
+  for (int64_t i = 0; i < n; i++)
+    if (seq->pages[i] < 0 || seq->pages[i] >= n_pages)
+      return KS_FAIL(KS_EINVAL,
+                     "%s: pages[%lld] of sequence %lld is %d; %lld rows are %lld whole pages of %lld", op,
+                     (long long)i, (long long)s, (int)seq->pages[i], (long long)a->n_page_rows,
+                     (long long)n_pages, (long long)a->page_rows);
+  *n_rows = a->n_page_rows;
+  return KS_OK;
+}
+
+static ks_status check_attention_seq(const ks_ctx *ctx, const char *op, const ks_attention_args *a, int64_t s,
                                      int64_t previous_end, bool backward) {
   const ks_attention_seq *seq = &a->seqs[s];
-  int64_t q_cols = a->n_heads * a->head_dim, kv_cols = a->n_kv_heads * a->head_dim, n_kv = 0;
+  int64_t q_cols = a->n_heads * a->head_dim, kv_cols = a->n_kv_heads * a->head_dim, n_kv = 0, n_rows;
   if (seq->n_q < 0 || seq->n_k < seq->n_q || seq->q_begin < previous_end || seq->q_begin > a->n_rows ||
       seq->n_q > a->n_rows - seq->q_begin)
     return KS_FAIL(
@@ -314,34 +337,36 @@ static ks_status check_attention_seq(const char *op, const ks_attention_args *a,
         "%lld rows and are not more than the keys",
         op, (long long)s, (long long)seq->q_begin, (long long)seq->n_q, (long long)seq->n_k,
         (long long)a->n_rows);
+  KS_TRY(check_attention_pages(op, a, s, backward, &n_rows));
   /* Columns of a wider buffer: after the last row's heads nothing belongs to the array. */
-  if (seq->n_k > 0 && (!ks_mul_i64(seq->n_k - 1, a->kv_stride, &n_kv) || n_kv > INT64_MAX - kv_cols))
+  if (n_rows > 0 && (!ks_mul_i64(n_rows - 1, a->kv_stride, &n_kv) || n_kv > INT64_MAX - kv_cols))
     return KS_FAIL(KS_EINVAL, "%s: %lld keys of stride %lld do not fit an address space", op,
-                   (long long)seq->n_k, (long long)a->kv_stride);
-  if (seq->n_k > 0) n_kv += kv_cols;
-  const span spans[] = {F32("k", seq->k, n_kv, 1, IN), F32("v", seq->v, n_kv, 1, IN),
-                        backward ? (span)F32("dq", a->dq, a->n_rows, q_cols, OUT)
-                                 : (span)F32("o", a->o, a->n_rows, q_cols, OUT),
+                   (long long)n_rows, (long long)a->kv_stride);
+  if (n_rows > 0) n_kv += kv_cols;
+  const span spans[] = {ACT("k", seq->k, n_kv, 1, IN), ACT("v", seq->v, n_kv, 1, IN),
+                        backward ? (span)ACT("dq", a->dq, a->n_rows, q_cols, OUT)
+                                 : (span)ACT("o", a->o, a->n_rows, q_cols, OUT),
                         F32("lse", a->lse, a->n_rows, a->n_heads, (backward ? IN : OUT) | MAY_BE_NULL)};
   KS_TRY(check_spans(op, spans, N_SPANS(spans)));
   if (!backward) return KS_OK;
   /* dk and dv may be interleaved columns of one buffer, so each is checked alone. */
-  const float *grads[] = {seq->dk, seq->dv};
+  const void *grads[] = {seq->dk, seq->dv};
   for (int i = 0; i < 2; i++) {
-    const span one[] = {F32("k", seq->k, n_kv, 1, IN),
-                        F32("v", seq->v, n_kv, 1, IN),
-                        F32("q", a->q, a->n_rows, q_cols, IN),
-                        F32("d_o", a->d_o, a->n_rows, q_cols, IN),
-                        F32("o", a->o, a->n_rows, q_cols, IN),
-                        F32("dq", a->dq, a->n_rows, q_cols, OUT),
-                        F32(i ? "dv" : "dk", grads[i], n_kv, 1, OUT)};
+    const span one[] = {ACT("k", seq->k, n_kv, 1, IN),
+                        ACT("v", seq->v, n_kv, 1, IN),
+                        ACT("q", a->q, a->n_rows, q_cols, IN),
+                        ACT("d_o", a->d_o, a->n_rows, q_cols, IN),
+                        ACT("o", a->o, a->n_rows, q_cols, IN),
+                        ACT("dq", a->dq, a->n_rows, q_cols, OUT),
+                        ACT(i ? "dv" : "dk", grads[i], n_kv, 1, OUT)};
     KS_TRY(check_spans(op, one, N_SPANS(one)));
   }
   if (seq->n_k && seq->dk == seq->dv) return KS_FAIL(KS_EINVAL, "%s: dk and dv are the same memory", op);
   return KS_OK;
 }
 
-static ks_status check_attention(const char *op, const ks_attention_args *a, bool backward) {
+static ks_status check_attention(const ks_ctx *ctx, const char *op, const ks_attention_args *a,
+                                 bool backward) {
   int64_t q_cols, kv_cols;
   if (a->n_heads < 0 || a->n_kv_heads < 0 || a->head_dim < 0 || (a->n_heads > 0 && a->n_kv_heads == 0) ||
       (a->n_kv_heads > 0 && a->n_heads % a->n_kv_heads != 0))
@@ -355,17 +380,17 @@ static ks_status check_attention(const char *op, const ks_attention_args *a, boo
   if (!isfinite(a->scale)) return KS_FAIL(KS_EINVAL, "%s: scale is not finite", op);
   if (a->n_seqs < 0 || (a->n_seqs && !a->seqs))
     return KS_FAIL(KS_EINVAL, "%s: seqs is NULL or n_seqs negative", op);
-  const span forward_spans[] = {F32("q", a->q, a->n_rows, q_cols, IN), F32("o", a->o, a->n_rows, q_cols, OUT),
+  const span forward_spans[] = {ACT("q", a->q, a->n_rows, q_cols, IN), ACT("o", a->o, a->n_rows, q_cols, OUT),
                                 F32("lse", a->lse, a->n_rows, a->n_heads, OUT | MAY_BE_NULL)};
-  const span backward_spans[] = {F32("q", a->q, a->n_rows, q_cols, IN), F32("o", a->o, a->n_rows, q_cols, IN),
+  const span backward_spans[] = {ACT("q", a->q, a->n_rows, q_cols, IN), ACT("o", a->o, a->n_rows, q_cols, IN),
                                  F32("lse", a->lse, a->n_rows, a->n_heads, IN),
-                                 F32("d_o", a->d_o, a->n_rows, q_cols, IN),
-                                 F32("dq", a->dq, a->n_rows, q_cols, OUT)};
+                                 ACT("d_o", a->d_o, a->n_rows, q_cols, IN),
+                                 ACT("dq", a->dq, a->n_rows, q_cols, OUT)};
   KS_TRY(backward ? check_spans(op, backward_spans, N_SPANS(backward_spans))
                   : check_spans(op, forward_spans, N_SPANS(forward_spans)));
   int64_t end = 0;
   for (int64_t s = 0; s < a->n_seqs; s++) {
-    KS_TRY(check_attention_seq(op, a, s, end, backward));
+    KS_TRY(check_attention_seq(ctx, op, a, s, end, backward));
     end = a->seqs[s].q_begin + a->seqs[s].n_q;
   }
   return KS_OK;
@@ -373,13 +398,13 @@ static ks_status check_attention(const char *op, const ks_attention_args *a, boo
 
 ks_status ks_attention_forward(ks_ctx *ctx, const ks_attention_args *a) {
   KS_TRY(CHECK_CTX(attention_forward));
-  KS_TRY(check_attention("attention_forward", a, false));
+  KS_TRY(check_attention(ctx, "attention_forward", a, false));
   return a->n_seqs && a->n_heads && a->head_dim ? ctx->backend->attention_forward(ctx, a) : KS_OK;
 }
 
 ks_status ks_attention_backward(ks_ctx *ctx, const ks_attention_args *a) {
   KS_TRY(CHECK_CTX(attention_backward));
-  KS_TRY(check_attention("attention_backward", a, true));
+  KS_TRY(check_attention(ctx, "attention_backward", a, true));
   return a->n_seqs && a->n_heads && a->head_dim ? ctx->backend->attention_backward(ctx, a) : KS_OK;
 }
 

@@ -7,7 +7,8 @@
  *   m' = max(m, max s), c = exp(m - m'), p = exp(s - m'), l = l c + sum p, o = o c + p v;   at the end o / l.
  *
  * A task is (sequence, key head, block of query rows); a row is one (query, query head of the group), so that
- * the heads that share a key head read its keys once.
+ * the heads that share a key head read its keys once. A block of keys lies in one page: paged or not makes no
+ * difference but for where it is.
  *
  * Bytes: q and o once, k and v once for each block of rows (streamed from cache).
  * Flops: 4 d for each visible (query, key) and head, and some 20 for its exponential.
@@ -18,7 +19,8 @@
 #include "kernels/cpu/tile.h"
 #include <math.h>
 
-enum { ATTENTION_KEYS = 64, ATTENTION_ROWS = 96 };
+enum { ATTENTION_KEYS = KS_ATTENTION_PAGE_UNIT, ATTENTION_ROWS = 96 };
+_Static_assert(ATTENTION_KEYS == 64, "attention_scale_row unrolls four vectors of 16");
 
 /* One task's memory; rows are those of its block. */
 typedef struct {
@@ -107,6 +109,13 @@ static void attention_softmax(float *scores, int64_t rows, const int64_t *seen, 
   }
 }
 
+/* Where the block of keys that starts at key k0 begins in k and v. */
+static int64_t attention_block_at(const attention_task *t, int64_t k0) {
+  const int64_t page_rows = t->a->page_rows;
+  const int64_t row = t->seq->pages ? t->seq->pages[k0 / page_rows] * page_rows + k0 % page_rows : k0;
+  return row * t->a->kv_stride + t->head * t->a->head_dim;
+}
+
 /* Rows r0 .. r0 + rows - 1 against the block of keys that starts at key k0; each sees at least one of them.
  */
 static void attention_tile(const attention_task *t, const attention_work *w, int64_t r0, int64_t rows,
@@ -133,7 +142,7 @@ static void attention_tile(const attention_task *t, const attention_work *w, int
   tile_product((tile_args){.a = w->scores,
                            .a_row = ATTENTION_KEYS,
                            .a_col = 1,
-                           .b = ks_in(t->seq->v) + k0 * kv + t->head * d,
+                           .b = ks_in(t->seq->v) + attention_block_at(t, k0),
                            .b_row = kv,
                            .c = w->o + r0 * d,
                            .c_row = d,
@@ -167,8 +176,8 @@ static void attention_task_run(const attention_task *t, const attention_work *w)
   memset(w->sum, 0, (size_t)(t->n_rows * KS_LANES) * sizeof(float));
   const int64_t n_keys = w->seen[t->n_rows - 1];
   for (int64_t k0 = 0, first = 0; k0 < n_keys; k0 += ATTENTION_KEYS) {
-    tile_transpose(ks_in(t->seq->k) + k0 * kv + t->head * d, kv, ks_min_i64(n_keys - k0, ATTENTION_KEYS), d, w->keys,
-                   ATTENTION_KEYS);
+    tile_transpose(ks_in(t->seq->k) + attention_block_at(t, k0), kv, ks_min_i64(n_keys - k0, ATTENTION_KEYS),
+                   d, w->keys, ATTENTION_KEYS);
     while (w->seen[first] <= k0)
       first++;
     for (int64_t r = first; r < t->n_rows; r += TILE_ROWS)
