@@ -1,20 +1,9 @@
 /* Frozen weights: packed for y = x W^T (panels of outputs) and for dx = dy W (panels of inputs); rows as
  * embeddings. */
 #include "kernels/cpu/weight.h"
+#include "kernels/quant.h"
 
 /* ---------------------------------------------------------------- element types */
-
-static float weight_from_f16(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, bits;
-  if (exponent == 0) { /* zero and denormals: fraction * 2^-24 */
-    float x = (float)fraction * 0x1p-24f;
-    return sign ? -x : x;
-  }
-  bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 /* Values [i, i + n) of an array of any type, n <= 16; the other lanes 0. */
 static ks_v weight_load(const void *values, ks_dtype dtype, int64_t i, int64_t n) {
@@ -25,7 +14,7 @@ static ks_v weight_load(const void *values, ks_dtype dtype, int64_t i, int64_t n
   for (int64_t j = 0; j < n; j++) {
     uint32_t bits = (uint32_t)h[j] << 16;
     if (dtype == KS_DTYPE_F16)
-      x[j] = weight_from_f16(h[j]);
+      x[j] = ks_f16_to_float(h[j]);
     else
       memcpy(&x[j], &bits, sizeof bits);
   }
@@ -41,7 +30,9 @@ static size_t layout_bytes(const gemm_layout *l) {
   return (size_t)(layout_n_panels(l) * l->panel_units) * sizeof(float);
 }
 
-static gemm_layout layout_of(int64_t n_cols, int64_t k, ks_dtype dtype) {
+/* Blocks are kept as the float32 values that they stand for. */
+static gemm_layout layout_of(int64_t n_cols, int64_t k, ks_dtype weight_dtype) {
+  const ks_dtype dtype = weight_dtype == KS_DTYPE_BF16 ? KS_DTYPE_BF16 : KS_DTYPE_F32;
   int64_t n_units = dtype == KS_DTYPE_BF16 ? (k + 1) / 2 : k;
   return (gemm_layout){.n_cols = n_cols, .k = k, .panel_units = n_units * GEMM_PANEL, .dtype = dtype};
 }
@@ -87,12 +78,13 @@ static void layout_load(const gemm_layout *l, int64_t k, int64_t col, ks_v rows[
   }
 }
 
-/* Sixteen columns of a forward layout from W [n_out, n_in] as given. */
-static void layout_pack(const gemm_layout *l, const ks_weight_params *p, int64_t col) {
+/* Sixteen columns of a forward layout from W [n_out, n_in] as given, of which p->values holds rows from
+ * `first` on. */
+static void layout_pack(const gemm_layout *l, const ks_weight_params *p, int64_t col, int64_t first) {
   for (int64_t k = 0; k < l->k; k += KS_LANES) {
     ks_v rows[KS_LANES];
     for (int64_t i = 0; i < KS_LANES; i++)
-      rows[i] = weight_load(p->values, p->values_dtype, (col + i) * l->k + k,
+      rows[i] = weight_load(p->values, p->values_dtype, (col - first + i) * l->k + k,
                             col + i < l->n_cols ? ks_min_i64(KS_LANES, l->k - k) : 0);
     gemm_transpose(rows);
     for (int64_t i = 0; l->dtype == KS_DTYPE_BF16 && i < KS_LANES; i++)
@@ -130,6 +122,46 @@ static void weight_destroy(ks_ctx *ctx, ks_weight *w) {
   w->impl = NULL;
 }
 
+/* Sixteen rows of W from `row` on, rounded to blocks, at `rounded`. */
+static ks_status weight_round_rows(const ks_weight_params *p, int64_t row, uint8_t *codes, uint16_t *scales,
+                                   float *rounded) {
+  for (int64_t i = 0; i < KS_LANES && row + i < p->n_out; i++) {
+    float *x = rounded + i * p->n_in;
+    for (int64_t k = 0; k < p->n_in; k += KS_LANES) {
+      const int64_t n = ks_min_i64(KS_LANES, p->n_in - k);
+      ks_v_store_n(x + k, weight_load(p->values, p->values_dtype, (row + i) * p->n_in + k, n), n);
+    }
+    KS_TRY_AS(ks_quant_row(p->dtype, x, p->n_in, codes, scales), "row %lld of a weight [%lld, %lld]",
+              (long long)(row + i), (long long)p->n_out, (long long)p->n_in);
+    ks_dequant_row(p->dtype, codes, scales, p->n_in, x);
+  }
+  return KS_OK;
+}
+
+static ks_status weight_pack_blocks(const gemm_layout *l, const ks_weight_params *p) {
+  uint8_t *codes = NULL;
+  uint16_t *scales = NULL;
+  float *rounded = NULL;
+  ks_weight_params rows = *p;
+  ks_status status =
+      ks_alloc_array(&codes, (size_t)ks_quant_row_bytes(p->dtype, p->n_in), 1, "weight: codes");
+  if (status != KS_OK) goto out;
+  KS_TRY_OUT(ks_alloc_array(&scales, (size_t)ks_quant_row_scales(p->dtype, p->n_in), sizeof *scales,
+                            "weight: scales"));
+  KS_TRY_OUT(ks_alloc_array(&rounded, (size_t)(KS_LANES * p->n_in), sizeof *rounded, "weight: rows"));
+  for (int64_t row = 0; row < p->n_out; row += KS_LANES) {
+    KS_TRY_OUT(weight_round_rows(p, row, codes, scales, rounded));
+    rows.values = rounded;
+    rows.values_dtype = KS_DTYPE_F32;
+    layout_pack(l, &rows, row, row);
+  }
+out:
+  free(codes);
+  free(scales);
+  free(rounded);
+  return status;
+}
+
 static ks_status weight_create(ks_ctx *ctx, const ks_weight_params *p, ks_weight *w) {
   weight_impl *impl = NULL;
   ks_status status = ks_alloc_array(&impl, 1, sizeof *impl, "weight");
@@ -144,9 +176,13 @@ static ks_status weight_create(ks_ctx *ctx, const ks_weight_params *p, ks_weight
     memcpy(impl->bias, p->bias, (size_t)p->n_out * sizeof(float));
     w->bytes += (size_t)n_padded * sizeof(float);
   }
+  if (ks_dtype_is_quantized(p->dtype)) {
+    KS_TRY_OUT(weight_pack_blocks(&impl->forward, p));
+    goto out;
+  }
 #pragma omp parallel for num_threads(ks_cpu_threads(ctx, p->n_out * p->n_in)) schedule(static)
   for (int64_t col = 0; col < n_padded; col += KS_LANES)
-    layout_pack(&impl->forward, p, col);
+    layout_pack(&impl->forward, p, col, 0);
 out:
   if (status != KS_OK) weight_destroy(ctx, w);
   return status;
