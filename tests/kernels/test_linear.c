@@ -1,4 +1,5 @@
 #include "kernels/base/rng.h"
+#include "kernels/quant.h"
 #include "tests/oracle/guard.h"
 #include "tests/oracle/oracle_linear.h"
 #include <criterion/criterion.h>
@@ -10,8 +11,8 @@ enum { MAX_SEGMENTS = 8, MAX_LORAS = 4 };
 typedef struct {
   int64_t n_rows, n_in, n_out;
   ks_fill_kind fill;
-  ks_dtype dtype;
-  bool bias, accumulate, no_dx;
+  ks_dtype dtype; /* F32: that of the activations where these are bf16 */
+  bool bias, accumulate, no_dx, generation;
   float dropout;
   int32_t ranks[MAX_LORAS]; /* of the adapters */
   int n_segments;
@@ -120,28 +121,125 @@ static const linear_case cases[] = {
      .fill = KS_FILL_POSITIVE,
      .prepare = true},
     {.n_rows = 16, .n_in = 51, .n_out = 64, .dtype = KS_DTYPE_BF16, .fill = KS_FILL_INTEGER},
+    /* ranks at and around the tiles of adapters; a segment of none between */
+    {.n_rows = 70,
+     .n_in = 72,
+     .n_out = 136,
+     .ranks = {33, 64, 16, 65},
+     .n_segments = 5,
+     .segments = {{0, 17, 1}, {17, 20, 0}, {37, 3, -1}, {40, 0, 2}, {41, 29, 3}}},
+    /* segments across tiles of 64 and 128 rows, more than one chunk of rows, dropout over two runs of 128
+       columns */
+    {.n_rows = 290,
+     .n_in = 136,
+     .n_out = 40,
+     .dropout = 0.5f,
+     .accumulate = true,
+     .ranks = {8, 16},
+     .n_segments = 2,
+     .segments = {{3, 120, 0}, {123, 160, 1}}},
+    {.n_rows = 530,
+     .n_in = 16,
+     .n_out = 8,
+     .dropout = 0.1f,
+     .ranks = {5},
+     .n_segments = 1,
+     .segments = {{1, 529, 0}}},
+    /* blocks */
+    {.n_rows = 5, .n_in = 64, .n_out = 33, .dtype = KS_DTYPE_Q8_0, .bias = true},
+    {.n_rows = 33,
+     .n_in = 136,
+     .n_out = 72,
+     .dtype = KS_DTYPE_Q8_0,
+     .accumulate = true,
+     .ranks = {8, 3},
+     .n_segments = 2,
+     .segments = {{0, 20, 0}, {20, 13, 1}}},
+    {.n_rows = 19,
+     .n_in = 97,
+     .n_out = 131,
+     .dtype = KS_DTYPE_Q4_0,
+     .dropout = 0.2f,
+     .ranks = {16},
+     .n_segments = 1,
+     .segments = {{2, 17, 0}}},
+    {.n_rows = 70,
+     .n_in = 160,
+     .n_out = 40,
+     .dtype = KS_DTYPE_Q4_0,
+     .fill = KS_FILL_POSITIVE,
+     .prepare = true},
+    {.n_rows = 17, .n_in = 200, .n_out = 48, .dtype = KS_DTYPE_NF4, .bias = true, .accumulate = true},
+    {.n_rows = 9,
+     .n_in = 31,
+     .n_out = 130,
+     .dtype = KS_DTYPE_NF4,
+     .ranks = {4},
+     .n_segments = 1,
+     .segments = {{0, 9, 0}}},
+    /* generation: few rows, more, many; each row with an adapter of its own or none */
+    {.n_rows = 1, .n_in = 264, .n_out = 40, .generation = true, .bias = true},
+    {.n_rows = 4,
+     .n_in = 100,
+     .n_out = 33,
+     .generation = true,
+     .accumulate = true,
+     .ranks = {8, 70, 1, 16},
+     .n_segments = 4,
+     .segments = {{0, 1, 2}, {1, 1, 0}, {2, 1, 1}, {3, 1, 3}}},
+    {.n_rows = 40,
+     .n_in = 300,
+     .n_out = 24,
+     .generation = true,
+     .ranks = {8, 64},
+     .n_segments = 2,
+     .segments = {{3, 20, 0}, {30, 9, 1}}},
+    {.n_rows = 70,
+     .n_in = 40,
+     .n_out = 140,
+     .generation = true,
+     .ranks = {8, 16},
+     .n_segments = 2,
+     .segments = {{0, 66, 0}, {66, 4, 1}}},
+    {.n_rows = 18, .n_in = 96, .n_out = 20, .generation = true, .dtype = KS_DTYPE_Q4_0},
+    {.n_rows = 3, .n_in = 72, .n_out = 50, .generation = true, .dtype = KS_DTYPE_Q8_0, .bias = true},
+    {.n_rows = 66, .n_in = 130, .n_out = 20, .generation = true, .dtype = KS_DTYPE_NF4},
 };
 enum { N_CASES = sizeof cases / sizeof cases[0] };
 
 /* ---------------------------------------------------------------- one case on one context */
 
-/* Host inputs, their doubles, and the oracle's results of a case. */
+/* Host inputs of a case, as ctx will see them. */
 typedef struct {
   const linear_case *c;
+  ks_dtype dtype; /* of the weight */
   int64_t n_x, n_y, n_w, max_rank;
+  bool has_lora;
   float *w, *bias, *x, *y0, *dy, *dx0;
   float *a[MAX_LORAS], *b_t[MAX_LORAS], *ga0[MAX_LORAS], *gb0[MAX_LORAS];
   ks_segment segments[MAX_SEGMENTS];
 } inputs;
 
-static inputs make_inputs(const linear_case *c) {
-  inputs in = {.c = c, .n_x = c->n_rows * c->n_in, .n_y = c->n_rows * c->n_out, .n_w = c->n_out * c->n_in};
-  in.w = ks_floats(in.n_w, c->fill, 1);
-  in.bias = ks_floats(c->n_out, c->fill, 2);
-  in.x = ks_floats(in.n_x, c->fill, 3);
-  in.y0 = ks_floats(in.n_y, c->fill, 4);
-  in.dy = ks_floats(in.n_y, c->fill, 5);
-  in.dx0 = ks_floats(in.n_x, c->fill, 6);
+/* What a backend has for a case: on a GPU the weight follows the activations. */
+static ks_dtype dtype_of(const ks_ctx *ctx, const linear_case *c) {
+  return ks_test_is_cuda() && !ks_dtype_is_quantized(c->dtype) ? ks_ctx_act_dtype(ctx) : c->dtype;
+}
+
+static inputs make_inputs(const ks_ctx *ctx, const linear_case *c) {
+  inputs in = {.c = c,
+               .dtype = dtype_of(ctx, c),
+               .n_x = c->n_rows * c->n_in,
+               .n_y = c->n_rows * c->n_out,
+               .n_w = c->n_out * c->n_in};
+  struct {
+    float **at;
+    int64_t n;
+  } arrays[] = {{&in.w, in.n_w},  {&in.bias, c->n_out}, {&in.x, in.n_x},
+                {&in.y0, in.n_y}, {&in.dy, in.n_y},     {&in.dx0, in.n_x}};
+  for (uint64_t i = 0; i < 6; i++) {
+    *arrays[i].at = ks_floats(arrays[i].n, c->fill, i + 1);
+    if (i > 0) ks_act_round(ctx, *arrays[i].at, arrays[i].n);
+  }
   for (int i = 0; i < MAX_LORAS; i++) {
     in.a[i] = ks_floats(c->ranks[i] * c->n_in, c->fill, 10 + (uint64_t)i);
     in.b_t[i] = ks_floats(c->ranks[i] * c->n_out, c->fill, 20 + (uint64_t)i);
@@ -149,9 +247,11 @@ static inputs make_inputs(const linear_case *c) {
     in.gb0[i] = ks_floats(c->ranks[i] * c->n_out, c->fill, 40 + (uint64_t)i);
     if (c->ranks[i] > in.max_rank) in.max_rank = c->ranks[i];
   }
-  for (int s = 0; s < c->n_segments; s++)
+  for (int s = 0; s < c->n_segments; s++) {
     in.segments[s] = (ks_segment){c->segments[s].begin, c->segments[s].n_rows, c->segments[s].adapter,
                                   900 + (uint64_t)c->segments[s].adapter};
+    in.has_lora |= c->segments[s].adapter >= 0 && c->ranks[c->segments[s].adapter] > 0;
+  }
   return in;
 }
 
@@ -179,15 +279,15 @@ static void make_device(ks_ctx *ctx, const inputs *in, device *d) {
   const linear_case *c = in->c;
   const int64_t n_u = c->n_rows * (in->max_rank + 1);
   *d = (device){0};
-  ks_weight_params wp = {c->n_out, c->n_in, c->dtype, KS_DTYPE_F32, in->w, c->bias ? in->bias : NULL};
+  ks_weight_params wp = {c->n_out, c->n_in, in->dtype, KS_DTYPE_F32, in->w, c->bias ? in->bias : NULL};
   cr_assert(ks_weight_create(ctx, &wp, &d->w) == KS_OK, "%s", ks_error_message());
   if (c->prepare) cr_assert(ks_weight_prepare_backward(ctx, d->w) == KS_OK);
-  d->x = ks_guard_make(ctx, in->x, in->n_x);
-  d->y = ks_guard_make(ctx, c->accumulate ? in->y0 : NULL, in->n_y);
-  d->u = ks_guard_make(ctx, NULL, n_u);
-  d->v = ks_guard_make(ctx, NULL, n_u);
-  d->dy = ks_guard_make(ctx, in->dy, in->n_y);
-  d->dx = ks_guard_make(ctx, c->accumulate ? in->dx0 : NULL, in->n_x);
+  d->x = ks_guard_make_act(ctx, in->x, in->n_x);
+  d->y = ks_guard_make_act(ctx, c->accumulate ? in->y0 : NULL, in->n_y);
+  d->u = ks_guard_make_act(ctx, NULL, n_u);
+  d->v = ks_guard_make_act(ctx, NULL, n_u);
+  d->dy = ks_guard_make_act(ctx, in->dy, in->n_y);
+  d->dx = ks_guard_make_act(ctx, c->accumulate ? in->dx0 : NULL, in->n_x);
   for (int i = 0; i < MAX_LORAS; i++) {
     d->a[i] = ks_guard_make(ctx, in->a[i], c->ranks[i] * c->n_in);
     d->b_t[i] = ks_guard_make(ctx, in->b_t[i], c->ranks[i] * c->n_out);
@@ -198,6 +298,7 @@ static void make_device(ks_ctx *ctx, const inputs *in, device *d) {
   d->args = (ks_linear_args){.w = d->w,
                              .x = d->x.p,
                              .y = d->y.p,
+                             .generation = c->generation,
                              .n_rows = c->n_rows,
                              .accumulate = c->accumulate,
                              .segments = in->segments,
@@ -225,21 +326,43 @@ static void free_device(ks_ctx *ctx, device *d) {
 }
 
 /* Doubles of x, rounded to bf16 when the frozen product does so. */
-static double *frozen(const float *x, int64_t n, ks_dtype dtype) {
+static double *frozen(const float *x, int64_t n, bool bf16) {
   double *y = ks_doubles(x, n);
-  for (int64_t i = 0; dtype == KS_DTYPE_BF16 && i < n; i++)
+  for (int64_t i = 0; bf16 && i < n; i++)
     y[i] = oracle_bf16(y[i]);
   return y;
 }
 
-static int64_t check_case(const inputs *in, const device *d, const char *name) {
+/* The weight that the product sees. */
+static double *frozen_weight(const ks_ctx *ctx, const inputs *in) {
   const linear_case *c = in->c;
-  const bool bf16 = c->dtype == KS_DTYPE_BF16;
-  double *w = frozen(in->w, in->n_w, c->dtype), *bias = ks_doubles(in->bias, c->n_out),
-         *x = ks_doubles(in->x, in->n_x), *xf = frozen(in->x, in->n_x, c->dtype),
-         *dy = ks_doubles(in->dy, in->n_y), *dyf = frozen(in->dy, in->n_y, c->dtype),
-         *y = ks_doubles(in->y0, in->n_y), *dx = ks_doubles(in->dx0, in->n_x),
-         *y_size = ks_doubles(NULL, in->n_y), *dx_size = ks_doubles(NULL, in->n_x);
+  const bool bf16 = in->dtype == KS_DTYPE_BF16 || ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
+  if (!ks_dtype_is_quantized(in->dtype)) return frozen(in->w, in->n_w, bf16);
+  float *w = ks_floats(in->n_w, c->fill, 1);
+  uint8_t codes[2048];
+  uint16_t scales[64];
+  for (int64_t o = 0; o < c->n_out; o++) {
+    cr_assert(ks_quant_row(in->dtype, in->w + o * c->n_in, c->n_in, codes, scales) == KS_OK);
+    ks_dequant_row(in->dtype, codes, scales, c->n_in, w + o * c->n_in);
+  }
+  double *rounded = frozen(w, in->n_w, bf16);
+  free(w);
+  return rounded;
+}
+
+/* Outputs that are stored as activations: with adapters, A, u and B (or B, v and A) are rounded on the way,
+ * and y itself once more where the adapters' part is added to it in a second pass. Gradients: two of those.
+ */
+enum { ROUNDINGS = 4, GRADIENT_ROUNDINGS = 2 };
+
+static int64_t check_case(const ks_ctx *ctx, const inputs *in, const device *d, const char *name) {
+  const linear_case *c = in->c;
+  const bool bf16 = in->dtype == KS_DTYPE_BF16;
+  double *w = frozen_weight(ctx, in), *bias = ks_doubles(in->bias, c->n_out), *x = ks_doubles(in->x, in->n_x),
+         *xf = frozen(in->x, in->n_x, bf16), *dy = ks_doubles(in->dy, in->n_y),
+         *dyf = frozen(in->dy, in->n_y, bf16), *y = ks_doubles(in->y0, in->n_y),
+         *dx = ks_doubles(in->dx0, in->n_x), *y_size = ks_doubles(NULL, in->n_y),
+         *dx_size = ks_doubles(NULL, in->n_x);
   double *lora[MAX_LORAS][6];
   oracle_lora loras[MAX_LORAS];
   for (int i = 0; i < MAX_LORAS; i++) {
@@ -261,16 +384,16 @@ static int64_t check_case(const inputs *in, const device *d, const char *name) {
   oracle_linear_backward(&l, dy, c->accumulate, c->no_dx ? NULL : dx, dx_size);
   char what[200];
   int64_t bad = 0;
-#define CHECK(label, guard, ref, size, chain)                                                                \
+#define CHECK(label, guard, ref, size, chain, n_roundings)                                                   \
   snprintf(what, sizeof what, "%s: %s", name, label);                                                        \
-  bad += ks_guard_check_output(what, guard, ref, size, (double)(chain))
-  CHECK("y", &d->y, y, y_size, c->n_in + in->max_rank);
+  bad += ks_guard_check_rounded(what, guard, ref, size, (double)(chain), n_roundings)
+  CHECK("y", &d->y, y, y_size, c->n_in + in->max_rank, in->has_lora ? ROUNDINGS : 0);
   if (!c->no_dx) {
-    CHECK("dx", &d->dx, dx, dx_size, c->n_out + in->max_rank);
+    CHECK("dx", &d->dx, dx, dx_size, c->n_out + in->max_rank, in->has_lora ? ROUNDINGS : 0);
   }
   for (int i = 0; i < MAX_LORAS; i++) {
-    CHECK("grad_a", &d->ga[i], lora[i][2], lora[i][4], c->n_rows + c->n_out);
-    CHECK("grad_b_t", &d->gb[i], lora[i][3], lora[i][5], c->n_rows + c->n_in);
+    CHECK("grad_a", &d->ga[i], lora[i][2], lora[i][4], c->n_rows + c->n_out, GRADIENT_ROUNDINGS);
+    CHECK("grad_b_t", &d->gb[i], lora[i][3], lora[i][5], c->n_rows + c->n_in, GRADIENT_ROUNDINGS);
     bad += ks_guard_check_input(name, &d->a[i]) + ks_guard_check_input(name, &d->b_t[i]);
     for (int k = 0; k < 6; k++)
       free(lora[i][k]);
@@ -284,8 +407,13 @@ static int64_t check_case(const inputs *in, const device *d, const char *name) {
   return bad;
 }
 
+/* bf16 products differ between processors that have the instruction and those that do not. */
+static bool is_comparable(const ks_ctx *ctx, const inputs *in) {
+  return in->dtype != KS_DTYPE_BF16 || strcmp(ks_ctx_isa_name(ctx), "avx512bf16") != 0;
+}
+
 static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
-  inputs in = make_inputs(test_case);
+  inputs in = make_inputs(ctx, test_case);
   device d;
   make_device(ctx, &in, &d);
   int64_t bad = 0;
@@ -293,10 +421,9 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
     fprintf(stderr, "%s: %s\n", name, ks_error_message());
     bad++;
   } else {
-    bad += check_case(&in, &d, name);
+    bad += check_case(ctx, &in, &d, name);
   }
-  /* bf16 products differ between processors that have the instruction and those that do not. */
-  if (in.c->dtype == KS_DTYPE_F32 || strcmp(ks_ctx_isa_name(ctx), "avx512bf16") != 0) {
+  if (is_comparable(ctx, &in)) {
     ks_results_add_guard(out, &d.y);
     if (!in.c->no_dx) ks_results_add_guard(out, &d.dx);
     for (int i = 0; i < MAX_LORAS; i++)
@@ -307,199 +434,295 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
   return bad;
 }
 
-Test(linear, oracle_isas_threads) {
+/* Too many elements for the shim. */
+static bool is_large(const linear_case *c) {
+  return c->n_rows * c->n_in * c->n_out > 2000000;
+}
+
+Test(linear, oracle_everywhere) {
   int64_t bad = 0;
   for (int64_t i = 0; i < N_CASES; i++)
-    bad += ks_test_everywhere("linear", i, &cases[i], run);
+    if (!ks_test_is_shim() || !is_large(&cases[i])) bad += ks_test_everywhere("linear", i, &cases[i], run);
   cr_assert(bad == 0);
 }
 
 /* ---------------------------------------------------------------- independence of the batch */
 
+/* The same bits in elements [first, first + n) of a and in all of b. */
+static int64_t check_part(const char *what, const ks_guard *a, int64_t first, const ks_guard *b, int64_t n) {
+  float *x = ks_guard_read(a), *y = ks_guard_read(b);
+  const int64_t bad = ks_check_same(what, x + first, y, n);
+  free(x), free(y);
+  return bad;
+}
+
+/* Each row of a device's batch by itself, as in decoding: the same y. */
+static int64_t check_rows_alone(ks_ctx *ctx, const device *d, const linear_case *c, int32_t adapter) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < c->n_rows; i += ks_test_is_shim() ? 5 : 1) {
+    ks_guard y = ks_guard_make_act(ctx, NULL, c->n_out), u = ks_guard_make_act(ctx, NULL, d->args.u_stride);
+    ks_segment seg = {0, 1, adapter, 0};
+    ks_linear_args one = d->args;
+    one.x = ks_guard_at(&d->x, i * c->n_in), one.y = y.p, one.u = u.p, one.n_rows = 1, one.segments = &seg;
+    one.n_segments = 1;
+    cr_assert(ks_linear_forward(ctx, &one) == KS_OK, "%s", ks_error_message());
+    bad += check_part("row alone", &d->y, i * c->n_out, &y, c->n_out);
+    ks_guard_free(&y), ks_guard_free(&u);
+  }
+  return bad;
+}
+
 /* Rows, alone or with others, with the same segment: same bits of y, dx and gradients. */
-static int64_t check_company(ks_ctx *ctx, ks_dtype dtype, float dropout) {
-  enum { ROWS = 47, IN = 333, OUT = 145, FIRST = 19, MINE = 13, RANK = 8 };
-  linear_case all = {.n_rows = ROWS,
-                     .n_in = IN,
-                     .n_out = OUT,
-                     .dtype = dtype,
-                     .bias = true,
-                     .dropout = dropout,
-                     .ranks = {RANK, 16, 5},
-                     .n_segments = 3,
-                     .segments = {{0, FIRST, 1}, {FIRST, MINE, 0}, {FIRST + MINE, ROWS - FIRST - MINE, 2}}};
-  linear_case alone = all;
-  alone.n_rows = MINE;
-  alone.n_segments = 1;
-  alone.segments[0].begin = 0;
-  alone.segments[0].n_rows = MINE;
-  alone.segments[0].adapter = 0;
-  inputs in_all = make_inputs(&all), in_alone = make_inputs(&alone);
-  memcpy(in_alone.x, in_all.x + FIRST * IN, sizeof(float) * MINE * IN);
-  memcpy(in_alone.dy, in_all.dy + FIRST * OUT, sizeof(float) * MINE * OUT);
+static int64_t run_company(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { FIRST = 19, RANK = 8 };
+  const linear_case *mine = test_case;
+  const int64_t n_in = mine->n_in, n_out = mine->n_out, n = mine->n_rows;
+  linear_case all = *mine;
+  all.n_rows = FIRST + n + 15;
+  all.n_segments = 3;
+  all.segments[0].n_rows = FIRST, all.segments[0].adapter = 1;
+  all.segments[1].begin = FIRST, all.segments[1].n_rows = n, all.segments[1].adapter = 0;
+  all.segments[2].begin = FIRST + n, all.segments[2].n_rows = 15, all.segments[2].adapter = 2;
+  inputs in_all = make_inputs(ctx, &all), in_alone = make_inputs(ctx, mine);
+  memcpy(in_alone.x, in_all.x + FIRST * n_in, sizeof(float) * (size_t)(n * n_in));
+  memcpy(in_alone.dy, in_all.dy + FIRST * n_out, sizeof(float) * (size_t)(n * n_out));
+  /* What is wrong with others must not reach these rows. */
+  in_all.a[1][3] = in_all.b_t[1][5] = NAN;
+  in_all.a[2][0] = in_all.b_t[2][1] = INFINITY;
+  in_all.x[2] = in_all.dy[7] = NAN;
   device d_all, d_alone;
   make_device(ctx, &in_all, &d_all);
   make_device(ctx, &in_alone, &d_alone);
-  cr_assert(ks_linear_forward(ctx, &d_all.args) == KS_OK && ks_linear_backward(ctx, &d_all.args) == KS_OK);
-  cr_assert(ks_linear_forward(ctx, &d_alone.args) == KS_OK &&
-            ks_linear_backward(ctx, &d_alone.args) == KS_OK);
-  int64_t bad = ks_check_same("y in company", d_all.y.p + FIRST * OUT, d_alone.y.p, MINE * OUT);
-  bad += ks_check_same("dx in company", d_all.dx.p + FIRST * IN, d_alone.dx.p, MINE * IN);
-  bad += ks_check_same("grad_a in company", d_all.ga[0].p, d_alone.ga[0].p, RANK * IN);
-  bad += ks_check_same("grad_b in company", d_all.gb[0].p, d_alone.gb[0].p, RANK * OUT);
-  /* And each row by itself, as in decoding. */
-  for (int64_t i = 0; i < MINE && dropout == 0; i++) {
-    float y[OUT], u[32];
-    ks_segment seg = {0, 1, 0, 0};
-    ks_linear_args one = d_alone.args;
-    one.x += i * IN, one.y = y, one.u = u, one.n_rows = 1, one.segments = &seg;
-    cr_assert(ks_linear_forward(ctx, &one) == KS_OK);
-    bad += ks_check_same("row alone", y, d_alone.y.p + i * OUT, OUT);
+  device *both[] = {&d_all, &d_alone};
+  for (int i = 0; i < 2; i++) {
+    cr_assert(ks_linear_forward(ctx, &both[i]->args) == KS_OK, "%s: %s", name, ks_error_message());
+    cr_assert(ks_linear_backward(ctx, &both[i]->args) == KS_OK, "%s: %s", name, ks_error_message());
   }
+  int64_t bad = check_part("y in company", &d_all.y, FIRST * n_out, &d_alone.y, n * n_out);
+  bad += check_part("dx in company", &d_all.dx, FIRST * n_in, &d_alone.dx, n * n_in);
+  bad += check_part("grad_a in company", &d_all.ga[0], 0, &d_alone.ga[0], RANK * n_in);
+  bad += check_part("grad_b in company", &d_all.gb[0], 0, &d_alone.gb[0], RANK * n_out);
+  if (mine->dropout == 0) bad += check_rows_alone(ctx, &d_alone, mine, 0);
+  if (is_comparable(ctx, &in_alone)) ks_results_add_guard(out, &d_alone.y);
   free_device(ctx, &d_all);
   free_device(ctx, &d_alone);
   free_inputs(&in_all);
   free_inputs(&in_alone);
+  if (bad) fprintf(stderr, "%s: rows depend on their company\n", name);
   return bad;
 }
 
 Test(linear, company_does_not_change_bits) {
+#define MINE(rows, in, out)                                                                                  \
+  .n_rows = rows, .n_in = in, .n_out = out, .bias = true, .ranks = {8, 16, 5}, .n_segments = 1,              \
+  .segments = {                                                                                              \
+    {0, rows, 0}                                                                                             \
+  }
+  const linear_case mine[] = {
+      {MINE(13, 333, 45)},
+      {MINE(13, 333, 45), .dtype = KS_DTYPE_BF16},
+      {MINE(13, 232, 145), .dropout = 0.25f},
+      {MINE(13, 328, 45), .dtype = KS_DTYPE_Q8_0},
+      {MINE(5, 328, 40), .generation = true},
+      {MINE(31, 97, 33), .generation = true},
+      {MINE(60, 328, 40), .generation = true},
+      {MINE(50, 200, 20), .generation = true, .dtype = KS_DTYPE_NF4},
+      {MINE(20, 200, 20), .generation = true, .dtype = KS_DTYPE_Q4_0},
+  };
+#undef MINE
   int64_t bad = 0;
-  for (int s = 0; ks_test_isas[s]; s++)
-    for (int threads = 1; threads <= 3; threads++) {
-      ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], threads);
-      if (!ctx) continue;
-      bad += check_company(ctx, KS_DTYPE_F32, 0) + check_company(ctx, KS_DTYPE_BF16, 0) +
-             check_company(ctx, KS_DTYPE_F32, 0.25f);
-      ks_ctx_destroy(ctx);
-    }
+  for (size_t i = 0; i < sizeof mine / sizeof mine[0]; i++)
+    bad += ks_test_everywhere("linear", (int64_t)i, &mine[i], run_company);
   cr_assert(bad == 0);
 }
 
 /* ---------------------------------------------------------------- exact integers, special values */
 
+static int64_t run_integers(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  const linear_case *c = test_case;
+  int64_t bad = 0;
+  if (ks_ctx_act_dtype(ctx) != KS_DTYPE_F32) return 0; /* sums beyond 256 are not exact in bf16 */
+  inputs in = make_inputs(ctx, c);
+  device d;
+  make_device(ctx, &in, &d);
+  cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK);
+  float *y = ks_guard_read(&d.y);
+  for (int64_t i = 0; i < c->n_rows; i++)
+    for (int64_t o = 0; o < c->n_out; o++) {
+      int adapter = i < 20 ? 0 : 1;
+      double sum = (double)in.y0[i * c->n_out + o] + (double)in.bias[o];
+      for (int64_t j = 0; j < c->n_in; j++)
+        sum += (double)in.x[i * c->n_in + j] * (double)in.w[o * c->n_in + j];
+      for (int64_t r = 0; r < c->ranks[adapter]; r++) {
+        double u = 0;
+        for (int64_t j = 0; j < c->n_in; j++)
+          u += (double)in.x[i * c->n_in + j] * (double)in.a[adapter][r * c->n_in + j];
+        sum += (double)scale_of(adapter) * u * (double)in.b_t[adapter][r * c->n_out + o];
+      }
+      bad += (double)y[i * c->n_out + o] != sum;
+    }
+  if (bad) fprintf(stderr, "%s: %lld sums of integers are not exact\n", name, (long long)bad);
+  ks_results_add_guard(out, &d.y);
+  free(y);
+  free_device(ctx, &d);
+  free_inputs(&in);
+  return bad;
+}
+
 Test(linear, integers_are_exact) {
   const linear_case *c = &cases[15];
   cr_assert(c->fill == KS_FILL_INTEGER);
-  for (int s = 0; ks_test_isas[s]; s++) {
-    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 2);
-    if (!ctx) continue;
-    inputs in = make_inputs(c);
-    device d;
-    make_device(ctx, &in, &d);
-    cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK);
-    for (int64_t i = 0; i < c->n_rows; i++)
-      for (int64_t o = 0; o < c->n_out; o++) {
-        int adapter = i < 20 ? 0 : 1;
-        double sum = (double)in.y0[i * c->n_out + o] + (double)in.bias[o];
-        for (int64_t j = 0; j < c->n_in; j++)
-          sum += (double)in.x[i * c->n_in + j] * (double)in.w[o * c->n_in + j];
-        for (int64_t r = 0; r < c->ranks[adapter]; r++) {
-          double u = 0;
-          for (int64_t j = 0; j < c->n_in; j++)
-            u += (double)in.x[i * c->n_in + j] * (double)in.a[adapter][r * c->n_in + j];
-          sum += (double)scale_of(adapter) * u * (double)in.b_t[adapter][r * c->n_out + o];
-        }
-        cr_assert((double)d.y.p[i * c->n_out + o] == sum);
-      }
-    free_device(ctx, &d);
-    free_inputs(&in);
-    ks_ctx_destroy(ctx);
+  cr_assert(ks_test_everywhere("linear", 0, c, run_integers) == 0);
+}
+
+/* Rows of x that hold something bad, and of dy. */
+static int64_t run_special(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  const linear_case *c = test_case;
+  inputs in = make_inputs(ctx, c);
+  in.x[3 * c->n_in + 7] = NAN;
+  in.x[11 * c->n_in + 39] = INFINITY;
+  in.dy[5 * c->n_out + 49] = NAN;
+  device d;
+  make_device(ctx, &in, &d);
+  cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK && ks_linear_backward(ctx, &d.args) == KS_OK);
+  float *y = ks_guard_read(&d.y), *dx = ks_guard_read(&d.dx);
+  int64_t bad = 0;
+  for (int64_t i = 0; i < c->n_rows; i++) {
+    for (int64_t o = 0; o < c->n_out; o++)
+      bad += (isfinite(y[i * c->n_out + o]) != 0) != (i != 3 && i != 11);
+    for (int64_t j = 0; j < c->n_in; j++)
+      bad += (isfinite(dx[i * c->n_in + j]) != 0) != (i != 5);
   }
+  if (bad) fprintf(stderr, "%s: %lld elements are finite or not against expectation\n", name, (long long)bad);
+  if (is_comparable(ctx, &in)) ks_results_add_guard(out, &d.y);
+  free(y), free(dx);
+  free_device(ctx, &d);
+  free_inputs(&in);
+  return bad;
 }
 
 Test(linear, nan_and_infinity_stay_in_their_rows) {
-  linear_case c = {
-      .n_rows = 30, .n_in = 40, .n_out = 50, .ranks = {8}, .n_segments = 1, .segments = {{0, 30, 0}}};
-  for (int dtype = 0; dtype <= 1; dtype++)
-    for (int s = 0; ks_test_isas[s]; s++) {
-      c.dtype = (ks_dtype)dtype;
-      ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 1);
-      if (!ctx) continue;
-      inputs in = make_inputs(&c);
-      in.x[3 * c.n_in + 7] = NAN;
-      in.x[11 * c.n_in + 39] = INFINITY;
-      in.dy[5 * c.n_out + 49] = NAN;
-      device d;
-      make_device(ctx, &in, &d);
-      cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK && ks_linear_backward(ctx, &d.args) == KS_OK);
-      for (int64_t i = 0; i < c.n_rows; i++) {
-        for (int64_t o = 0; o < c.n_out; o++)
-          cr_assert(isfinite(d.y.p[i * c.n_out + o]) == (i != 3 && i != 11), "row %d", (int)i);
-        for (int64_t j = 0; j < c.n_in; j++)
-          cr_assert(isfinite(d.dx.p[i * c.n_in + j]) == (i != 5), "row %d", (int)i);
-      }
-      free_device(ctx, &d);
-      free_inputs(&in);
-      ks_ctx_destroy(ctx);
-    }
+#define SPECIAL                                                                                              \
+  .n_rows = 30, .n_in = 40, .n_out = 50, .ranks = {8}, .n_segments = 1, .segments = { {0, 30, 0} }
+  const linear_case special[] = {{SPECIAL},
+                                 {SPECIAL, .dtype = KS_DTYPE_BF16},
+                                 {SPECIAL, .dtype = KS_DTYPE_Q4_0},
+                                 {SPECIAL, .generation = true}};
+#undef SPECIAL
+  int64_t bad = 0;
+  for (int i = 0; i < 4; i++)
+    bad += ks_test_everywhere("linear", i, &special[i], run_special);
+  cr_assert(bad == 0);
+}
+
+/* Logits: float32 whatever the activations. */
+static int64_t run_logits(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  const linear_case *c = test_case;
+  inputs in = make_inputs(ctx, c);
+  device d;
+  make_device(ctx, &in, &d);
+  ks_guard y = ks_guard_make(ctx, NULL, in.n_y);
+  d.args.y = y.p, d.args.y_is_f32 = true;
+  double *w = frozen_weight(ctx, &in), *x = frozen(in.x, in.n_x, in.dtype == KS_DTYPE_BF16),
+         *bias = ks_doubles(in.bias, c->n_out), *ref = ks_doubles(NULL, in.n_y),
+         *size = ks_doubles(NULL, in.n_y);
+  oracle_linear l = {.n_rows = c->n_rows, .n_in = c->n_in, .n_out = c->n_out, .w = w, .bias = bias, .x = x};
+  oracle_linear_forward(&l, false, ref, size);
+  cr_assert(ks_linear_forward(ctx, &d.args) == KS_OK, "%s: %s", name, ks_error_message());
+  const int64_t bad = ks_guard_check_output(name, &y, ref, size, (double)c->n_in);
+  if (is_comparable(ctx, &in)) ks_results_add_guard(out, &y);
+  ks_guard_free(&y);
+  free(w), free(x), free(bias), free(ref), free(size);
+  free_device(ctx, &d);
+  free_inputs(&in);
+  return bad;
+}
+
+Test(linear, logits_are_float32) {
+  const linear_case logits[] = {{.n_rows = 5, .n_in = 72, .n_out = 201, .bias = true, .generation = true},
+                                {.n_rows = 67, .n_in = 40, .n_out = 104, .bias = true, .generation = true},
+                                {.n_rows = 70, .n_in = 33, .n_out = 100, .bias = true},
+                                {.n_rows = 3, .n_in = 64, .n_out = 40, .bias = true, .dtype = KS_DTYPE_Q8_0}};
+  int64_t bad = 0;
+  for (int i = 0; i < 4; i++)
+    bad += ks_test_everywhere("linear_forward", i, &logits[i], run_logits);
+  cr_assert(bad == 0);
 }
 
 /* ---------------------------------------------------------------- dropout */
 
-/* With A the identity and W zero, y shows drop(x); with x = 1 the mask itself. */
-Test(linear, dropout_mask_is_the_documented_one) {
-  enum { N = 200, ROWS = 150 };
-  const float p = 0.2f;
+/* With A and B the identity and W zero, y shows drop(x); with x = 1 the mask itself. */
+static int64_t run_mask(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { N = 200, ROWS = 50 };
+  const float p = *(const float *)test_case;
+  const bool bf16 = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
   float *zero = calloc(N * N, sizeof *zero), *eye = calloc(N * N, sizeof *eye),
         *ones = malloc(sizeof(float) * ROWS * N);
   for (int i = 0; i < N; i++)
     eye[i * N + i] = 1;
   for (int i = 0; i < ROWS * N; i++)
     ones[i] = 1;
-  for (int s = 0; ks_test_isas[s]; s++) {
-    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 2);
-    if (!ctx) continue;
-    ks_weight *w = NULL;
-    cr_assert(ks_weight_create(ctx, &(ks_weight_params){.n_out = N, .n_in = N, .values = zero}, &w) == KS_OK);
-    float *y = malloc(sizeof(float) * ROWS * N), *dx = malloc(sizeof(float) * ROWS * N),
-          *u = malloc(sizeof(float) * ROWS * N), *v = malloc(sizeof(float) * ROWS * N),
-          *ga = calloc(N * N, 4), *gb = calloc(N * N, 4);
-    ks_lora lora = {N, 1, eye, eye, ga, gb};
-    ks_segment seg = {0, ROWS, 0, 1234};
-    ks_linear_args a = {.w = w,
-                        .x = ones,
-                        .y = y,
-                        .n_rows = ROWS,
-                        .segments = &seg,
-                        .n_segments = 1,
-                        .loras = &lora,
-                        .n_loras = 1,
-                        .u = u,
-                        .u_stride = N,
-                        .dropout = p,
-                        .dropout_site = 5,
-                        .dy = ones,
-                        .dx = dx,
-                        .v = v};
-    cr_assert(ks_linear_forward(ctx, &a) == KS_OK && ks_linear_backward(ctx, &a) == KS_OK);
-    int64_t kept = 0;
-    for (int i = 0; i < ROWS; i++)
-      for (int j = 0; j < N; j++) {
-        double want = oracle_dropout_factor(1234, 5, (double)p, N, i, j);
-        kept += want > 0;
-        cr_assert(fabs((double)y[i * N + j] - want) <= 0x1p-23, "forward %d %d", i, j);
-        cr_assert(fabs((double)dx[i * N + j] - want) <= 0x1p-23, "backward %d %d", i, j);
-      }
-    double sigma = sqrt(ROWS * N * (double)p * (1 - (double)p));
-    cr_assert(fabs((double)kept - (1 - (double)p) * ROWS * N) <= 4 * sigma);
-    /* grad_a[r, j] = sum over rows of v[i, r] mask(i, j) = the kept rows of column j. */
+  ks_weight *w = NULL;
+  ks_weight_params wp = {.n_out = N, .n_in = N, .dtype = ks_ctx_act_dtype(ctx), .values = zero};
+  cr_assert(ks_weight_create(ctx, &wp, &w) == KS_OK);
+  ks_guard x = ks_guard_make_act(ctx, ones, ROWS * N), y = ks_guard_make_act(ctx, NULL, ROWS * N),
+           dx = ks_guard_make_act(ctx, NULL, ROWS * N), u = ks_guard_make_act(ctx, NULL, ROWS * N),
+           v = ks_guard_make_act(ctx, NULL, ROWS * N), i_n = ks_guard_make(ctx, eye, N * N),
+           ga = ks_guard_make(ctx, zero, N * N), gb = ks_guard_make(ctx, zero, N * N);
+  ks_lora lora = {N, 1, i_n.p, i_n.p, ga.p, gb.p};
+  ks_segment seg = {0, ROWS, 0, 1234};
+  ks_linear_args a = {.w = w,
+                      .x = x.p,
+                      .y = y.p,
+                      .n_rows = ROWS,
+                      .segments = &seg,
+                      .n_segments = 1,
+                      .loras = &lora,
+                      .n_loras = 1,
+                      .u = u.p,
+                      .u_stride = N,
+                      .dropout = p,
+                      .dropout_site = 5,
+                      .dy = x.p,
+                      .dx = dx.p,
+                      .v = v.p};
+  cr_assert(ks_linear_forward(ctx, &a) == KS_OK && ks_linear_backward(ctx, &a) == KS_OK);
+  float *got_y = ks_guard_read(&y), *got_dx = ks_guard_read(&dx), *got_ga = ks_guard_read(&ga);
+  int64_t kept = 0, bad = 0;
+  for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < N; j++) {
-      double sum = 0;
-      for (int i = 0; i < ROWS; i++)
-        sum += oracle_dropout_factor(1234, 5, (double)p, N, i, j);
-      cr_assert(ks_close((double)ga[3 * N + j], sum, sum, ROWS));
+      double want = oracle_dropout_factor(1234, 5, (double)p, N, i, j);
+      kept += want > 0;
+      if (bf16) want = oracle_bf16(want);
+      bad += !(fabs((double)got_y[i * N + j] - want) <= 0x1p-23 * want) +
+             !(fabs((double)got_dx[i * N + j] - want) <= 0x1p-23 * want);
     }
-    a.dropout_site = 6;
-    float *other = malloc(sizeof(float) * ROWS * N);
-    a.y = other;
-    cr_assert(ks_linear_forward(ctx, &a) == KS_OK);
-    cr_assert(memcmp(other, y, sizeof(float) * ROWS * N) != 0, "another site must give another mask");
-    free(y), free(dx), free(u), free(v), free(ga), free(gb), free(other);
-    ks_weight_destroy(ctx, w);
-    ks_ctx_destroy(ctx);
+  double sigma = sqrt(ROWS * N * (double)p * (1 - (double)p));
+  cr_assert(fabs((double)kept - (1 - (double)p) * ROWS * N) <= 4 * sigma);
+  /* grad_a[r, j] = sum over rows of v[i, r] mask(i, j) = the kept rows of column j. */
+  for (int j = 0; j < N; j++) {
+    double sum = 0;
+    for (int i = 0; i < ROWS; i++)
+      sum += oracle_dropout_factor(1234, 5, (double)p, N, i, j);
+    bad += !ks_close((double)got_ga[3 * N + j], sum, sum, ROWS);
   }
-  free(zero), free(eye), free(ones);
+  a.dropout_site = 6;
+  cr_assert(ks_linear_forward(ctx, &a) == KS_OK);
+  float *other = ks_guard_read(&y);
+  bad += memcmp(other, got_y, sizeof(float) * ROWS * N) == 0; /* another site, another mask */
+  if (bad) fprintf(stderr, "%s: %lld elements of the mask are wrong\n", name, (long long)bad);
+  ks_results_add(out, got_y, ROWS * N);
+  free(got_y), free(got_dx), free(got_ga), free(other), free(zero), free(eye), free(ones);
+  ks_guard *all[] = {&x, &y, &dx, &u, &v, &i_n, &ga, &gb};
+  for (int i = 0; i < 8; i++)
+    ks_guard_free(all[i]);
+  ks_weight_destroy(ctx, w);
+  return bad;
+}
+
+Test(linear, dropout_mask_is_the_documented_one) {
+  const float p = 0.2f;
+  cr_assert(ks_test_everywhere("linear", 0, &p, run_mask) == 0);
 }
 
 /* ---------------------------------------------------------------- the oracle's own gradients */
@@ -559,14 +782,18 @@ Test(linear, oracle_gradients_match_central_differences) {
 /* ---------------------------------------------------------------- illegal arguments */
 
 Test(linear, illegal_arguments) {
-  ks_ctx *ctx = NULL, *other = NULL;
+  ks_ctx *ctx = ks_test_any_ctx(), *other = NULL;
   ks_weight *w = NULL, *foreign = NULL;
-  float values[6 * 4] = {0}, m[512] = {0};
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
-  cr_assert(ks_ctx_create(&other, &(ks_ctx_params){.backend = "cpu", .n_threads = 1, .isa = "generic"}) ==
-            KS_OK);
+  float values[6 * 4] = {0};
+  ks_guard memory = ks_guard_make(ctx, NULL, 512);
+  float *m = memory.p;
   ks_weight_params wp = {.n_out = 6, .n_in = 4, .values = values};
-  cr_assert(ks_weight_create(ctx, &wp, &w) == KS_OK && ks_weight_create(other, &wp, &foreign) == KS_OK);
+  cr_assert(ks_weight_create(ctx, &wp, &w) == KS_OK);
+  if (!ks_test_is_cuda()) {
+    cr_assert(ks_ctx_create(&other, &(ks_ctx_params){.backend = "cpu", .n_threads = 1, .isa = "generic"}) ==
+              KS_OK);
+    cr_assert(ks_weight_create(other, &wp, &foreign) == KS_OK);
+  }
   const ks_lora lora = {2, 1, m, m + 16, m + 32, m + 48};
   const ks_segment good_segments[2] = {{0, 2, 0, 0}, {2, 1, -1, 0}};
   ks_segment segs[2];
@@ -595,14 +822,15 @@ Test(linear, illegal_arguments) {
   } while (0)
   BAD(forward, a.n_rows = -1);
   BAD(forward, a.w = NULL);
-  BAD(forward, if (strcmp(ks_ctx_isa_name(ctx), "generic") != 0) a.w = foreign; else a.w = NULL);
+  BAD(forward, if (foreign && strcmp(ks_ctx_isa_name(ctx), "generic") != 0) a.w = foreign; else a.w = NULL);
   BAD(forward, a.x = NULL);
   BAD(forward, a.y = NULL);
-  BAD(forward, a.y = (float *)a.x + 2);
+  BAD(forward, a.y = m + 66);
   BAD(forward, a.y = (float *)((char *)a.y + 2));
   BAD(forward, a.u = NULL);
   BAD(forward, a.u = a.y);
   BAD(forward, a.u_stride = 1);
+  BAD(forward, a.y_is_f32 = true);
   BAD(forward, a.n_segments = -1);
   BAD(forward, a.segments = NULL);
   BAD(forward, segs[1].row_begin = 1);
@@ -622,16 +850,19 @@ Test(linear, illegal_arguments) {
   BAD(forward, a.n_rows = INT64_MAX / 2);
   BAD(backward, a.dy = NULL);
   BAD(backward, a.v = NULL);
-  BAD(backward, a.dx = (float *)a.dy);
-  BAD(backward, a.dx = (float *)a.x);
+  BAD(backward, a.dx = m + 160);
+  BAD(backward, a.dx = m + 64);
   BAD(backward, l.grad_a = NULL);
   BAD(backward, l.grad_b_t = l.grad_a);
-  BAD(backward, l.grad_a = (float *)l.a);
-  BAD(backward, l.grad_a = (float *)a.x);
+  BAD(backward, l.grad_a = m);
+  BAD(backward, l.grad_a = m + 64);
 #undef BAD
   cr_assert(ks_linear_forward(NULL, &good) == KS_EINVAL && ks_linear_forward(ctx, NULL) == KS_EINVAL);
+  ks_guard_free(&memory);
   ks_weight_destroy(ctx, w);
-  ks_weight_destroy(other, foreign);
+  if (other) {
+    ks_weight_destroy(other, foreign);
+    ks_ctx_destroy(other);
+  }
   ks_ctx_destroy(ctx);
-  ks_ctx_destroy(other);
 }
