@@ -1,53 +1,95 @@
 /* `keepsake bench`: how fast this machine runs what experiments are made of, as shares of what it could.
  *
- * A case warms up, is checked, is timed sample by sample, is checked again, and only then gives a row. Beside
- * each row stands the machine's ceiling, measured right before and right after (fma loops in registers for
- * compute, a read of the same working set for memory): on shared machines both drift.
+ * A case is checked, warms up, is timed sample by sample, is checked again, and only then gives a row. Beside
+ * each row stands a ceiling measured in the same run. CPU: fma loops in registers for compute and a read of
+ * the same working set for memory, right before and right after the row (on shared machines both drift). GPU:
+ * a large copy, a large read and a large product on random data, once a run (kernels/meter.h).
+ *
+ * Two kinds of samples. hot: whole models; wall-clock time from the call until the device is done, one sample
+ * after another, as they run in an experiment. cold: single operations; timed by the device's events (CPU:
+ * the wall clock), caches flushed before each sample and outside of it. hot_ms is then the time of one in a
+ * batch without flushes, and step_ms of one within a step (a CUDA graph), where launches would hide the rest.
  */
 #ifndef KS_BENCH_H
 #define KS_BENCH_H
 
 #include "core/adapt/adapt.h"
 #include "core/model/generate.h"
+#include "kernels/meter.h"
 
-/* ---- a result row; X(type, name, unit, what) */
+/* ---- a result row; X(type, name, unit, what); pct: a share, 1 = 100 % */
 #define KS_BENCH_COLUMNS(X)                                                                                  \
   X(str, name, "", "case")                                                                                   \
   X(str, shape, "", "model or matrix shape, and what runs on it")                                            \
   X(str, dtype, "", "of the frozen weights")                                                                 \
-  X(i64, threads, "", "")                                                                                    \
+  X(str, acts, "", "type of the activations")                                                                \
+  X(str, variant, "", "kernels other than the default")                                                      \
+  X(i64, threads, "", "of the host")                                                                         \
+  X(str, mode, "", "of the samples: cold or hot")                                                            \
   X(i64, n, "", "samples")                                                                                   \
   X(f64, min_ms, "ms", "")                                                                                   \
   X(f64, p20_ms, "ms", "")                                                                                   \
+  X(f64, p25_ms, "ms", "")                                                                                   \
   X(f64, median_ms, "ms", "of a sample: one step, prompt, token or call")                                    \
+  X(f64, p75_ms, "ms", "")                                                                                   \
   X(f64, p80_ms, "ms", "")                                                                                   \
   X(f64, p99_ms, "ms", "")                                                                                   \
-  X(f64, rate, "1/s", "tokens (embeddings, offers) per second at the median")                                \
-  X(f64, gflops, "GFLOP/s", "necessary operations (bench.h) at the median")                                  \
-  X(f64, peak_share, "", "of the measured fma peak of this type")                                            \
+  X(pct, iqr, "", "distance of the quartiles, of the median")                                                \
+  X(str, ended, "", "what ended the sampling: iqr (< 1 %), plateau (of the iqr), time, count")               \
+  X(f64, hot_ms, "ms", "one of a batch, nothing flushed")                                                    \
+  X(f64, step_ms, "ms", "one of many in a step that the device was given as a whole")                        \
+  X(f64, rate, "1/s", "tokens (embeddings, offers, calls) per second at the median")                         \
+  X(f64, gflops, "GFLOP/s", "necessary operations (bench.h, bench_cost.c) at the median")                    \
+  X(pct, peak_share, "", "of the measured fma peak (GPU: large product) of this type")                       \
   X(f64, gbytes, "GB/s", "bytes that must move, at the median")                                              \
-  X(f64, read_share, "", "of the measured read bandwidth over the same working set")                         \
+  X(pct, read_share, "", "of the measured read bandwidth; CPU: over the same working set")                   \
+  X(pct, copy_share, "", "of the measured bandwidth of a device copy")                                       \
   X(f64, memory_mb, "MB", "backend memory at its peak")                                                      \
+  X(f64, sm_mhz_before, "MHz", "SM clock before the samples")                                                \
+  X(f64, sm_mhz_after, "MHz", "and after")                                                                   \
   X(f64, ratio, "", "to the case named in the note")                                                         \
-  X(str, verdict, "", "ok, noisy (p80 > 1.25 p20), suspect (over a ceiling), incorrect")                     \
+  X(str, verdict, "",                                                                                        \
+    "ok, noisy (p80 > 1.25 p20), throttled, suspect (over a ceiling), incorrect, unsupported, "              \
+    "skipped(reason)")                                                                                       \
   X(str, note, "", "")
 
 typedef struct {
-  char name[40], shape[96], dtype[8], verdict[24], note[160];
+  char name[40], shape[96], dtype[8], acts[8], variant[64], mode[8], ended[12], verdict[24], note[200];
   int64_t threads, n;
-  double min_ms, p20_ms, median_ms, p80_ms, p99_ms, rate, gflops, peak_share, gbytes, read_share, memory_mb,
-      ratio;
+  double min_ms, p20_ms, p25_ms, median_ms, p75_ms, p80_ms, p99_ms, iqr, hot_ms, step_ms, rate, gflops,
+      peak_share, gbytes, read_share, copy_share, memory_mb, sm_mhz_before, sm_mhz_after, ratio;
+  double *samples; /* [n] milliseconds in the order they were taken, or NULL */
 } ks_bench_row;
 
+/* Measured ceilings of a device with a timer; 0: unknown. */
 typedef struct {
-  ks_ctx *ctx;
-  ks_dtype dtype;
-  double seconds; /* time for the samples of a case */
+  double copy, read, matrix_f32, matrix_bf16; /* GB/s, GFLOP/s */
+} ks_bench_rates;
+
+typedef struct {
+  /* how: set by the caller */
+  const char *device; /* "cpu", "cuda", "auto" */
+  int n_threads;
+  const char *isa;
+  const char *variants; /* NULL, "op=name,...", or "all": operations once for each of their variants */
+  ks_dtype dtype;       /* of the frozen weights */
+  double seconds;       /* time for the samples of a case; 0: nothing is repeated or
+                                              measured beside it without need */
   int64_t min_samples;
-  const char *only; /* measure this row alone; NULL: all */
+  int64_t n_rows_of_ops; /* rows of the operations' cases; 0: sizes of real use */
+  bool is_first_dtype;   /* of those asked for: what has nothing to do with it is measured now */
+  const char *only;      /* measure this row alone; NULL: all */
   const ks_progress *progress;
+  /* where: between ks_bench_open and ks_bench_close */
+  ks_ctx *ctx;
+  ks_meter *meter;
+  ks_meter_info info;
+  const char *chosen; /* variants of ctx, NULL: the defaults */
+  ks_bench_rates rates;
+  bool has_rates;
+  /* what came out */
   ks_bench_row *rows;
-  int64_t n_rows, cap;
+  int64_t n_rows, cap, n_printed;
 } ks_bench;
 
 /* Model shapes by name: "15m", "110m", "135m", "1b", "3b", "260k". */
@@ -59,8 +101,15 @@ extern const ks_bench_shape ks_bench_shapes[]; /* ends with name NULL */
 
 /* False when --only names another row. */
 bool ks_bench_wants(const ks_bench *b, const char *row_name);
+/* A context of its own, so that memory peaks are the case's: float32 activations for float32 weights, else
+ * bf16 (a CPU has float32 only). variants: as ks_ctx_params. */
+ks_status ks_bench_open(ks_bench *b, const char *variants);
+void ks_bench_close(ks_bench *b);
+void ks_bench_free(ks_bench *b);
+/* Measures the device's ceilings unless that was done; nothing on a CPU. */
+ks_status ks_bench_measure_rates(ks_bench *b);
 
-/* ---- ceilings */
+/* ---- ceilings of a CPU */
 
 /* GFLOP/s of independent fused multiply-adds in registers on all of ctx's threads: float32, or bf16 pairs
  * into float32. 0 when the machine has no such instruction. */
@@ -68,25 +117,46 @@ double ks_bench_peak(const ks_ctx *ctx, ks_dtype dtype);
 /* GB/s of reading `bytes` bytes again and again on all threads. */
 double ks_bench_read(const ks_ctx *ctx, size_t bytes);
 
-/* ---- measuring */
+/* ---- measuring (bench_measure.c) */
 
 typedef struct {
-  double *ms; /* sorted */
+  double *ms;  /* sorted */
+  double *raw; /* as they came */
   int64_t n;
+  const char *ended;
+  bool cold;
+  double hot_ms, step_ms; /* NAN: not measured */
+  ks_meter_clocks before, after;
 } ks_samples;
-/* Calls fn(arg) until b->seconds are over and b->min_samples are taken, after a warm-up of at least one call
- * and 100 ms. */
+/* Hot samples of fn(arg) and a wait for the device, after a warm-up of at least one call and 100 ms (GPU: ten
+ * calls). Ends when the quartiles are less than 1 % apart or come no nearer, at 30 samples and 0.5 s at
+ * least; or after b->seconds with b->min_samples taken; in 15 s at the latest once five were taken. */
 ks_status ks_bench_sample(ks_bench *b, ks_status (*fn)(void *), void *arg, ks_samples *out);
+/* Cold samples of fn(arg), which waits for nothing unless `waits`; then hot_ms, and below 20 us step_ms (not
+ * of those that wait). */
+ks_status ks_bench_sample_cold(ks_bench *b, ks_status (*fn)(void *), void *arg, bool waits, ks_samples *out);
+void ks_samples_scale(ks_samples *s, double factor);
 void ks_samples_free(ks_samples *s);
-/* A row with the times of s filled in; work: tokens of a sample; flops, bytes: of a sample (0: not given);
- * working set for read_share. Ceilings are measured now and averaged with those in `before`. */
+
+/* What a sample does: `work` tokens (calls, ...) for the rate; flops and bytes that are necessary (0: not
+ * given); working set for a CPU's read ceiling. */
+typedef struct {
+  double work, flops, bytes;
+  size_t working_set;
+  bool f32; /* products of float32 whatever the activations */
+} ks_bench_load;
+/* A CPU's ceilings for such a load, measured now; nothing on a GPU. */
 typedef struct {
   double peak, read;
 } ks_ceilings;
-ks_status ks_bench_ceilings(ks_bench *b, bool compute, size_t working_set, ks_ceilings *out);
-ks_status ks_bench_add(ks_bench *b, const char *name, const char *shape, const ks_samples *s, double work,
-                       double flops, double bytes, size_t working_set, const ks_ceilings *before,
-                       ks_bench_row **row);
+ks_status ks_bench_ceilings(ks_bench *b, const ks_bench_load *load, ks_ceilings *out);
+/* A row with the times of s, shares (a CPU's ceilings are measured again and averaged with `before`) and a
+ * verdict. Takes s->raw. */
+ks_status ks_bench_add(ks_bench *b, const char *name, const char *shape, ks_samples *s,
+                       const ks_bench_load *load, const ks_ceilings *before, ks_bench_row **row);
+/* A row without times. */
+ks_status ks_bench_add_verdict(ks_bench *b, const char *name, const char *shape, const char *verdict,
+                               const char *note);
 
 /* Necessary floating-point operations (multiply and add count as two):
  *   forward of a token  2 (P_layers + P_lora) + attention 2 L d_attn T      (causal mean; + 2 V d where the
@@ -96,16 +166,37 @@ double ks_bench_forward_flops(const ks_model_config *c, int64_t n_tokens, int64_
 double ks_bench_train_flops(const ks_model_config *c, int32_t rank, uint32_t targets, int64_t n_tokens,
                             int64_t seq_len);
 
+/* ---- printing (bench_print.c) */
+
+typedef struct {
+  char time[32], host[128], device[256], backend[16], commit[64], build[96], version[32], arguments[512];
+  ks_meter_info info;
+  ks_meter_clocks clocks;
+} ks_bench_meta;
+void ks_bench_describe(const ks_bench *b, int argc, char **argv, ks_bench_meta *out);
+void ks_bench_print_head(const ks_bench *b, const ks_bench_meta *meta);
+void ks_bench_print_rates(const ks_bench *b);
+/* The rows that were not printed yet. */
+void ks_bench_print_rows(ks_bench *b);
+/* Append. A CSV file with other columns is refused: KS_ECONFIG. */
+ks_status ks_bench_write_csv(const char *path, const ks_bench *b, const ks_bench_meta *meta);
+/* A line for the run ({"run": ...}), then one a row with its samples. */
+ks_status ks_bench_write_jsonl(const char *path, const ks_bench *b, const ks_bench_meta *meta);
+/* Before anything is measured: whether the file can be appended to. */
+ks_status ks_bench_check_csv(const char *path);
+
 /* ---- cases; X(name, what) each implemented as ks_status ks_bench_<name>(ks_bench *, const ks_bench_shape *)
  */
 #define KS_BENCH_MAP(X)                                                                                      \
   X(lora_step,                                                                                               \
-    "one fine-tuning step, 8 x 256 tokens, rank 8 on all linear layers: one cell, and a cohort of eight")    \
+    "one fine-tuning step, 8 x 256 tokens, rank 8 on all linear layers: one cell, and a cohort of eight; "   \
+    "GPU: 1 to 16 thousand tokens")                                                                          \
   X(prefill, "prompts of 128 and 512 tokens, logits of the last")                                            \
   X(decode, "128 tokens after a short prompt, greedy and top-p; sampling's share; a cohort of eight")        \
   X(embed, "embeddings of 64 texts of 128 tokens")                                                           \
   X(linear, "frozen products alone at the shape's sizes, many rows and one")                                 \
   X(similarity, "queries against stored embeddings")                                                         \
+  X(ops, "every operation alone, checked against the CPU, cold and hot; and the harness itself")             \
   X(select, "one arrival offered to each policy, buffer full")
 
 #define X(name, what) ks_status ks_bench_##name(ks_bench *b, const ks_bench_shape *shape);

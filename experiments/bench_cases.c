@@ -134,13 +134,15 @@ static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int6
   KS_TRY_OUT(ks_weight_prepare_backward(b->ctx, model->head));
   KS_TRY_OUT(step_once(&s));
   double first_loss = s.mean_loss, first_norm = s.least_norm;
-  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  const int64_t n_tokens = n_seqs * seq_len;
+  const ks_bench_load load = {.work = (double)n_tokens,
+                              .flops =
+                                  ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_tokens, seq_len)};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(ks_bench_sample(b, step_once, &s, &samples));
   snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, all linear", (long long)n_seqs,
            (long long)seq_len, (long long)n_adapters, RANK);
-  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, (double)(n_seqs * seq_len),
-                          ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_seqs * seq_len, seq_len),
-                          0, 0, &before, row));
+  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, &load, &before, row));
   /* A benchmark of training that trains nothing is worth nothing. */
   bool learns = first_norm > 0 && s.least_norm > 0 && isfinite(s.least_norm) && s.mean_loss < first_loss;
   if (!learns) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
@@ -161,7 +163,12 @@ ks_status ks_bench_lora_step(ks_bench *b, const ks_bench_shape *shape) {
   static const struct {
     const char *name;
     int64_t n_seqs, seq_len, n_adapters;
-  } steps[] = {{"lora_step", 8, 256, 1}, {"lora_step_cohort8", 8, 256, 8}, {"lora_step_small", 1, 128, 1}};
+    bool gpu_only; /* minutes a step on a CPU */
+  } steps[] = {{"lora_step", 8, 256, 1, false},        {"lora_step_cohort8", 8, 256, 8, false},
+               {"lora_step_small", 1, 128, 1, false},  {"lora_step_8x128", 8, 128, 1, true},
+               {"lora_step_16x256", 16, 256, 1, true}, {"lora_step_32x128", 32, 128, 1, true},
+               {"lora_step_32x256", 32, 256, 1, true}, {"lora_step_32x256_cohort8", 32, 256, 8, true},
+               {"lora_step_64x256", 64, 256, 1, true}, {"lora_step_64x256_cohort8", 64, 256, 8, true}};
   ks_model *model;
   KS_TRY(model_for(b, shape, &model));
   ks_status status = KS_OK;
@@ -169,8 +176,14 @@ ks_status ks_bench_lora_step(ks_bench *b, const ks_bench_shape *shape) {
   for (size_t i = 0; i < sizeof steps / sizeof *steps && status == KS_OK; i++) {
     char name[40];
     ks_bench_row *row;
+    if (steps[i].gpu_only && !b->info.has_timer) continue;
     snprintf(name, sizeof name, "%s.%s", steps[i].name, shape->name);
     status = bench_step(b, model, name, steps[i].n_seqs, steps[i].seq_len, steps[i].n_adapters, &row);
+    if (status == KS_ENOMEM && b->info.has_timer) {
+      status = ks_bench_add_verdict(b, name, "", "skipped(memory)", ks_error_message());
+      ks_error_clear();
+      continue;
+    }
     if (status != KS_OK || !row) continue;
     if (i == 0) first_rate = row->rate;
     if (i == 0 || first_rate == 0) continue;
@@ -234,13 +247,15 @@ static ks_status bench_prefill(ks_bench *b, ks_model *model, const char *name, i
   KS_TRY_OUT(ks_run_create(model, &(ks_run_params){.max_rows = n_tokens, .max_seqs = 1}, &p.run));
   KS_TRY_OUT(ks_mem_alloc(b->ctx, (size_t)model->config.vocab_size * sizeof(float), (void **)&p.logits));
   KS_TRY_OUT(prefill_check(&p, &first));
-  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  const ks_bench_load load = {.work = (double)n_tokens,
+                              .flops =
+                                  ks_bench_forward_flops(&model->config, n_tokens, n_tokens, false) +
+                                  2.0 * (double)model->config.vocab_size * (double)model->config.hidden_size};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(ks_bench_sample(b, prefill_once, &p, &samples));
   KS_TRY_OUT(prefill_check(&p, &last));
   snprintf(shape, sizeof shape, "%lld tokens, logits of the last", (long long)n_tokens);
-  double flops = ks_bench_forward_flops(&model->config, n_tokens, n_tokens, false) +
-                 2.0 * (double)model->config.vocab_size * (double)model->config.hidden_size;
-  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, (double)n_tokens, flops, 0, 0, &before, &row));
+  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, &load, &before, &row));
   if (!(first == last)) snprintf(row->verdict, sizeof row->verdict, "incorrect");
 out:
   ks_samples_free(&samples);
@@ -312,13 +327,13 @@ static ks_status bench_decode(ks_bench *b, const char *name, const char *what, d
   ks_status status;
   KS_TRY_OUT(decode_once(d));
   int32_t first = d->last[0];
-  KS_TRY_OUT(ks_bench_ceilings(b, false, weights, &before));
+  const ks_bench_load load = {
+      .work = (double)d->n_requests, .bytes = (double)weights, .working_set = weights};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   d->stats = (ks_generate_stats){0};
   KS_TRY_OUT(ks_bench_sample(b, decode_once, d, &samples));
-  for (int64_t i = 0; i < samples.n; i++)
-    samples.ms[i] /= DECODE_NEW;
-  KS_TRY_OUT(ks_bench_add(b, name, what, &samples, (double)d->n_requests, 0, (double)weights, weights,
-                          &before, row));
+  ks_samples_scale(&samples, 1.0 / DECODE_NEW);
+  KS_TRY_OUT(ks_bench_add(b, name, what, &samples, &load, &before, row));
   if (d->last[0] != first) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
   double share = d->stats.sample_seconds / (d->stats.sample_seconds + d->stats.decode_seconds);
   snprintf((*row)->note, sizeof(*row)->note, "sampling %.1f%% of decoding; the short prompt is in the time",
@@ -406,13 +421,13 @@ ks_status ks_bench_embed(ks_bench *b, const ks_bench_shape *shape) {
   for (int i = 0; i < EMBED_TEXTS; i++)
     texts[i] = (ks_tokens){tokens + i * EMBED_TOKENS, EMBED_TOKENS};
   e.texts = texts;
-  KS_TRY_OUT(ks_bench_ceilings(b, true, 0, &before));
+  const ks_bench_load load = {
+      .work = EMBED_TEXTS,
+      .flops = ks_bench_forward_flops(&shape->config, EMBED_TEXTS * EMBED_TOKENS, EMBED_TOKENS, false)};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(ks_bench_sample(b, embed_once, &e, &samples));
   snprintf(name, sizeof name, "embed.%s", shape->name);
-  KS_TRY_OUT(
-      ks_bench_add(b, name, "64 texts of 128 tokens, last token", &samples, EMBED_TEXTS,
-                   ks_bench_forward_flops(&shape->config, EMBED_TEXTS * EMBED_TOKENS, EMBED_TOKENS, false), 0,
-                   0, &before, &row));
+  KS_TRY_OUT(ks_bench_add(b, name, "64 texts of 128 tokens, last token", &samples, &load, &before, &row));
   snprintf(row->note, sizeof row->note, "a cohort embeds a set once, however many cells it has");
 out:
   ks_samples_free(&samples);

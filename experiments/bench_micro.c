@@ -5,16 +5,44 @@
 #include <math.h>
 #include <stdio.h>
 
-static ks_status random_floats(ks_ctx *ctx, int64_t n, uint64_t seed, float **out) {
+/* n uniform numbers in [-1, 1), as float32 or bf16 values. */
+static ks_status random_array(ks_ctx *ctx, ks_dtype dtype, int64_t n, uint64_t seed, void **out) {
   float *host = NULL;
+  uint16_t *halves = NULL;
+  const size_t bytes = (size_t)n * ks_dtype_size(dtype);
   ks_rng rng = ks_rng_make(seed, KS_RNG_TEST, 1);
-  KS_TRY(ks_alloc_array(&host, (size_t)n, sizeof *host, "bench"));
-  for (int64_t i = 0; i < n; i++)
+  ks_status status;
+  KS_TRY_OUT(ks_alloc_array(&host, (size_t)n, sizeof *host, "bench"));
+  KS_TRY_OUT(ks_alloc_array(&halves, (size_t)n, sizeof *halves, "bench"));
+  for (int64_t i = 0; i < n; i++) {
     host[i] = (float)(2 * ks_rng_uniform(&rng) - 1);
-  ks_status status = ks_mem_alloc(ctx, (size_t)n * sizeof *host, (void **)out);
-  if (status == KS_OK) status = ks_mem_upload(ctx, *out, host, (size_t)n * sizeof *host);
+    uint32_t bits;
+    memcpy(&bits, &host[i], sizeof bits);
+    halves[i] = (uint16_t)(bits >> 16);
+  }
+  KS_TRY_OUT(ks_mem_alloc(ctx, bytes, out));
+  KS_TRY_OUT(ks_mem_upload(ctx, *out, dtype == KS_DTYPE_BF16 ? (void *)halves : (void *)host, bytes));
+  status = ks_sync(ctx);
+out:
+  free(halves);
   free(host);
   return status;
+}
+
+static ks_status random_acts(ks_ctx *ctx, int64_t n, uint64_t seed, void **out) {
+  return random_array(ctx, ks_ctx_act_dtype(ctx), n, seed, out);
+}
+
+static ks_status random_floats(ks_ctx *ctx, int64_t n, uint64_t seed, float **out) {
+  void *p = NULL;
+  ks_status status = random_array(ctx, KS_DTYPE_F32, n, seed, &p);
+  *out = p;
+  return status;
+}
+
+/* Queued operations are timed by the device where it can. */
+static ks_status sample(ks_bench *b, ks_status (*fn)(void *), void *arg, bool waits, ks_samples *out) {
+  return b->info.has_timer ? ks_bench_sample_cold(b, fn, arg, waits, out) : ks_bench_sample(b, fn, arg, out);
 }
 
 /* ---------------------------------------------------------------- frozen products */
@@ -33,7 +61,8 @@ static ks_status product_once(void *arg) {
 static ks_status bench_product(ks_bench *b, int64_t n_rows, int64_t n_out, int64_t n_in, bool backward) {
   if (!ks_bench_wants(b, backward ? "linear_backward" : "linear")) return KS_OK;
   ks_weight *w = NULL;
-  float *values = NULL, *x = NULL, *y = NULL;
+  float *values = NULL;
+  void *x = NULL, *y = NULL, *dx = NULL;
   ks_samples samples = {0};
   ks_ceilings before;
   ks_bench_row *row;
@@ -45,25 +74,26 @@ static ks_status bench_product(ks_bench *b, int64_t n_rows, int64_t n_out, int64
   KS_TRY_OUT(ks_weight_create(
       b->ctx, &(ks_weight_params){.n_out = n_out, .n_in = n_in, .dtype = b->dtype, .values = values}, &w));
   if (backward) KS_TRY_OUT(ks_weight_prepare_backward(b->ctx, w));
-  KS_TRY_OUT(random_floats(b->ctx, n_rows * n_in, 1, &x));
-  KS_TRY_OUT(random_floats(b->ctx, n_rows * n_out, 2, &y));
+  KS_TRY_OUT(random_acts(b->ctx, n_rows * n_in, 1, &x));
+  KS_TRY_OUT(random_acts(b->ctx, n_rows * n_out, 2, &y));
   product p = {b->ctx, {.w = w, .x = x, .y = y, .dy = y, .dx = x, .n_rows = n_rows}, backward};
-  float *dx = NULL;
   if (backward) {
-    KS_TRY_OUT(random_floats(b->ctx, n_rows * n_in, 3, &dx));
+    KS_TRY_OUT(random_acts(b->ctx, n_rows * n_in, 3, &dx));
     p.args.dx = dx;
   }
-  size_t bytes = ks_weight_bytes(w) / (backward ? 2 : 1);
-  bool memory_bound = n_rows < 8;
-  KS_TRY_OUT(ks_bench_ceilings(b, true, memory_bound ? bytes : 0, &before));
-  status = ks_bench_sample(b, product_once, &p, &samples);
+  /* A CPU keeps two layouts of what goes backward. */
+  const size_t bytes = ks_weight_bytes(w) / (backward && !b->info.has_timer ? 2 : 1);
+  const bool memory_bound = n_rows < 8;
+  const ks_bench_load load = {.work = (double)n_rows,
+                              .flops = 2.0 * (double)n_rows * (double)n_out * (double)n_in,
+                              .bytes = memory_bound ? (double)bytes : 0,
+                              .working_set = memory_bound ? bytes : 0};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
+  KS_TRY_OUT(sample(b, product_once, &p, false, &samples));
   snprintf(shape, sizeof shape, "%lld x %lld x %lld", (long long)n_rows, (long long)n_out, (long long)n_in);
-  if (status == KS_OK)
-    status = ks_bench_add(b, backward ? "linear_backward" : "linear", shape, &samples, (double)n_rows,
-                          2.0 * (double)n_rows * (double)n_out * (double)n_in,
-                          memory_bound ? (double)bytes : 0, memory_bound ? bytes : 0, &before, &row);
-  ks_mem_free(b->ctx, dx);
+  KS_TRY_OUT(ks_bench_add(b, backward ? "linear_backward" : "linear", shape, &samples, &load, &before, &row));
 out:
+  ks_mem_free(b->ctx, dx);
   ks_samples_free(&samples);
   ks_weight_destroy(b->ctx, w);
   ks_mem_free(b->ctx, x);
@@ -112,7 +142,7 @@ static ks_status bench_search(ks_bench *b, int64_t n_q, int64_t n_k, int64_t n_c
   ks_bench_row *row;
   char shape[96];
   ks_status status;
-  ks_dtype dtype = b->dtype;
+  const ks_dtype dtype = b->dtype;
   b->dtype = KS_DTYPE_F32; /* embeddings are float32 whatever the weights are */
   KS_TRY_OUT(random_floats(b->ctx, n_q * n_cols, 1, &q));
   KS_TRY_OUT(random_floats(b->ctx, n_k * n_cols, 2, &k));
@@ -122,14 +152,17 @@ static ks_status bench_search(ks_bench *b, int64_t n_q, int64_t n_k, int64_t n_c
               {.q = q, .k = k, .n_q = n_q, .n_k = n_k, .n_cols = n_cols, .metric = KS_METRIC_DOT},
               scores,
               index};
-  size_t bytes = (size_t)(n_k * n_cols) * sizeof(float);
-  KS_TRY_OUT(ks_bench_ceilings(b, true, bytes, &before));
-  KS_TRY_OUT(ks_bench_sample(b, search_once, &s, &samples));
+  const size_t bytes = (size_t)(n_k * n_cols) * sizeof(float);
+  const ks_bench_load load = {.work = (double)n_q,
+                              .flops = 2.0 * (double)n_q * (double)n_k * (double)n_cols,
+                              .bytes = n_q < 8 ? (double)bytes : 0,
+                              .working_set = n_q < 8 ? bytes : 0,
+                              .f32 = true};
+  KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
+  KS_TRY_OUT(sample(b, search_once, &s, true, &samples));
   snprintf(shape, sizeof shape, "%lld queries, %lld keys of %lld, top %d", (long long)n_q, (long long)n_k,
            (long long)n_cols, BEST_K);
-  KS_TRY_OUT(ks_bench_add(b, "similarity_top", shape, &samples, (double)n_q,
-                          2.0 * (double)n_q * (double)n_k * (double)n_cols, n_q < 8 ? (double)bytes : 0,
-                          n_q < 8 ? bytes : 0, &before, &row));
+  KS_TRY_OUT(ks_bench_add(b, "similarity_top", shape, &samples, &load, &before, &row));
 out:
   b->dtype = dtype;
   ks_samples_free(&samples);
@@ -192,10 +225,9 @@ static ks_status bench_policy(ks_bench *b, const ks_policy *policy, int64_t n_di
       &(ks_selector_params){.policy = policy, .n_bins = BINS, .bin_bytes = 22528, .n_dim = n_dim, .seed = 1},
       &o.selector));
   KS_TRY_OUT(ks_bench_sample(b, offer_once, &o, &samples));
-  for (int64_t i = 0; i < samples.n; i++)
-    samples.ms[i] /= OFFERS;
+  ks_samples_scale(&samples, 1.0 / OFFERS);
   snprintf(shape, sizeof shape, "an offer, %d bins full, embeddings of %lld", BINS, (long long)n_dim);
-  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, 1, 0, 0, 0, &none, &row));
+  KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, &(ks_bench_load){.work = 1}, &none, &row));
 out:
   ks_samples_free(&samples);
   ks_selector_destroy(o.selector);

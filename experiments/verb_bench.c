@@ -2,30 +2,36 @@
 #include "experiments/cli.h"
 #include "experiments/progress.h"
 
-#include <math.h>
 #include <stdio.h>
 
 static const ks_option options[] = {
     {"shape", "NAME,...", "model shapes: 260k, 15m, 110m, 135m, 1b, 3b (15m)"},
-    {"dtype", "TYPE,...", "frozen weights: f32, bf16 (f32)"},
+    {"device", "NAME", "cpu, cuda, or auto: a GPU when there is one (auto)"},
+    {"dtype", "TYPE,...",
+     "frozen weights: f32, bf16, q8_0, q4_0, nf4 (f32); on a GPU activations are f32 or else bf16"},
+    {"variants", "OP=NAME,...", "kernels other than the default; all: operations once for each of theirs"},
     {"threads", "N", "CPU threads (all)"},
     {"isa", "NAME", "instruction set (auto)"},
-    {"seconds", "S", "time for the samples of a case (2)"},
-    {"samples", "N", "at least so many (5)"},
+    {"seconds", "S", "time for the samples of a case (2); 0: one call to warm up, no batches, no ceilings"},
+    {"samples", "N", "at least so many (5; on a GPU 30)"},
+    {"rows", "N", "rows of the operations' cases (sizes of real use)"},
     {"only", "NAME", "measure only the row of this name (lora_step.15m)"},
     {"csv", "FILE", "also append the rows to FILE as comma-separated values"},
+    {"jsonl", "FILE", "also append the run and its rows, with every sample, as lines of JSON"},
     {"list", NULL, "list the cases"},
     {0}};
-static const ks_command command = {"bench",
-                                   "[CASE ...]",
-                                   "measure speed as shares of this machine's ceilings",
-                                   options,
-                                   0,
-                                   -1,
-                                   "Every row is checked before and after it is timed. GFLOP/s count "
-                                   "necessary operations only (forward, input and adapter\n"
-                                   "gradients). peak: fma loops in registers; read: reading the same working "
-                                   "set; both measured beside the row."};
+static const ks_command command = {
+    "bench",
+    "[CASE ...]",
+    "measure speed as shares of this machine's ceilings",
+    options,
+    0,
+    -1,
+    "Every row is checked before and after it is timed; operations against the CPU. GFLOP/s count necessary\n"
+    "operations only (forward, input and adapter gradients), GB/s the bytes that must move.\n"
+    "CPU: peak: fma loops in registers; read: reading the same working set; both measured beside the row.\n"
+    "GPU: peak: a large product on random data; read, copy: of a large array; all measured in the run.\n"
+    "Operations: median of cold samples (caches flushed); hot: of a batch; step: within a CUDA graph."};
 
 static const struct {
   const char *name, *what;
@@ -36,66 +42,6 @@ static const struct {
 #undef X
 };
 enum { N_CASES = sizeof cases / sizeof *cases };
-
-/* ---------------------------------------------------------------- printing */
-
-static void print_number(double value, int width, const char *format) {
-  char text[32] = "-";
-  if (isfinite(value) && value != 0) snprintf(text, sizeof text, format, value);
-  printf("  %*s", width, text);
-}
-
-static void print_row(const ks_bench_row *r) {
-  printf("%-26s  %-46s  %-4s  %2lld  %4lld", r->name, r->shape, r->dtype, (long long)r->threads,
-         (long long)r->n);
-  print_number(r->median_ms, 9, "%.4g");
-  print_number(r->p20_ms, 8, "%.4g");
-  print_number(r->p80_ms, 8, "%.4g");
-  print_number(r->rate, 9, "%.4g");
-  print_number(r->gflops, 8, "%.4g");
-  print_number(100 * r->peak_share, 6, "%.1f%%");
-  print_number(r->gbytes, 7, "%.3g");
-  print_number(100 * r->read_share, 6, "%.1f%%");
-  print_number(r->memory_mb, 7, "%.4g");
-  print_number(r->ratio, 6, "%.3f");
-  printf("  %-9s  %s\n", r->verdict, r->note);
-  fflush(stdout);
-}
-
-static void print_head(void) {
-  printf("%-26s  %-46s  %-4s  %2s  %4s  %9s  %8s  %8s  %9s  %8s  %6s  %7s  %6s  %7s  %6s  %-9s  %s\n", "case",
-         "what", "type", "th", "n", "median ms", "p20", "p80", "per s", "GFLOP/s", "peak", "GB/s", "read",
-         "MB", "ratio", "verdict", "note");
-}
-
-static ks_status add_csv(const char *path, const ks_bench *b, const char *device) {
-  bool fresh = !ks_file_exists(path);
-  FILE *f = fopen(path, "a");
-  if (!f) return KS_FAIL(KS_EIO, "%s: cannot append; check the path", path);
-  char when[32];
-  ks_clock_utc(when);
-  if (fresh) {
-    fprintf(f, "time,device");
-#define X(type, name, unit, what) fprintf(f, ",%s", #name);
-    KS_BENCH_COLUMNS(X)
-#undef X
-    fprintf(f, "\n");
-  }
-#define WRITE_str(v) fprintf(f, ",\"%s\"", v)
-#define WRITE_i64(v) fprintf(f, ",%lld", (long long)(v))
-#define WRITE_f64(v) isfinite(v) ? fprintf(f, ",%.6g", v) : fprintf(f, ",")
-  for (int64_t i = 0; i < b->n_rows; i++) {
-    const ks_bench_row *r = &b->rows[i];
-    fprintf(f, "%s,\"%s\"", when, device);
-#define X(type, name, unit, what) WRITE_##type(r->name);
-    KS_BENCH_COLUMNS(X)
-#undef X
-    fprintf(f, "\n");
-  }
-  bool bad = ferror(f) != 0;
-  if (fclose(f) != 0 || bad) return KS_FAIL(KS_EIO, "%s: cannot write; is the disk full?", path);
-  return KS_OK;
-}
 
 /* ---------------------------------------------------------------- choosing */
 
@@ -132,7 +78,7 @@ static bool chosen(const ks_args *args, const char *name) {
 }
 
 static ks_status check_choice(const ks_args *args, const char *shapes, const char *dtypes) {
-  const char *case_names[N_CASES], *shape_names[16], *dtype_names[] = {"f32", "bf16"};
+  const char *case_names[N_CASES], *shape_names[16], *dtype_names[] = {"f32", "bf16", "q8_0", "q4_0", "nf4"};
   int64_t n_shapes = 0;
   for (int i = 0; i < N_CASES; i++)
     case_names[i] = cases[i].name;
@@ -141,7 +87,7 @@ static ks_status check_choice(const ks_args *args, const char *shapes, const cha
     n_shapes++;
   }
   KS_TRY(check_list("shape", shapes, shape_names, n_shapes));
-  KS_TRY(check_list("dtype", dtypes, dtype_names, 2));
+  KS_TRY(check_list("dtype", dtypes, dtype_names, 5));
   for (int64_t i = 0; i < args->n_operands; i++) {
     bool known = false;
     for (int j = 0; j < N_CASES && !known; j++)
@@ -156,60 +102,93 @@ static ks_status check_choice(const ks_args *args, const char *shapes, const cha
 
 /* ---------------------------------------------------------------- running */
 
+/* In a context of its own. */
 static ks_status run_case(ks_bench *b, int which, const ks_bench_shape *shape) {
-  int64_t before = b->n_rows;
-  KS_TRY_AS(cases[which].run(b, shape), "case %s, shape %s", cases[which].name, shape->name);
-  for (int64_t i = before; i < b->n_rows; i++)
-    print_row(&b->rows[i]);
+  const bool each = b->variants && strcmp(b->variants, "all") == 0;
+  KS_TRY(ks_bench_open(b, each ? NULL : b->variants));
+  ks_status status = cases[which].run(b, shape);
+  ks_bench_close(b);
+  KS_TRY_AS(status, "case %s, shape %s", cases[which].name, shape->name);
+  ks_bench_print_rows(b);
   return KS_OK;
 }
 
 static ks_status run_cases(const ks_args *args, ks_bench *b, const char *shapes, const char *dtypes) {
-  static const ks_dtype types[] = {KS_DTYPE_F32, KS_DTYPE_BF16};
-  printf("%s; %s; fma peak f32 %.0f GFLOP/s, bf16 %.0f; read 256 MB %.0f GB/s\n", ks_ctx_device_name(b->ctx),
-         ks_ctx_backend_name(b->ctx), ks_bench_peak(b->ctx, KS_DTYPE_F32),
-         ks_bench_peak(b->ctx, KS_DTYPE_BF16), ks_bench_read(b->ctx, 256 << 20));
-  print_head();
+  static const ks_dtype types[] = {KS_DTYPE_F32, KS_DTYPE_BF16, KS_DTYPE_Q8_0, KS_DTYPE_Q4_0, KS_DTYPE_NF4};
+  b->is_first_dtype = true;
   for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
     if (!listed(dtypes, ks_dtype_name(types[t]))) continue;
     b->dtype = types[t];
     for (int i = 0; i < N_CASES; i++)
       for (const ks_bench_shape *s = ks_bench_shapes; s->name; s++)
         if (chosen(args, cases[i].name) && listed(shapes, s->name)) KS_TRY(run_case(b, i, s));
+    b->is_first_dtype = false;
   }
   if (b->n_rows == 0)
     return KS_FAIL(KS_ECONFIG, "nothing to measure: no chosen case has the row %s", b->only ? b->only : "");
   for (int64_t i = 0; i < b->n_rows; i++)
     if (strcmp(b->rows[i].verdict, "incorrect") == 0)
-      return KS_FAIL(KS_EMISMATCH, "%s: its result was wrong, its time says nothing", b->rows[i].name);
+      return KS_FAIL(KS_EMISMATCH, "%s, %s: its result was wrong, its time says nothing", b->rows[i].name,
+                     b->rows[i].shape);
   return KS_OK;
 }
 
-static ks_status bench(const ks_args *args) {
+static ks_status read_settings(const ks_args *args, ks_bench *b) {
+  int64_t threads = 0;
+  const char *device = ks_args_value(args, "device");
+  b->device = device ? device : "auto";
+  b->isa = ks_args_value(args, "isa");
+  b->only = ks_args_value(args, "only");
+  b->variants = ks_args_value(args, "variants");
+  KS_TRY(ks_args_int(args, "threads", 1, 4096, &threads));
+  KS_TRY(ks_args_float(args, "seconds", 0, 1e6, &b->seconds));
+  KS_TRY(ks_args_int(args, "rows", 1, 1 << 20, &b->n_rows_of_ops));
+  KS_TRY(ks_args_int(args, "samples", 1, 4096, &b->min_samples));
+  b->n_threads = (int)threads;
+  return KS_OK;
+}
+
+/* What there is to say about the device before it is measured. */
+static ks_status describe(ks_bench *b, int argc, char **argv, ks_bench_meta *meta) {
+  b->dtype = KS_DTYPE_F32;
+  KS_TRY(ks_bench_open(b, NULL));
+  ks_status status = ks_bench_measure_rates(b);
+  if (status == KS_OK) {
+    if (b->min_samples == 0) b->min_samples = b->info.has_timer ? 30 : 5;
+    ks_bench_describe(b, argc, argv, meta);
+    ks_bench_print_head(b, meta);
+  }
+  ks_bench_close(b);
+  return status;
+}
+
+static ks_status write_files(const ks_args *args, const ks_bench *b, const ks_bench_meta *meta) {
+  const char *csv = ks_args_value(args, "csv"), *jsonl = ks_args_value(args, "jsonl");
+  ks_status status = csv ? ks_bench_write_csv(csv, b, meta) : KS_OK;
+  ks_status other = jsonl ? ks_bench_write_jsonl(jsonl, b, meta) : KS_OK;
+  return status != KS_OK ? status : other;
+}
+
+static ks_status bench(const ks_args *args, int argc, char **argv) {
   const char *shapes = ks_args_value(args, "shape"), *dtypes = ks_args_value(args, "dtype"),
              *csv = ks_args_value(args, "csv");
-  ks_bench b = {.seconds = 2, .min_samples = 5};
-  int64_t threads = 0;
-  ks_ctx_params params = KS_CTX_PARAMS_DEFAULT;
-  params.isa = ks_args_value(args, "isa");
-  b.only = ks_args_value(args, "only");
+  ks_bench b = {.seconds = 2};
+  ks_bench_meta meta;
   shapes = shapes ? shapes : "15m";
   dtypes = dtypes ? dtypes : "f32";
   KS_TRY(check_choice(args, shapes, dtypes));
-  KS_TRY(ks_args_int(args, "threads", 1, 4096, &threads));
-  KS_TRY(ks_args_float(args, "seconds", 0, 1e6, &b.seconds));
-  KS_TRY(ks_args_int(args, "samples", 1, 4096, &b.min_samples));
-  params.n_threads = (int)threads;
-  KS_TRY(ks_ctx_create(&b.ctx, &params));
+  KS_TRY(read_settings(args, &b));
+  if (csv) KS_TRY(ks_bench_check_csv(csv));
   ks_interrupt_catch();
   b.progress = ks_bar_progress(NULL);
+  KS_TRY(describe(&b, argc, argv, &meta));
   ks_status status = run_cases(args, &b, shapes, dtypes);
-  if (csv && b.n_rows > 0 && (status == KS_OK || status == KS_EMISMATCH)) {
-    ks_status written = add_csv(csv, &b, ks_ctx_device_name(b.ctx));
+  ks_bench_print_rows(&b);
+  if (b.n_rows > 0 && (status == KS_OK || status == KS_EMISMATCH)) {
+    ks_status written = write_files(args, &b, &meta);
     if (status == KS_OK) status = written;
   }
-  free(b.rows);
-  ks_ctx_destroy(b.ctx);
+  ks_bench_free(&b);
   return status;
 }
 
@@ -221,7 +200,7 @@ int ks_verb_bench(int argc, char **argv) {
     for (int i = 0; i < N_CASES; i++)
       printf("%-12s  %s\n", cases[i].name, cases[i].what);
   else
-    status = bench(&args);
+    status = bench(&args, argc, argv);
   ks_args_free(&args);
   return ks_cli_finish(status);
 }

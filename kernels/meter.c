@@ -23,7 +23,7 @@ static double wall_seconds(void) {
 }
 
 static size_t last_cache_bytes(void) {
-  static const size_t most = (size_t)128 << 20, assumed = (size_t)32 << 20;
+  static const size_t most = (size_t)64 << 20, assumed = (size_t)32 << 20;
   long found = -1;
 #ifdef _SC_LEVEL3_CACHE_SIZE
   found = sysconf(_SC_LEVEL3_CACHE_SIZE);

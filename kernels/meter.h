@@ -30,7 +30,7 @@ ks_status ks_meter_end(ks_meter *m);
 /* Milliseconds of the last region; waits for its end. */
 ks_status ks_meter_read(ks_meter *m, double *ms);
 
-/* Writes twice the bytes of the last cache (the CPU: at most 256 MiB), so that nothing else is left in it. */
+/* Writes twice the bytes of the last cache (the CPU: at most 128 MiB), so that nothing else is left in it. */
 ks_status ks_meter_flush(ks_meter *m);
 /* The device does nothing for so long, touching no memory; the CPU: nothing happens. */
 ks_status ks_meter_delay(ks_meter *m, double microseconds);
