@@ -1,0 +1,398 @@
+/* HEADER */
+#include "kernels/cuda/similarity.cuh"
+
+enum {
+  SIM_THREADS = 256,     /* of the small kernels of this file */
+  SIM_MERGE_WARPS = 4,   /* queries of a block of sim_merge_kernel */
+  SIM_SLAB = 16384,      /* queries of a launch */
+  SIM_FINISH_PARTS = 64, /* up to so many parts the last block finishes */
+  SIM_FINISH_BEST = 512, /* and lists of so many fit its shared memory */
+  SIM_BIG_BEST = 32      /* lists of 128 queries beside the stages of SIM_BIG */
+};
+static const int64_t SIM_PARTIAL_BYTES = 256 << 20;
+
+/* Factors of rows, and their copy as E where one is wanted: four lanes a row, each its slot's chunks in
+ * rising order. */
+template <class E>
+__global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t is_cosine, double *factors,
+                                   E *copy) {
+  enum { PER_BLOCK = SIM_THREADS / SIM_SLOTS };
+  const int64_t row = (int64_t)blockIdx.x * PER_BLOCK + (int)threadIdx.x / SIM_SLOTS;
+  const int slot = (int)threadIdx.x % SIM_SLOTS;
+  float hi = 0.0f, lo = 0.0f;
+  if (row < r.n_rows && (is_cosine || copy))
+#pragma unroll 4
+    for (int64_t col = slot * PRODUCT_CHUNK; col < r.n_cols; col += SIM_SLOTS * PRODUCT_CHUNK) {
+      float x[PRODUCT_CHUNK];
+      product_unpack(x, product_load_chunk<product_element<E>::WORDS>(r, row, col), r.dtype);
+      sim_add_squares(E(), &hi, &lo, x);
+      if (copy)
+        for (int e = 0; e < PRODUCT_CHUNK && col + e < r.n_cols; e++)
+          copy[row * r.n_cols + col + e] = ks_from_float<E>(x[e]);
+    }
+  double f;
+  if (is_cosine)
+    f = sim_factor(r, row, slot, hi, lo, scales);
+  else
+    f = scales && row < r.n_rows ? (double)scales[row] : 1.0;
+  if (slot == 0 && row < r.n_rows) factors[row] = f;
+}
+
+__global__ void sim_merge_kernel(sim_job j, int32_t bm) {
+  ks_smem smem;
+  int64_t *index = ks_smem_take<int64_t>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
+  float *scores = ks_smem_take<float>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
+  const int warp = (int)threadIdx.x / KS_WARP;
+  const int64_t q = (int64_t)blockIdx.x * SIM_MERGE_WARPS + warp;
+  if (q < j.q.n_rows)
+    sim_merge(j, q, bm, scores + warp * j.best_k, index + warp * j.best_k, (int)threadIdx.x % KS_WARP);
+}
+
+__global__ void sim_mean_kernel(sim_job j) {
+  const int64_t q = (int64_t)blockIdx.x * (SIM_THREADS / KS_WARP) + (int)threadIdx.x / KS_WARP;
+  if (q < j.q.n_rows) sim_mean(j, q, (int)threadIdx.x % KS_WARP);
+}
+
+/* ---------------------------------------------------------------- plan */
+
+/* How one operation runs: which kernel, in which pieces, with which memory. */
+struct sim_run {
+  ks_ctx *ctx;
+  const char *op;
+  const ks_similarity_args *a;
+  sim_mode mode;
+  int64_t best_k, n_slab;
+  sim_shape shape;
+  bool on_tensor_cores, is_any, copies_q, has_q_factors, has_k_factors;
+  char *room; /* workspace; offsets in it: */
+  size_t bytes, q_copy, q_factors, k_factors, lists, list_index, scores, index, partial, mean, count,
+      arrivals, nearest, far[2], picked;
+  const int32_t *groups, *query_groups;
+};
+
+static int64_t sim_ceil(int64_t n, int64_t d) {
+  return (n + d - 1) / d;
+}
+
+static size_t sim_take(sim_run *r, size_t n, size_t size) {
+  const size_t at = r->bytes;
+  r->bytes += (n * size + 255) & ~(size_t)255;
+  return at;
+}
+
+static bool sim_on_tensor_cores(const ks_ctx *ctx, ks_dtype q, ks_dtype k) {
+  return q != KS_DTYPE_F32 && k != KS_DTYPE_F32 && ks_cuda_device_of(ctx)->major >= 8;
+}
+
+/* Whether a row is staged as it lies. */
+static bool sim_is_pure(const sim_run *r, const void *p, ks_dtype dtype) {
+  return dtype == (r->on_tensor_cores ? KS_DTYPE_BF16 : KS_DTYPE_F32) &&
+         product_rows_of(p, 1, r->a->n_cols, dtype).vector;
+}
+
+static bool sim_may_be_big(const sim_run *r) {
+  const size_t size = r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float);
+  return r->mode != SIM_NEAREST && (size_t)r->a->n_cols * size % 16 == 0 && r->best_k <= SIM_BIG_BEST;
+}
+
+static sim_shape sim_choose_shape(const sim_run *r) {
+  const int n_sm = ks_cuda_device_of(r->ctx)->n_sm;
+  switch (ks_cuda_variant_of(r->ctx, "similarity")) {
+  case KS_CUDA_similarity_few:
+    return SIM_FEW;
+  case KS_CUDA_similarity_mid:
+    return SIM_MID;
+  case KS_CUDA_similarity_big:
+    return sim_may_be_big(r) ? SIM_BIG : SIM_MID;
+  default:
+    if (r->a->n_q <= sim_bn(SIM_FEW)) return SIM_FEW;
+    return sim_may_be_big(r) &&
+                   sim_ceil(r->a->n_q, sim_bn(SIM_BIG)) * sim_ceil(r->a->n_k, sim_bm(SIM_BIG)) >= n_sm
+               ? SIM_BIG
+               : SIM_MID;
+  }
+}
+
+/* Parts of the keys, so that n_q_tiles times as many blocks fill the card. */
+static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
+  const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
+  const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * (shape == SIM_FEW ? 4 : 2);
+  const int64_t tiles_of_q = r->mode == SIM_NEAREST ? 1 : j->n_q_tiles;
+  int64_t parts = n_blocks / (tiles_of_q > 0 ? tiles_of_q : 1);
+  parts = parts < 1 ? 1 : parts > n_tiles ? n_tiles : parts;
+  j->tiles_per_part = n_tiles ? sim_ceil(n_tiles, parts) : 1;
+  j->n_parts = n_tiles ? sim_ceil(n_tiles, j->tiles_per_part) : 1;
+}
+
+static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, const sim_job *j) {
+  return r->on_tensor_cores ? sim_launch_mma(r->ctx, r->op, shape, is_any, j)
+                            : sim_launch_simt(r->ctx, r->op, shape, is_any, j);
+}
+
+/* Factors of rows into `factors`, in the arithmetic of the products that follow; copy NULL: none. */
+static ks_status sim_prepare(const sim_run *r, product_rows rows, const float *scales, double *factors,
+                             void *copy) {
+  const dim3 grid(ks_blocks_for(rows.n_rows, SIM_THREADS / SIM_SLOTS)), block(SIM_THREADS);
+  const int32_t is_cosine = r->a->metric == KS_METRIC_COSINE;
+  return r->on_tensor_cores ? ks_launch(r->ctx, r->op, sim_prepare_kernel<ks_bf16>, grid, block, 0, rows,
+                                        scales, is_cosine, factors, (ks_bf16 *)copy)
+                            : ks_launch(r->ctx, r->op, sim_prepare_kernel<float>, grid, block, 0, rows,
+                                        scales, is_cosine, factors, (float *)copy);
+}
+
+/* What every launch of the run shares: queries [q0, q0 + n). */
+static sim_job sim_job_of(const sim_run *r, int64_t q0, int64_t n) {
+  const ks_similarity_args *a = r->a;
+  sim_job j = {};
+  j.q = product_rows_of((const char *)a->q + q0 * a->n_cols * (int64_t)ks_dtype_size(a->q_dtype), n,
+                        a->n_cols, a->q_dtype);
+  j.k = product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype);
+  j.q_scales = a->q_scales ? a->q_scales + q0 : NULL;
+  j.k_scales = a->k_scales;
+  j.k_rows = a->n_k;
+  j.k_size = (int64_t)ks_dtype_size(a->k_dtype);
+  j.mode = r->mode;
+  j.is_cosine = a->metric == KS_METRIC_COSINE;
+  j.best_k = (int32_t)r->best_k;
+  return j;
+}
+
+static sim_run sim_run_of(ks_ctx *ctx, const char *op, const ks_similarity_args *a, sim_mode mode,
+                          int64_t best_k) {
+  sim_run r = {};
+  r.ctx = ctx;
+  r.op = op;
+  r.a = a;
+  r.mode = mode;
+  r.best_k = best_k;
+  r.on_tensor_cores = sim_on_tensor_cores(ctx, a->q_dtype, a->k_dtype);
+  r.shape = sim_choose_shape(&r);
+  r.n_slab = a->n_q < SIM_SLAB ? a->n_q : (int64_t)SIM_SLAB;
+  const bool is_q_pure = sim_is_pure(&r, a->q, a->q_dtype), is_k_pure = sim_is_pure(&r, a->k, a->k_dtype);
+  r.copies_q = r.shape == SIM_BIG && !is_q_pure;
+  r.is_any = !is_k_pure || (!is_q_pure && !r.copies_q);
+  const bool prepares = a->metric == KS_METRIC_COSINE && (r.shape == SIM_BIG || mode == SIM_NEAREST);
+  r.has_q_factors = prepares || r.copies_q || (mode == SIM_NEAREST && a->q_scales);
+  r.has_k_factors = prepares || (mode == SIM_NEAREST && a->k_scales);
+  return r;
+}
+
+/* ---------------------------------------------------------------- matrix, best k, mean */
+
+/* Lays out the workspace of the run, whose launches have n_slab queries or fewer. */
+static ks_status sim_reserve(sim_run *r) {
+  const ks_similarity_args *a = r->a;
+  const int64_t n_stretches = sim_ceil(a->n_k, SIM_STRETCH), bn = sim_bn(r->shape);
+  if (r->mode == SIM_MEAN) {
+    const int64_t fit = SIM_PARTIAL_BYTES / (n_stretches * (int64_t)sizeof(sim_partial)) / bn * bn;
+    r->n_slab = fit < bn ? bn : fit;
+    r->n_slab = a->n_q < r->n_slab ? a->n_q : r->n_slab < SIM_SLAB ? r->n_slab : (int64_t)SIM_SLAB;
+  }
+  const size_t n = (size_t)r->n_slab, cols = (size_t)a->n_cols;
+  if (r->copies_q) r->q_copy = sim_take(r, n * cols, r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float));
+  if (r->has_q_factors) r->q_factors = sim_take(r, n, sizeof(double));
+  if (r->has_k_factors) r->k_factors = sim_take(r, (size_t)a->n_k, sizeof(double));
+  r->arrivals = sim_take(r, (size_t)sim_ceil(r->n_slab, bn), sizeof(unsigned));
+  if (r->mode == SIM_TOP) {
+    sim_job j = sim_job_of(r, 0, r->n_slab);
+    j.n_q_tiles = sim_ceil(r->n_slab, bn);
+    sim_divide(r, r->shape, &j);
+    /* A last slab of fewer queries has more parts, and at most as many blocks. */
+    const size_t n_blocks = (size_t)ks_cuda_device_of(r->ctx)->n_sm * (r->shape == SIM_FEW ? 4 : 2);
+    const size_t by_slab = n * (size_t)j.n_parts, by_blocks = n_blocks * (size_t)bn;
+    const size_t n_lists = r->n_slab < a->n_q && by_blocks > by_slab ? by_blocks : by_slab;
+    r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
+    r->list_index = sim_take(r, n_lists * (size_t)r->best_k, sizeof(uint32_t));
+    r->scores = sim_take(r, n * (size_t)r->best_k, sizeof(float));
+    r->index = sim_take(r, n * (size_t)r->best_k, sizeof(int64_t));
+  }
+  if (r->mode == SIM_MEAN) {
+    r->partial = sim_take(r, n * (size_t)n_stretches, sizeof(sim_partial));
+    r->mean = sim_take(r, n, sizeof(double));
+    r->count = sim_take(r, n, sizeof(int64_t));
+  }
+  void *room;
+  KS_TRY(ks_cuda_workspace(r->ctx, r->bytes, &room));
+  r->room = (char *)room;
+  if (!r->has_k_factors) return KS_OK;
+  return sim_prepare(r, product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype), a->k_scales,
+                     (double *)(r->room + r->k_factors), NULL);
+}
+
+/* Results that a launch leaves unfinished. */
+static ks_status sim_finish_apart(const sim_run *r, const sim_job *j) {
+  if (j->is_finished_here || r->mode == SIM_MATRIX) return KS_OK;
+  if (r->mode == SIM_MEAN)
+    return ks_launch(r->ctx, r->op, sim_mean_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_THREADS / KS_WARP)),
+                     dim3(SIM_THREADS), 0, *j);
+  const size_t n = (size_t)SIM_MERGE_WARPS * (size_t)r->best_k;
+  return ks_launch(r->ctx, r->op, sim_merge_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
+                   dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<int64_t>(n) + ks_smem_bytes<float>(n), *j,
+                   (int32_t)sim_bm(r->shape));
+}
+
+static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s) {
+  sim_job j = sim_job_of(r, q0, n);
+  j.n_q_tiles = sim_ceil(n, sim_bn(r->shape));
+  sim_divide(r, r->shape, &j);
+  if (r->has_q_factors) {
+    void *copy = r->copies_q ? r->room + r->q_copy : NULL;
+    j.q_factors = (const double *)(r->room + r->q_factors);
+    KS_TRY(sim_prepare(r, j.q, j.q_scales, (double *)(r->room + r->q_factors), copy));
+    if (copy) j.q = product_rows_of(copy, n, r->a->n_cols, r->on_tensor_cores ? KS_DTYPE_BF16 : KS_DTYPE_F32);
+  }
+  if (r->has_k_factors) j.k_factors = (const double *)(r->room + r->k_factors);
+  j.s = s ? s + q0 * r->a->n_k : NULL;
+  j.list_scores = (float *)(r->room + r->lists);
+  j.list_index = (uint32_t *)(r->room + r->list_index);
+  j.scores = (float *)(r->room + r->scores);
+  j.index = (int64_t *)(r->room + r->index);
+  j.partial = (sim_partial *)(r->room + r->partial);
+  j.mean = (double *)(r->room + r->mean);
+  j.count = (int64_t *)(r->room + r->count);
+  j.groups = r->groups;
+  j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
+  if (r->mode != SIM_MATRIX) {
+    j.is_finished_here = r->shape != SIM_BIG && j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST;
+    j.arrivals = (unsigned *)(r->room + r->arrivals);
+    if (j.is_finished_here && j.n_parts > 1)
+      KS_TRY(ks_cuda_fill(r->ctx, j.arrivals, 0, (size_t)j.n_q_tiles * sizeof(unsigned)));
+  }
+  KS_TRY(sim_launch(r, r->shape, r->is_any, &j));
+  return sim_finish_apart(r, &j);
+}
+
+extern "C" ks_status ks_cuda_similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s) {
+  sim_run r = sim_run_of(ctx, "similarity", a, SIM_MATRIX, 0);
+  KS_TRY(sim_reserve(&r));
+  for (int64_t q0 = 0; q0 < a->n_q; q0 += r.n_slab)
+    KS_TRY(sim_run_slab(&r, q0, a->n_q - q0 < r.n_slab ? a->n_q - q0 : r.n_slab, s));
+  return KS_OK;
+}
+
+extern "C" ks_status ks_cuda_similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_t best_k,
+                                            float *scores, int64_t *index) {
+  if (a->n_k == 0) {
+    for (int64_t i = 0; i < a->n_q * best_k; i++)
+      scores[i] = -INFINITY, index[i] = -1;
+    return KS_OK;
+  }
+  sim_run r = sim_run_of(ctx, "similarity_top", a, SIM_TOP, best_k);
+  KS_TRY(sim_reserve(&r));
+  for (int64_t q0 = 0; q0 < a->n_q; q0 += r.n_slab) {
+    const int64_t n = a->n_q - q0 < r.n_slab ? a->n_q - q0 : r.n_slab;
+    const size_t n_best = (size_t)n * (size_t)best_k;
+    KS_TRY(sim_run_slab(&r, q0, n, NULL));
+    KS_TRY(ks_cuda_deliver(ctx, scores + q0 * best_k, r.room + r.scores, n_best * sizeof *scores));
+    KS_TRY(ks_cuda_deliver(ctx, index + q0 * best_k, r.room + r.index, n_best * sizeof *index));
+  }
+  return ks_cuda_finish(ctx);
+}
+
+extern "C" ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
+                                             const int32_t *query_groups, double *mean, int64_t *count) {
+  const void *staged = NULL, *staged_queries = NULL;
+  if (a->n_k == 0) {
+    for (int64_t i = 0; i < a->n_q; i++)
+      mean[i] = (double)NAN, count[i] = 0;
+    return KS_OK;
+  }
+  sim_run r = sim_run_of(ctx, "similarity_mean", a, SIM_MEAN, 0);
+  KS_TRY(sim_reserve(&r));
+  if (groups) {
+    KS_TRY(ks_cuda_stage(ctx, groups, (size_t)a->n_k * sizeof *groups, &staged));
+    KS_TRY(ks_cuda_stage(ctx, query_groups, (size_t)a->n_q * sizeof *query_groups, &staged_queries));
+  }
+  r.groups = (const int32_t *)staged;
+  r.query_groups = (const int32_t *)staged_queries;
+  for (int64_t q0 = 0; q0 < a->n_q; q0 += r.n_slab) {
+    const int64_t n = a->n_q - q0 < r.n_slab ? a->n_q - q0 : r.n_slab;
+    KS_TRY(sim_run_slab(&r, q0, n, NULL));
+    KS_TRY(ks_cuda_deliver(ctx, mean + q0, r.room + r.mean, (size_t)n * sizeof *mean));
+    KS_TRY(ks_cuda_deliver(ctx, count + q0, r.room + r.count, (size_t)n * sizeof *count));
+  }
+  return ks_cuda_finish(ctx);
+}
+
+/* ---------------------------------------------------------------- farthest first */
+
+/* nearest = largest similarity to the centres q; *n_far places of far[0] say where the farthest may be. */
+static ks_status sim_take_centres(const sim_run *r, int64_t *n_far) {
+  const ks_similarity_args *a = r->a;
+  sim_job j = sim_job_of(r, 0, a->n_q);
+  j.n_q_tiles = sim_ceil(a->n_q, sim_bn(r->shape));
+  sim_divide(r, r->shape, &j);
+  if (r->has_k_factors) {
+    j.k_factors = (const double *)(r->room + r->k_factors);
+    KS_TRY(sim_prepare(r, j.k, j.k_scales, (double *)(r->room + r->k_factors), NULL));
+  }
+  if (r->has_q_factors) {
+    j.q_factors = (const double *)(r->room + r->q_factors);
+    KS_TRY(sim_prepare(r, j.q, j.q_scales, (double *)(r->room + r->q_factors), NULL));
+  }
+  j.is_fresh = 1;
+  j.nearest = (float *)(r->room + r->nearest);
+  j.far_out = (sim_far *)(r->room + r->far[0]);
+  *n_far = j.n_parts;
+  return sim_launch(r, r->shape, r->is_any, &j);
+}
+
+/* Each launch finds the farthest key among what the one before left, and compares all keys with it. */
+static ks_status sim_take_picks(const sim_run *r, int64_t n_pick, int64_t first, int64_t n_far) {
+  const bool has_centres = r->a->n_q > 0;
+  for (int64_t p = 0; p < n_pick; p++) {
+    sim_job j = sim_job_of(r, 0, 1);
+    j.q = j.k;
+    j.q.n_rows = 1;
+    j.q_scales = NULL;
+    j.n_q_tiles = 1;
+    j.k_factors = r->has_k_factors ? (const double *)(r->room + r->k_factors) : NULL;
+    if (p + 1 == n_pick) j.k_rows = 0; /* only the pick itself */
+    sim_divide(r, SIM_FEW, &j);
+    j.pick = p == 0 && !has_centres ? SIM_PICK_FIRST : SIM_PICK_FARTHEST;
+    j.is_fresh = p == 0 && !has_centres;
+    j.first = first;
+    j.pick_number = p;
+    j.picked = (int64_t *)(r->room + r->picked);
+    j.nearest = (float *)(r->room + r->nearest);
+    j.n_far = n_far;
+    j.far_in = (const sim_far *)(r->room + r->far[p % 2]);
+    j.far_out = (sim_far *)(r->room + r->far[1 - p % 2]);
+    n_far = j.n_parts;
+    KS_TRY(sim_launch(r, SIM_FEW, r->is_any, &j));
+  }
+  return KS_OK;
+}
+
+extern "C" ks_status ks_cuda_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a,
+                                                       int64_t n_pick, int64_t first, int64_t *picked) {
+  const char *op = "similarity_farthest_first";
+  ks_similarity_args self = *a; /* keys against keys */
+  int64_t n_far = 0;
+  self.q = a->k;
+  self.q_dtype = a->k_dtype;
+  self.q_scales = a->k_scales;
+  sim_run centres = sim_run_of(ctx, op, a, SIM_NEAREST, 0),
+          picks = sim_run_of(ctx, op, &self, SIM_NEAREST, 0);
+  const size_t n_parts = (size_t)ks_cuda_device_of(ctx)->n_sm * 4;
+  if (picks.has_k_factors) picks.k_factors = sim_take(&picks, (size_t)a->n_k, sizeof(double));
+  if (centres.has_q_factors) picks.q_factors = sim_take(&picks, (size_t)a->n_q, sizeof(double));
+  picks.nearest = sim_take(&picks, (size_t)a->n_k, sizeof(float));
+  picks.far[0] = sim_take(&picks, n_parts, sizeof(sim_far));
+  picks.far[1] = sim_take(&picks, n_parts, sizeof(sim_far));
+  picks.picked = sim_take(&picks, (size_t)n_pick, sizeof(int64_t));
+  void *room;
+  KS_TRY(ks_cuda_workspace(ctx, picks.bytes, &room));
+  picks.room = centres.room = (char *)room;
+  centres.k_factors = picks.k_factors;
+  centres.q_factors = picks.q_factors;
+  centres.nearest = picks.nearest;
+  centres.far[0] = picks.far[0];
+  if (a->n_q > 0) KS_TRY(sim_take_centres(&centres, &n_far));
+  if (picks.has_k_factors)
+    KS_TRY(sim_prepare(&picks, product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype), a->k_scales,
+                       (double *)(picks.room + picks.k_factors), NULL));
+  KS_TRY(sim_take_picks(&picks, n_pick, first, n_far));
+  KS_TRY(ks_cuda_deliver(ctx, picked, picks.room + picks.picked, (size_t)n_pick * sizeof *picked));
+  return ks_cuda_finish(ctx);
+}

@@ -1,0 +1,320 @@
+/* What the files of the similarity operations share (similarity.cu has the story): the job, the order of
+ * scores, lists of the best, norms, and the one kernel that all four operations run in. */
+#ifndef KS_CUDA_SIMILARITY_CUH
+#define KS_CUDA_SIMILARITY_CUH
+
+#include "kernels/cuda/product.cuh"
+
+enum { SIM_STRETCH = 64, SIM_SLOTS = 4 }; /* keys of a partial mean; interleaved sums of a norm */
+
+typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
+typedef enum { SIM_FEW, SIM_MID, SIM_BIG } sim_shape;
+/* Keys and queries of a tile. */
+KS_HOST_DEVICE constexpr int sim_bm(int shape) {
+  return shape == SIM_FEW ? 64 : 128;
+}
+KS_HOST_DEVICE constexpr int sim_bn(int shape) {
+  return shape == SIM_FEW ? 8 : shape == SIM_MID ? 32 : 128;
+}
+/* The query of SIM_NEAREST: those of the job, row `first` of k, or the farthest that the last launch found.
+ */
+typedef enum { SIM_PICK_NONE, SIM_PICK_FIRST, SIM_PICK_FARTHEST } sim_pick;
+
+struct sim_partial {
+  double sum;
+  int64_t count;
+};
+/* A key and its largest similarity to the chosen; index -1: no key. */
+struct sim_far {
+  int64_t index;
+  double value;
+};
+
+struct sim_job {
+  product_rows q, k;
+  const float *q_scales, *k_scales;    /* of I8 rows, or NULL */
+  const double *q_factors, *k_factors; /* made by sim_prepare_kernel, or NULL: made here */
+  float *s;                            /* MATRIX: [n_q, n_k] */
+  float *list_scores;                  /* TOP: [n_q, n_parts, best_k] */
+  uint32_t *list_index;                /* the same, counted from the part's first key */
+  float *scores;                       /* TOP: [n_q, best_k] */
+  int64_t *index;
+  const int32_t *groups, *query_groups; /* MEAN: or both NULL */
+  sim_partial *partial;                 /* [n_q, n_stretches] */
+  double *mean;
+  int64_t *count;
+  float *nearest;        /* NEAREST: [n_k]; NaN: taken */
+  const sim_far *far_in; /* [n_far] of the launch before */
+  sim_far *far_out;      /* [n_parts] */
+  int64_t *picked;       /* [pick_number] is written */
+  unsigned *arrivals;    /* [n_q_tiles] zeros; NULL with one part */
+  int64_t n_parts, tiles_per_part, n_q_tiles;
+  int64_t k_rows;                            /* keys to look at: all, or none (the last pick) */
+  int64_t first, pick_number, n_far, k_size; /* bytes of an element of k */
+  int32_t mode, pick, is_cosine, is_fresh;   /* fresh: nearest holds nothing yet */
+  int32_t best_k, lists_in_smem;
+  int32_t is_finished_here,
+      none; /* the last block of a tile of queries finishes it; else a kernel of its own */
+};
+
+/* ---------------------------------------------------------------- scores */
+
+/* Numbers fall, NaN comes last: whether score b of a later key goes before score a of an earlier one. */
+KS_DEVICE bool sim_beats(float b, float a) {
+  return b > a || (a != a && b == b);
+}
+
+/* Factors of rows: 1 / norm, signed by the row's scale, or the scale. As float where the product of two
+ * cannot leave the range; else infinity, which sends sim_score to the exact ones. */
+KS_DEVICE float sim_float_factor(double f) {
+  const double size = fabs(f);
+  return size == 0.0 || (size >= 0x1p-60 && size <= 0x1p60) ? (float)f : INFINITY;
+}
+KS_DEVICE float sim_score(float dot, float gq, float gk, double fq, double fk) {
+  const float g = gq * gk;
+  return fabsf(g) < INFINITY ? dot * g : (float)((double)dot * (fq * fk));
+}
+
+/* ---------------------------------------------------------------- norms */
+
+/* hi + lo += p without loss. */
+KS_DEVICE void sim_add(float *hi, float *lo, float p) {
+  const float t = __fadd_rn(*hi, p), b = __fsub_rn(t, *hi);
+  *lo = __fadd_rn(*lo, __fadd_rn(__fsub_rn(*hi, __fsub_rn(t, b)), __fsub_rn(p, b)));
+  *hi = t;
+}
+/* Adds the squares of a chunk. Squares of bf16 and I8 are exact in float32, four of them are summed with
+ * three roundings (I8: none); squares of float32 bring their errors along. */
+KS_DEVICE void sim_add_squares(ks_bf16, float *hi, float *lo, const float x[PRODUCT_CHUNK]) {
+#pragma unroll
+  for (int e = 0; e < PRODUCT_CHUNK; e += 4)
+    sim_add(hi, lo,
+            __fadd_rn(fmaf(x[e + 1], x[e + 1], __fmul_rn(x[e], x[e])),
+                      fmaf(x[e + 3], x[e + 3], __fmul_rn(x[e + 2], x[e + 2]))));
+}
+KS_DEVICE void sim_add_squares(float, float *hi, float *lo, const float x[PRODUCT_CHUNK]) {
+#pragma unroll
+  for (int e = 0; e < PRODUCT_CHUNK; e++) {
+    const float p = __fmul_rn(x[e], x[e]);
+    *lo = __fadd_rn(*lo, fmaf(x[e], x[e], -p));
+    sim_add(hi, lo, p);
+  }
+}
+
+/* The squares of chunks slot, slot + 4, ... of a row in double, where float32 squares leave their range or
+ * are all 0. */
+static __device__ __noinline__ double sim_squares_in_double(const void *p, int dtype, int64_t row,
+                                                            int64_t n_cols, int slot) {
+  double sum = 0.0;
+  for (int64_t col = slot * PRODUCT_CHUNK; col < n_cols; col += SIM_SLOTS * PRODUCT_CHUNK)
+    for (int64_t i = row * n_cols + col; i < row * n_cols + n_cols && i < row * n_cols + col + PRODUCT_CHUNK;
+         i++) {
+      const double x = dtype == KS_DTYPE_F32    ? (double)((const float *)p)[i]
+                       : dtype == KS_DTYPE_BF16 ? (double)ks_to_float(((const ks_bf16 *)p)[i])
+                                                : (double)((const int8_t *)p)[i];
+      sum = fma(x, x, sum);
+    }
+  return sum;
+}
+
+/* The factor of a row from its slot's sum; four neighbouring lanes hold the slots of one row, all lanes call.
+ */
+KS_DEVICE double sim_factor(const product_rows &r, int64_t row, int slot, float hi, float lo,
+                            const float *scales) {
+  const bool is_row = row < r.n_rows;
+  double sum = (double)hi + (double)lo;
+  if (is_row && !(hi > 0x1p-90f && hi < 0x1p126f))
+    sum = sim_squares_in_double(r.p, r.dtype, row, r.n_cols, slot);
+  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 1);
+  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 2);
+  const float scale = is_row && scales ? scales[row] : 1.0f;
+  if (!(sum < (double)INFINITY) || !(fabsf(scale) < INFINITY)) return (double)NAN;
+  if (sum == 0.0 || scale == 0.0f) return 0.0;
+  const double inverse = 1.0 / sqrt(sum);
+  return scale < 0.0f ? -inverse : inverse;
+}
+
+/* Sums of squares of the rows of both operands, taken from the stages of a product. */
+template <class P> struct sim_norms {
+  typedef typename P::element E;
+  enum {
+    NA = (P::BM * SIM_SLOTS + P::THREADS - 1) / P::THREADS,
+    NB = (P::BN * SIM_SLOTS + P::THREADS - 1) / P::THREADS,
+    STEP = P::THREADS / SIM_SLOTS
+  };
+  float hi[NA + NB], lo[NA + NB];
+  bool of_a, of_b;
+
+  KS_DEVICE sim_norms(bool a, bool b) : of_a(a), of_b(b) {}
+  KS_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < NA + NB; i++)
+      hi[i] = lo[i] = 0.0f;
+  }
+  KS_DEVICE void add(int i, const uint4 *stage, int row) {
+#pragma unroll
+    for (int chunk = 0; chunk < product_element<E>::CHUNKS; chunk += SIM_SLOTS) {
+      float x[PRODUCT_CHUNK];
+      product_element<E>::get(x, stage, row, chunk + (int)threadIdx.x % SIM_SLOTS);
+      sim_add_squares(E(), &hi[i], &lo[i], x);
+    }
+  }
+  template <class> KS_DEVICE void stage(const uint4 *a, const uint4 *b) {
+    const int row = (int)threadIdx.x / SIM_SLOTS;
+    if (of_a)
+#pragma unroll
+      for (int i = 0; i < NA; i++)
+        if (P::BM % STEP == 0 || row + i * STEP < P::BM) add(i, a, row + i * STEP);
+    if (of_b)
+#pragma unroll
+      for (int i = 0; i < NB; i++)
+        if (P::BN % STEP == 0 || row + i * STEP < P::BN) add(NA + i, b, row + i * STEP);
+  }
+};
+
+/* ---------------------------------------------------------------- lists of the best */
+
+/* Puts (score, index) into the falling list of n entries, one more than before or best_k; it beats the last
+ * of a full list, and its index is above those of equal scores. For one warp. */
+template <class I>
+KS_DEVICE void sim_insert(float *scores, I *index, int n, int best_k, float score, I at, int lane) {
+  int place = 0;
+  for (int base = 0; base < n; base += KS_WARP) {
+    const int i = base + lane;
+    const unsigned before = __ballot_sync(KS_FULL_MASK, i < n && !sim_beats(score, scores[i < n ? i : 0]));
+    place += __popc(before);
+    if (before != KS_FULL_MASK) break;
+  }
+  const int last = n < best_k ? n : best_k - 1;
+  for (int base = (last - 1) / KS_WARP * KS_WARP; last > 0 && base >= 0 && base + KS_WARP > place;
+       base -= KS_WARP) {
+    const int i = base + lane;
+    const bool moves = i >= place && i < last;
+    const float s = moves ? scores[i] : 0.0f;
+    const I j = moves ? index[i] : 0;
+    __syncwarp();
+    if (moves) scores[i + 1] = s, index[i + 1] = j;
+    __syncwarp();
+  }
+  if (lane == 0) scores[place] = score, index[place] = at;
+  __syncwarp();
+}
+
+/* Offers 32 scores, lane by lane, to a list of *n entries; returns whether any went in. */
+template <class I>
+KS_DEVICE bool sim_offer(float *scores, I *index, int *n, int best_k, bool is_there, float score, I at,
+                         int lane) {
+  float worst = *n == best_k ? scores[best_k - 1] : 0.0f;
+  unsigned mask = __ballot_sync(KS_FULL_MASK, is_there && (*n < best_k || sim_beats(score, worst)));
+  const bool any = mask != 0;
+  while (mask) {
+    const int from = __ffs((int)mask) - 1;
+    const float s = __shfl_sync(KS_FULL_MASK, score, from);
+    const I i = __shfl_sync(KS_FULL_MASK, at, from);
+    mask &= mask - 1;
+    if (*n == best_k && !sim_beats(s, worst)) continue;
+    sim_insert(scores, index, *n, best_k, s, i, lane);
+    *n += *n < best_k;
+    worst = scores[best_k - 1 < *n ? best_k - 1 : *n - 1];
+  }
+  return any;
+}
+
+/* Keys of a part. */
+KS_DEVICE int64_t sim_part_begin(const sim_job &j, int64_t part, int bm) {
+  const int64_t at = part * j.tiles_per_part * bm;
+  return at < j.k_rows ? at : j.k_rows;
+}
+
+/* The lists of query q's parts, in their order, into scores and index (room for best_k; index counts all
+ * keys), then out. */
+KS_DEVICE void sim_merge(const sim_job &j, int64_t q, int bm, float *scores, int64_t *index, int lane) {
+  enum { AHEAD = 4 };
+  int n = 0;
+  for (int64_t p0 = 0; p0 < j.n_parts; p0 += AHEAD) {
+    float s[AHEAD];
+    uint32_t at[AHEAD];
+    int64_t begin[AHEAD], has[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      begin[i] = sim_part_begin(j, p0 + i, bm);
+      has[i] = p0 + i < j.n_parts ? sim_part_begin(j, p0 + i + 1, bm) - begin[i] : 0;
+      has[i] = has[i] < j.best_k ? has[i] : j.best_k;
+      const int64_t from = (q * j.n_parts + p0 + i) * j.best_k + lane;
+      s[i] = lane < has[i] ? __ldcg(j.list_scores + from) : 0.0f;
+      at[i] = lane < has[i] ? __ldcg(j.list_index + from) : 0u;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const int64_t from = (q * j.n_parts + p0 + i) * j.best_k;
+      bool more =
+          sim_offer(scores, index, &n, j.best_k, lane < has[i], s[i], begin[i] + (int64_t)at[i], lane);
+      for (int64_t base = KS_WARP; more && base < has[i]; base += KS_WARP) {
+        const bool is_there = base + lane < has[i];
+        const float score = is_there ? __ldcg(j.list_scores + from + base + lane) : 0.0f;
+        const int64_t index_of =
+            begin[i] + (is_there ? (int64_t)__ldcg(j.list_index + from + base + lane) : 0);
+        more = sim_offer(scores, index, &n, j.best_k, is_there, score, index_of, lane);
+      }
+    }
+  }
+  for (int i = lane; i < j.best_k; i += KS_WARP) {
+    j.scores[q * j.best_k + i] = i < n ? scores[i] : -INFINITY;
+    j.index[q * j.best_k + i] = i < n ? index[i] : -1;
+  }
+  __syncwarp();
+}
+
+/* The stretches of query q: 32 chains in rising order, then a tree. */
+KS_DEVICE void sim_mean(const sim_job &j, int64_t q, int lane) {
+  const int64_t n = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
+  double sum = 0.0, count = 0.0; /* counts are exact */
+#pragma unroll 4
+  for (int64_t i = lane; i < n; i += KS_WARP) {
+    sum += __ldcg(&j.partial[q * n + i].sum);
+    count += (double)__ldcg((const long long *)&j.partial[q * n + i].count);
+  }
+  sum = ks_warp_sum(sum);
+  count = ks_warp_sum(count);
+  if (lane != 0) return;
+  j.mean[q] = count > 0.0 ? sum / count : (double)NAN;
+  j.count[q] = (int64_t)count;
+}
+
+/* ---------------------------------------------------------------- farthest first */
+
+KS_DEVICE void sim_nearer(sim_far *best, sim_far x) {
+  if (x.index >= 0 &&
+      (best->index < 0 || x.value < best->value || (x.value == best->value && x.index < best->index)))
+    *best = x;
+}
+/* Over all threads of a block; every thread gets the result. room: [32]. */
+KS_DEVICE sim_far sim_block_farthest(sim_far x, sim_far *room) {
+  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP,
+            n = (int)blockDim.x / KS_WARP;
+  for (int round = 0; round < 2; round++) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      sim_far y;
+      y.index = __shfl_xor_sync(KS_FULL_MASK, x.index, d);
+      y.value = __shfl_xor_sync(KS_FULL_MASK, x.value, d);
+      sim_nearer(&x, y);
+    }
+    if (round == 1) break;
+    if (lane == 0) room[warp] = x;
+    __syncthreads();
+    x.index = -1;
+    if (lane < n) x = room[lane];
+  }
+  __syncthreads();
+  return x;
+}
+
+/* ---------------------------------------------------------------- launches */
+
+/* On tensor cores (bf16 and I8 rows) or in plain fma (any), of n_parts * n_q_tiles blocks. is_any: rows may
+ * have to be converted on the way; with SIM_BIG those of k only. */
+ks_status sim_launch_mma(ks_ctx *ctx, const char *op, sim_shape shape, bool is_any, const sim_job *j);
+ks_status sim_launch_simt(ks_ctx *ctx, const char *op, sim_shape shape, bool is_any, const sim_job *j);
+
+#endif
