@@ -8,10 +8,10 @@ enum { DEFAULT_BATCH = 64, PROMPT_ROWS = 512, DEFAULT_CACHE_MB = 512 };
 
 typedef struct {
   ks_request *request;
-  int64_t limit;      /* tokens that it may bring */
-  int64_t cache_base; /* its rows of the cache */
-  int64_t cache_need;
-  int64_t n_cached; /* of which filled */
+  int64_t limit;  /* tokens that it may bring */
+  int32_t *pages; /* its pages of the cache */
+  int64_t n_pages;
+  int64_t n_cached; /* rows of which filled */
   int64_t n_rows;   /* in this pass */
 } sequence;
 
@@ -25,7 +25,10 @@ typedef struct {
   ks_generate_stats stats;
   ks_run *run;
   ks_kv_cache cache;
-  sequence *active; /* [max_batch], sorted by adapter */
+  int32_t *free_pages; /* [n_free] */
+  int64_t n_free;
+  const int32_t **pass_pages; /* [max_batch] of the sequences of a pass */
+  sequence *active;           /* [max_batch], sorted by adapter */
   int64_t n_active, max_batch, n_finished;
   int32_t *tokens;      /* [max_rows] of a pass */
   int64_t *cache_rows;  /* [max_rows] */
@@ -40,9 +43,10 @@ typedef struct {
 static int64_t new_token_limit(const ks_model *model, const ks_request *r) {
   return ks_min_i64(r->max_new_tokens, model->config.max_seq_len - r->n_prompt);
 }
-/* The last new token is never fed back. */
-static int64_t cache_rows_of(const ks_model *model, const ks_request *r) {
-  return r->n_prompt + ks_max_i64(new_token_limit(model, r) - 1, 0);
+/* Pages that a request fills at most. The last new token is never fed back. */
+static int64_t pages_of(const ks_model *model, const ks_request *r) {
+  int64_t rows = r->n_prompt + ks_max_i64(new_token_limit(model, r) - 1, 0);
+  return (rows - 1) / KS_ATTENTION_PAGE_UNIT + 1;
 }
 
 /* ---------------------------------------------------------------- checks, sizes */
@@ -75,28 +79,37 @@ static int compare_falling(const void *a, const void *b) {
   return (x < y) - (x > y);
 }
 
-/* Rows that the cache gets: what the largest max_batch requests need, within the bound. */
+/* Pages that the cache gets: what the largest max_batch requests need, within the bound. */
 static ks_status size_cache(generator *g, int64_t cache_bytes) {
   const ks_model_config *m = &g->model->config;
-  int64_t *needs = NULL, row_bytes, sum = 0;
+  int64_t *needs = NULL, page_bytes, sum = 0;
   int64_t kv = m->n_kv_heads * m->head_dim;
-  if (!ks_mul_i64(m->n_layers * 2 * (int64_t)ks_ctx_act_size(g->model->ctx), kv, &row_bytes))
-    return KS_FAIL(KS_EOVERFLOW, "generate: a cache row does not fit an address space");
+  if (!ks_mul_i64(m->n_layers * 2 * KS_ATTENTION_PAGE_UNIT * (int64_t)ks_ctx_act_size(g->model->ctx), kv,
+                  &page_bytes))
+    return KS_FAIL(KS_EOVERFLOW, "generate: a page of the cache does not fit an address space");
   KS_TRY(ks_alloc_array(&needs, (size_t)g->n_requests, sizeof *needs, "generation"));
   for (int64_t i = 0; i < g->n_requests; i++)
-    needs[i] = cache_rows_of(g->model, &g->requests[i]);
+    needs[i] = pages_of(g->model, &g->requests[i]);
   qsort(needs, (size_t)g->n_requests, sizeof *needs, compare_falling);
   for (int64_t i = 0; i < g->max_batch; i++)
     sum += needs[i];
   int64_t largest = needs[0];
-  int64_t bound = (cache_bytes > 0 ? cache_bytes : (int64_t)DEFAULT_CACHE_MB << 20) / row_bytes;
+  int64_t bound = (cache_bytes > 0 ? cache_bytes : (int64_t)DEFAULT_CACHE_MB << 20) / page_bytes;
   free(needs);
   if (cache_bytes > 0 && largest > bound)
-    return KS_FAIL(
-        KS_EBUDGET,
-        "generate: a request needs %lld rows of KV cache of %lld bytes each; cache_bytes %lld holds %lld",
-        (long long)largest, (long long)row_bytes, (long long)cache_bytes, (long long)bound);
-  g->cache.n_rows = ks_max_i64(largest, ks_min_i64(sum, bound));
+    return KS_FAIL(KS_EBUDGET,
+                   "generate: a request needs %lld pages of KV cache (%d tokens, %lld bytes each); "
+                   "cache_bytes %lld holds %lld",
+                   (long long)largest, KS_ATTENTION_PAGE_UNIT, (long long)page_bytes, (long long)cache_bytes,
+                   (long long)bound);
+  g->n_free = ks_max_i64(largest, ks_min_i64(sum, bound));
+  if (g->n_free > INT32_MAX / KS_ATTENTION_PAGE_UNIT)
+    return KS_FAIL(KS_EOVERFLOW, "generate: a KV cache of %lld pages; give a smaller cache_bytes",
+                   (long long)g->n_free);
+  g->cache.n_rows = g->n_free * KS_ATTENTION_PAGE_UNIT;
+  KS_TRY(ks_alloc_array(&g->free_pages, (size_t)g->n_free, sizeof *g->free_pages, "generation"));
+  for (int64_t i = 0; i < g->n_free; i++)
+    g->free_pages[i] = (int32_t)(g->n_free - 1 - i);
   return KS_OK;
 }
 
@@ -136,12 +149,17 @@ static ks_status allocate(generator *g, int64_t cache_bytes) {
   KS_TRY(ks_alloc_array(&g->cache_rows, rows, sizeof *g->cache_rows, "generation"));
   KS_TRY(ks_alloc_array(&g->ends, batch, sizeof *g->ends, "generation"));
   KS_TRY(ks_alloc_array(&g->ending, batch, sizeof(sequence *), "generation"));
+  KS_TRY(ks_alloc_array(&g->pass_pages, batch, sizeof *g->pass_pages, "generation"));
   KS_TRY(ks_alloc_array(&g->samplers, batch, sizeof *g->samplers, "generation"));
   KS_TRY(ks_alloc_array(&g->sampled, batch, sizeof *g->sampled, "generation"));
   return ks_run_reserve_loras(g->run, g->n_adapters);
 }
 
 static void release(generator *g) {
+  for (int64_t i = 0; i < g->n_active; i++)
+    free(g->active[i].pages);
+  free(g->pass_pages);
+  free(g->free_pages);
   free(g->sampled);
   free(g->samplers);
   free(g->ending);
@@ -157,21 +175,6 @@ static void release(generator *g) {
 
 /* ---------------------------------------------------------------- admitting */
 
-/* First free place for `need` rows of the cache: 0 or the end of a running sequence; -1: none. */
-static int64_t find_place(const generator *g, int64_t need) {
-  int64_t best = -1;
-  for (int64_t i = -1; i < g->n_active; i++) {
-    int64_t begin = i < 0 ? 0 : g->active[i].cache_base + g->active[i].cache_need;
-    bool is_free = begin + need <= g->cache.n_rows && (best < 0 || begin < best);
-    for (int64_t j = 0; is_free && j < g->n_active; j++) {
-      const sequence *s = &g->active[j];
-      is_free = s->cache_base >= begin + need || s->cache_base + s->cache_need <= begin;
-    }
-    if (is_free) best = begin;
-  }
-  return best;
-}
-
 static void insert_active(generator *g, sequence s) {
   int64_t i = g->n_active++;
   for (; i > 0 && g->active[i - 1].request->adapter > s.request->adapter; i--)
@@ -183,15 +186,18 @@ static void insert_active(generator *g, sequence s) {
 static ks_status admit(generator *g) {
   while (g->next < g->n_requests && g->n_active < g->max_batch) {
     ks_request *r = &g->requests[g->next];
-    sequence s = {
-        .request = r, .limit = new_token_limit(g->model, r), .cache_need = cache_rows_of(g->model, r)};
-    if (s.limit > 0 && (s.cache_base = find_place(g, s.cache_need)) < 0) return KS_OK;
+    sequence s = {.request = r, .limit = new_token_limit(g->model, r), .n_pages = pages_of(g->model, r)};
+    if (s.limit > 0 && s.n_pages > g->n_free) return KS_OK;
     KS_TRY(ks_alloc_array(&r->tokens, (size_t)s.limit, sizeof *r->tokens, "generated tokens"));
     g->next++;
-    if (s.limit > 0)
-      insert_active(g, s);
-    else
+    if (s.limit == 0) {
       g->n_finished++;
+      continue;
+    }
+    KS_TRY(ks_alloc_array(&s.pages, (size_t)s.n_pages, sizeof *s.pages, "pages of the cache"));
+    for (int64_t i = 0; i < s.n_pages; i++)
+      s.pages[i] = g->free_pages[--g->n_free];
+    insert_active(g, s);
   }
   return KS_OK;
 }
@@ -234,7 +240,7 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
   ks_run *run = g->run;
   int64_t row = 0, n_seqs = 0;
   *pass = (ks_pass){.tokens = g->tokens,
-                    .key_begin = run->key_begin,
+                    .pages = g->pass_pages,
                     .adapters = g->adapters,
                     .n_adapters = g->n_adapters,
                     .cache = &g->cache,
@@ -251,12 +257,13 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
       g->ending[(*n_ends)++] = s;
     }
     run->seqs[n_seqs] = (ks_attention_seq){.q_begin = row, .n_q = s->n_rows, .n_k = s->n_cached + s->n_rows};
-    run->key_begin[n_seqs] = s->cache_base;
+    g->pass_pages[n_seqs] = s->pages;
     run->tails[n_seqs++] = 1;
     for (int64_t p = s->n_cached; p < s->n_cached + s->n_rows; p++, row++) {
       g->tokens[row] = p < r->n_prompt ? r->prompt[p] : r->tokens[p - r->n_prompt];
       run->positions[row] = (int32_t)p;
-      g->cache_rows[row] = s->cache_base + p;
+      g->cache_rows[row] =
+          s->pages[p / KS_ATTENTION_PAGE_UNIT] * KS_ATTENTION_PAGE_UNIT + p % KS_ATTENTION_PAGE_UNIT;
     }
     s->n_cached += s->n_rows;
   }
@@ -314,6 +321,12 @@ static bool is_stop(const ks_request *r, int32_t token) {
   return false;
 }
 
+static void give_back_pages(generator *g, sequence *s) {
+  for (int64_t i = s->n_pages; i > 0; i--)
+    g->free_pages[g->n_free++] = s->pages[i - 1];
+  free(s->pages);
+}
+
 /* Takes the new tokens and drops the sequences that end. */
 static void collect(generator *g, int64_t n_ends) {
   int64_t kept = 0;
@@ -325,7 +338,10 @@ static void collect(generator *g, int64_t n_ends) {
     if (r->stopped || r->n_tokens == s->limit) s->request = NULL;
   }
   for (int64_t i = 0; i < g->n_active; i++) {
-    if (g->active[i].request) g->active[kept++] = g->active[i];
+    if (g->active[i].request)
+      g->active[kept++] = g->active[i];
+    else
+      give_back_pages(g, &g->active[i]);
   }
   g->n_finished += g->n_active - kept;
   g->n_active = kept;

@@ -21,7 +21,8 @@ typedef struct {
 
 typedef struct {
   int64_t max_batch;  /* sequences at a time; 0: 64 */
-  int64_t cache_bytes; /* bound on the KV cache; 0: 512 MB, or what the largest request needs */
+  int64_t cache_bytes; /* bound on the KV cache, which comes in pages of KS_ATTENTION_PAGE_UNIT tokens; 0: 512 MB, or what the
+                          largest request needs */
 } ks_generate_params;
 #define KS_GENERATE_DEFAULT ((ks_generate_params){0, 0})
 
@@ -32,8 +33,8 @@ typedef struct {
   double prefill_seconds, decode_seconds, sample_seconds;
 } ks_generate_stats;
 
-/* A prompt of max_seq_len tokens or more is KS_EINVAL (the caller cuts it). A request whose cache rows (prompt + max_new_tokens - 1, within
- * max_seq_len) pass a given cache_bytes is KS_EBUDGET. On failure no request holds a result. A request whose prompt plus
+/* A prompt of max_seq_len tokens or more is KS_EINVAL (the caller cuts it). A request whose pages of the cache (prompt + max_new_tokens - 1
+ * tokens, within max_seq_len) pass a given cache_bytes is KS_EBUDGET. On failure no request holds a result. A request whose prompt plus
  * new tokens pass max_seq_len ends there. stats (may be NULL) is added to. */
 ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests, const ks_adapter_view *adapters, int64_t n_adapters,
                       const ks_generate_params *params, const ks_progress *progress, ks_generate_stats *stats);

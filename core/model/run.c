@@ -496,13 +496,14 @@ ks_attention_args ks_run_attention_args(ks_run *run, const ks_pass *pass, int64_
   const ks_model_config *m = &run->model->config;
   const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
   const ks_ctx *ctx = run->model->ctx;
-  int64_t kv = m->n_kv_heads * m->head_dim, cached = pass->cache ? layer * pass->cache->n_rows * kv : 0;
-  const void *k = pass->cache ? pass->cache->k : acts->k, *v = pass->cache ? pass->cache->v : acts->v;
+  const ks_kv_cache *cache = pass->cache;
+  int64_t kv = m->n_kv_heads * m->head_dim;
   for (int64_t s = 0; s < pass->n_seqs; s++) {
     ks_attention_seq *seq = &rows->seqs[s];
-    int64_t begin = pass->key_begin[s] * kv;
-    seq->k = ks_act_at(ctx, k, cached + begin);
-    seq->v = ks_act_at(ctx, v, cached + begin);
+    int64_t begin = cache ? layer * cache->n_rows * kv : pass->key_begin[s] * kv;
+    seq->k = ks_act_at(ctx, cache ? cache->k : acts->k, begin);
+    seq->v = ks_act_at(ctx, cache ? cache->v : acts->v, begin);
+    seq->pages = cache ? pass->pages[s] : NULL;
     if (!run->params.backward) continue;
     seq->dk = ks_act_at(ctx, run->dk, begin);
     seq->dv = ks_act_at(ctx, run->dv, begin);
@@ -517,5 +518,7 @@ ks_attention_args ks_run_attention_args(ks_run *run, const ks_pass *pass, int64_
                              .n_kv_heads = m->n_kv_heads,
                              .head_dim = m->head_dim,
                              .kv_stride = kv,
+                             .page_rows = cache ? KS_ATTENTION_PAGE_UNIT : 0,
+                             .n_page_rows = cache ? cache->n_rows : 0,
                              .scale = (float)(1.0 / sqrt((double)m->head_dim))};
 }

@@ -18,11 +18,11 @@ typedef struct {
   int64_t n_segments;
 } ks_row_set;
 
-/* Keys and values of the sequences that are being generated: [n_layers][n_rows, n_kv_heads * head_dim] each.
- */
+/* Keys and values of the sequences that are being generated: [n_layers][n_rows, n_kv_heads * head_dim] each, in pages of
+ * KS_ATTENTION_PAGE_UNIT rows that belong to one sequence at a time. */
 typedef struct {
-  void *k, *v; /* backend memory, activations */
-  int64_t n_rows;
+  void *k, *v;    /* backend memory, activations */
+  int64_t n_rows; /* of all pages */
 } ks_kv_cache;
 
 typedef struct {
@@ -31,7 +31,8 @@ typedef struct {
   ks_row_set all, out;
   int64_t *out_index; /* host [out.n_rows]: rows of `all`, rising */
   bool cut;           /* out is not all */
-  int64_t *key_begin; /* host [n_seqs]: first row of each sequence's keys, in the pass or in the cache */
+  int64_t *key_begin; /* host [n_seqs]: first row of each sequence's keys in the pass */
+  const int32_t *const *pages; /* with a cache: host [n_seqs], each sequence's pages */
   const ks_adapter_view *adapters;
   int64_t n_adapters;
   float dropout;

@@ -71,7 +71,7 @@ Test(generate, a_request_does_not_depend_on_the_batch) {
       make_world(&w, threads, &ks_twin_cases[c].config, c == 1 ? KS_DTYPE_BF16 : KS_DTYPE_F32);
       const ks_model_config *m = &w.twin.model.config;
       int64_t row = m->n_layers * 2 * m->n_kv_heads * m->head_dim * 4;
-      const ks_generate_params params[] = {{0, 0}, {1, 0}, {3, 0}, {16, 60 * row}, {5, 110 * row}};
+      const ks_generate_params params[] = {{0, 0}, {1, 0}, {3, 0}, {16, 64 * row}, {5, 191 * row}};
       for (size_t k = 0; k < sizeof params / sizeof params[0]; k++) {
         ks_request r[N_REQUESTS];
         ks_generate_stats stats = {0};
