@@ -18,9 +18,9 @@
  *   3. the draw adds up 32 stretches of ids, goes into the one where the running sum passes r, and so on.
  *
  * Bytes: 4 n a pass over the row, n the vocabulary; greedy 1 pass, temperature 2, one truncation 4, both 6.
- * All but the first come from L2. Flops: 25 n a pass for weights, less where most tokens weigh nothing. Below
- * 100 rows bound by what one multiprocessor gets from L2 and computes, some 10 microseconds a pass of 128k
- * tokens.
+ * All but the first come from L2. Flops: 25 n a pass for weights, less where most tokens weigh nothing. With
+ * fewer rows than multiprocessors bound by what one of these gets from L2 (n / 16 clocks a pass) and computes
+ * (n / 5 clocks): 8000 and 25000 clocks for 128k tokens.
  *
  * Geometry: a block of 1024 threads a row, 32 bytes under way a thread; 37 KiB of shared memory.
  *

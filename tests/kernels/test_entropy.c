@@ -14,8 +14,10 @@ static bool near(double got, double ref, int64_t n) {
 static double entropy_of(ks_ctx *ctx, const float *x, int64_t n, ks_entropy_kind kind, int64_t n_bins,
                          double clip) {
   double h = NAN;
-  cr_assert(ks_entropy(ctx, &(ks_entropy_args){x, &h, 1, n, kind, n_bins, clip}) == KS_OK, "%s",
+  ks_guard g = ks_guard_make(ctx, x, n);
+  cr_assert(ks_entropy(ctx, &(ks_entropy_args){g.p, &h, 1, n, kind, n_bins, clip}) == KS_OK, "%s",
             ks_error_message());
+  ks_guard_free(&g);
   return h;
 }
 
@@ -24,8 +26,7 @@ Test(entropy, numpy_fixtures) {
   FILE *f = fopen(KS_SOURCE_DIR "/tests/fixtures/kernels/entropy.txt", "r");
   cr_assert(f != NULL);
   cr_assert(fscanf(f, "# numpy %*s") == 0);
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  ks_ctx *ctx = ks_test_any_ctx();
   float x[MAX];
   char word[16], kind[16];
   int n = 0, rows = 0, values = 0, bad = 0;
@@ -59,10 +60,12 @@ typedef struct {
   double clip;
   ks_fill_kind fill;
 } entropy_case;
-static const entropy_case cases[] = {
-    {0, 5, 100, 1, KS_FILL_SIGNED},   {3, 1, 100, 3, KS_FILL_SIGNED},     {5, 31, 1, 1, KS_FILL_POSITIVE},
-    {4, 32, 2, 2, KS_FILL_INTEGER},   {3, 33, 100, 3, KS_FILL_NEAR_ONE},  {2, 97, 64, 0.7, KS_FILL_LARGE},
-    {9, 203, 100, 3, KS_FILL_SIGNED}, {2, 1025, 4096, 3, KS_FILL_SIGNED}, {7, 3200, 100, 3, KS_FILL_SIGNED}};
+static const entropy_case cases[] = {{0, 5, 100, 1, KS_FILL_SIGNED},    {3, 1, 100, 3, KS_FILL_SIGNED},
+                                     {5, 31, 1, 1, KS_FILL_POSITIVE},   {4, 32, 2, 2, KS_FILL_INTEGER},
+                                     {3, 33, 100, 3, KS_FILL_NEAR_ONE}, {2, 97, 64, 0.7, KS_FILL_LARGE},
+                                     {9, 203, 100, 3, KS_FILL_SIGNED},  {2, 1025, 4096, 3, KS_FILL_SIGNED},
+                                     {7, 3200, 100, 3, KS_FILL_SIGNED}, {1, 9217, 100, 2, KS_FILL_POSITIVE},
+                                     {2, 257, 2049, 3, KS_FILL_SIGNED}};
 
 static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
   const entropy_case *c = test_case;
@@ -90,7 +93,7 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
   return bad;
 }
 
-Test(entropy, oracle_isas_threads) {
+Test(entropy, oracle_everywhere) {
   int64_t bad = 0;
   for (int64_t i = 0; i < (int64_t)(sizeof cases / sizeof cases[0]); i++)
     bad += ks_test_everywhere("entropy", i, &cases[i], run);
@@ -98,8 +101,7 @@ Test(entropy, oracle_isas_threads) {
 }
 
 Test(entropy, known_values) {
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
+  ks_ctx *ctx = ks_test_any_ctx();
   float ramp[100], flat[64], one[5] = {0, 0, 7, 0, 0};
   for (int i = 0; i < 100; i++)
     ramp[i] = (float)i;
@@ -118,28 +120,43 @@ Test(entropy, known_values) {
 }
 
 Test(entropy, rows_with_nan_or_infinity_are_nan_and_alone) {
+  enum { COLS = 19 };
   const float wrong[] = {NAN, INFINITY, -INFINITY};
-  for (int s = 0; ks_test_isas[s]; s++) {
-    ks_ctx *ctx = ks_test_ctx(ks_test_isas[s], 1);
+  for (const char *const *place = ks_test_places(); *place; place++) {
+    ks_ctx *ctx = ks_test_ctx(*place, 1);
     if (!ctx) continue;
     for (int w = 0; w < 3; w++)
-      for (int at = 0; at < 19; at += 6)
+      for (int at = 0; at < COLS; at += 6)
         for (int k = 0; k < 4; k++) {
-          float x[3][19] = {{1, 2, 3}, {3, 2, 1}, {4, 1, 2}};
+          float x[3][COLS] = {{1, 2, 3}, {3, 2, 1}, {4, 1, 2}};
           double h[3];
           x[1][at] = wrong[w];
-          cr_assert(ks_entropy(ctx, &(ks_entropy_args){x[0], h, 3, 19, (ks_entropy_kind)k, 10, 1}) == KS_OK);
+          ks_guard g = ks_guard_make(ctx, x[0], 3 * COLS);
+          cr_assert(ks_entropy(ctx, &(ks_entropy_args){g.p, h, 3, COLS, (ks_entropy_kind)k, 10, 1}) == KS_OK);
           cr_assert(isfinite(h[0]) && isnan(h[1]) &&
-                    h[2] == entropy_of(ctx, x[2], 19, (ks_entropy_kind)k, 10, 1));
+                    h[2] == entropy_of(ctx, x[2], COLS, (ks_entropy_kind)k, 10, 1));
+          ks_guard_free(&g);
         }
     ks_ctx_destroy(ctx);
   }
 }
 
+Test(entropy, rows_of_nothing) {
+  ks_ctx *ctx = ks_test_any_ctx();
+  ks_guard g = ks_guard_make(ctx, NULL, 0);
+  for (int k = 0; k < 4; k++) {
+    double h[2] = {NAN, NAN};
+    cr_assert(ks_entropy(ctx, &(ks_entropy_args){g.p, h, 2, 0, (ks_entropy_kind)k, 10, 1}) == KS_OK);
+    cr_assert(h[0] == 0 && h[1] == 0);
+  }
+  ks_guard_free(&g);
+  ks_ctx_destroy(ctx);
+}
+
 Test(entropy, illegal_arguments) {
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
-  float x[4] = {1, 2, 3, 4};
+  ks_ctx *ctx = ks_test_any_ctx();
+  ks_guard g = ks_guard_make(ctx, (float[4]){1, 2, 3, 4}, 4);
+  const float *x = g.p;
   double h;
   const ks_entropy_args wrong[] = {
       {x, &h, 1, 4, KS_ENTROPY_HISTOGRAM, 0, 1}, {x, &h, 1, 4, KS_ENTROPY_HISTOGRAM, 4097, 1},
@@ -148,5 +165,6 @@ Test(entropy, illegal_arguments) {
       {x, NULL, 1, 4, KS_ENTROPY_ABS, 10, 1},    {x, &h, -1, 4, KS_ENTROPY_ABS, 10, 1}};
   for (int i = 0; i < 8; i++)
     cr_assert(ks_entropy(ctx, &wrong[i]) == KS_EINVAL, "%d", i);
+  ks_guard_free(&g);
   ks_ctx_destroy(ctx);
 }

@@ -1,0 +1,185 @@
+/* Entropy of the components of each row in bits, H = -sum p log2 p.
+ *
+ *   HISTOGRAM, CLIPPED   p: mass of n_bins equal bins over [min, max], as numpy.histogram of the float64 row;
+ *                        with counts c of n: H = log2 n - sum c log2 c / n
+ *   SOFTMAX              e = exp(x - max), S = sum e:  H = (log S - sum e (x - max) / S) / log 2
+ *   ABS                  p = |row| / sum |row|
+ *
+ * Bytes: 4 n, read once: the row stays in shared memory where it fits (9216 columns), else it comes from L2
+ * again. Flops: some 40 double operations a component for histograms (a division), 30 to 80 for the others.
+ * Embeddings are few and short: bound by the launch, and by double where its rate is 1 : 64.
+ *
+ * Geometry: a block of 256 threads a row. Histograms are integer counts in shared memory, a copy a warp for
+ * few bins (up to 4096 counters in all), added up before their logarithms.
+ *
+ * Determinism: double throughout, as ops.h defines it. Sums run 256 columns (or bins) apart in rising order,
+ * then through a tree; counts are integers. A row depends on nothing else.
+ *
+ * Ladder (times: not measured yet)
+ *   v1  this; expected: the launch, and a few microseconds for a row of 4096 components */
+#include "kernels/cuda/launch.cuh"
+
+enum {
+  ENTROPY_THREADS = 256,
+  ENTROPY_WARPS = ENTROPY_THREADS / KS_WARP,
+  ENTROPY_COUNTERS = 4096,
+  ENTROPY_HELD = 9216
+};
+
+typedef struct {
+  const float *x; /* shared or not */
+  int64_t n;
+  double *room;    /* [KS_WARP] */
+  int32_t *counts; /* [copies, n_bins] */
+  int n_bins, copies;
+} entropy_row;
+
+/* The sum of f(column) over a row, or of f(bin) over n bins, in every thread. */
+template <class F> KS_DEVICE double entropy_sum(int64_t n, double *room, F f) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += ENTROPY_THREADS)
+    sum += f(i);
+  return ks_block_sum(sum, room);
+}
+
+/* The largest f(column). */
+template <class F> KS_DEVICE double entropy_max(int64_t n, double *room, F f) {
+  double most = -INFINITY;
+  for (int64_t i = threadIdx.x; i < n; i += ENTROPY_THREADS)
+    most = fmax(most, f(i));
+#pragma unroll
+  for (int d = KS_WARP / 2; d > 0; d /= 2)
+    most = fmax(most, __shfl_xor_sync(KS_FULL_MASK, most, d));
+  if (threadIdx.x % KS_WARP == 0) room[threadIdx.x / KS_WARP] = most;
+  __syncthreads();
+  for (int w = 0; w < ENTROPY_WARPS; w++)
+    most = fmax(most, room[w]);
+  __syncthreads();
+  return most;
+}
+
+/* Bin of v as numpy assigns it: by division, then moved by one where the edges min + i * width say so. */
+KS_DEVICE int entropy_bin(double v, double low, double high, double width, int n_bins) {
+  int b = (int)__dmul_rn((v - low) / (high - low), (double)n_bins);
+  if (b > n_bins - 1) b = n_bins - 1;
+  const double left = __dadd_rn(__dmul_rn((double)b, width), low),
+               right = b == n_bins - 1 ? high : __dadd_rn(__dmul_rn((double)(b + 1), width), low);
+  if (v < left) return b > 0 ? b - 1 : 0;
+  return v >= right && b != n_bins - 1 ? b + 1 : b;
+}
+
+/* Histogram of the row with its values held in [least, most]. */
+KS_DEVICE double entropy_histogram(const entropy_row &r, double least, double most) {
+  const auto value = [&](int64_t j) { return fmin(fmax((double)r.x[j], least), most); };
+  const double high = entropy_max(r.n, r.room, value),
+               low = -entropy_max(r.n, r.room, [&](int64_t j) { return -value(j); });
+  if (!(high > low)) return 0;
+  const double width = (high - low) / (double)r.n_bins;
+  for (int b = (int)threadIdx.x; b < r.copies * r.n_bins; b += ENTROPY_THREADS)
+    r.counts[b] = 0;
+  __syncthreads();
+  int32_t *mine = r.counts + (int)threadIdx.x / KS_WARP % r.copies * r.n_bins;
+  for (int64_t j = threadIdx.x; j < r.n; j += ENTROPY_THREADS)
+    atomicAdd(&mine[entropy_bin(value(j), low, high, width, r.n_bins)], 1);
+  __syncthreads();
+  int all = 0;
+  const double sum = entropy_sum(r.n_bins, r.room, [&](int64_t b) {
+    int64_t count = 0;
+    for (int c = 0; c < r.copies; c++)
+      count += r.counts[c * r.n_bins + b];
+    all |= count == r.n;
+    return count > 1 ? (double)count * log2((double)count) : 0.0;
+  });
+  if (__syncthreads_or(all)) return 0;
+  return log2((double)r.n) - sum / (double)r.n;
+}
+
+KS_DEVICE double entropy_clipped(const entropy_row &r, double clip) {
+  const double mean = entropy_sum(r.n, r.room, [&](int64_t j) { return (double)r.x[j]; }) / (double)r.n;
+  const double squares = entropy_sum(r.n, r.room, [&](int64_t j) {
+    const double off = (double)r.x[j] - mean;
+    return __dmul_rn(off, off);
+  });
+  const double reach = __dmul_rn(clip, sqrt(squares / (double)r.n));
+  return entropy_histogram(r, mean - reach, mean + reach);
+}
+
+KS_DEVICE double entropy_softmax(const entropy_row &r) {
+  const double max = entropy_max(r.n, r.room, [&](int64_t j) { return (double)r.x[j]; });
+  double sum = 0, weighted = 0;
+  for (int64_t j = threadIdx.x; j < r.n; j += ENTROPY_THREADS) {
+    const double t = (double)r.x[j] - max, e = exp(t);
+    sum += e;
+    weighted += e * t;
+  }
+  sum = ks_block_sum(sum, r.room);
+  weighted = ks_block_sum(weighted, r.room);
+  return (log(sum) - weighted / sum) * 1.4426950408889634074;
+}
+
+KS_DEVICE double entropy_abs(const entropy_row &r) {
+  const double sum = entropy_sum(r.n, r.room, [&](int64_t j) { return fabs((double)r.x[j]); });
+  if (sum == 0) return 0;
+  return -entropy_sum(r.n, r.room, [&](int64_t j) {
+    const double p = fabs((double)r.x[j]) / sum;
+    return p > 0 ? p * log2(p) : 0.0;
+  });
+}
+
+typedef struct {
+  int64_t n_cols;
+  double clip;
+  int32_t kind, n_bins, copies, held; /* held: the row's copy in shared memory */
+} entropy_shape;
+
+KS_DEVICE double entropy_of(const entropy_row &r, const entropy_shape &a) {
+  switch (a.kind) {
+  case KS_ENTROPY_HISTOGRAM:
+    return entropy_histogram(r, -INFINITY, INFINITY);
+  case KS_ENTROPY_CLIPPED:
+    return entropy_clipped(r, a.clip);
+  case KS_ENTROPY_SOFTMAX:
+    return entropy_softmax(r);
+  default:
+    return entropy_abs(r);
+  }
+}
+
+__global__ void entropy_kernel(const float *x, double *h, entropy_shape a) {
+  ks_smem smem;
+  double *room = ks_smem_take<double>(&smem, KS_WARP);
+  int32_t *counts = ks_smem_take<int32_t>(&smem, (size_t)(a.copies * a.n_bins));
+  float *row = ks_smem_take<float>(&smem, a.held ? (size_t)a.n_cols : 0);
+  x += (int64_t)blockIdx.x * a.n_cols;
+  int wrong = 0;
+  for (int64_t j = threadIdx.x; j < a.n_cols; j += ENTROPY_THREADS) {
+    const float v = x[j];
+    wrong |= !(fabsf(v) < INFINITY);
+    if (a.held) row[j] = v;
+  }
+  wrong = __syncthreads_or(wrong);
+  const entropy_row r = {a.held ? row : x, a.n_cols, room, counts, a.n_bins, a.copies};
+  double result = 0;
+  if (wrong)
+    result = NAN;
+  else if (a.n_cols > 0)
+    result = entropy_of(r, a);
+  if (threadIdx.x == 0) h[blockIdx.x] = result;
+}
+
+extern "C" ks_status ks_cuda_entropy(ks_ctx *ctx, const ks_entropy_args *a) {
+  const bool bins = a->kind == KS_ENTROPY_HISTOGRAM || a->kind == KS_ENTROPY_CLIPPED;
+  const size_t bytes = (size_t)a->n_rows * sizeof(double);
+  const int32_t n_bins = bins ? (int32_t)a->n_bins : 0;
+  const int32_t copies = bins ? (int32_t)ks_min_i64(ENTROPY_WARPS, ENTROPY_COUNTERS / n_bins) : 0;
+  const entropy_shape shape = {a->n_cols, a->clip, (int32_t)a->kind,
+                               n_bins,    copies,  a->n_cols <= ENTROPY_HELD};
+  double *h;
+  KS_TRY(ks_cuda_workspace(ctx, bytes, (void **)&h));
+  KS_TRY(ks_launch(ctx, "entropy", entropy_kernel, dim3(ks_blocks_for(a->n_rows, 1)), dim3(ENTROPY_THREADS),
+                   ks_smem_bytes<double>(KS_WARP) + ks_smem_bytes<int32_t>((size_t)copies * (size_t)n_bins) +
+                       ks_smem_bytes<float>(shape.held ? (size_t)a->n_cols : 0),
+                   a->x, h, shape));
+  KS_TRY(ks_cuda_deliver(ctx, a->h, h, bytes));
+  return ks_cuda_finish(ctx);
+}
