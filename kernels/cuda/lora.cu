@@ -121,6 +121,15 @@ ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out
 
 /* ---------------------------------------------------------------- masks */
 
+/* Bit q: whether half q % 2 of word q / 2 reaches the threshold. */
+KS_DEVICE uint32_t mask_byte(const ks_philox_block &p, uint32_t threshold) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int q = 0; q < 8; q++)
+    bits |= (uint32_t)((p.v[q / 2] >> (q % 2 * 16) & 0xffffu) >= threshold) << q;
+  return bits;
+}
+
 static __global__ void __launch_bounds__(MASK_THREADS) lora_mask_kernel(lora_batch b, uint32_t *mask) {
   const lora_item tile = b.tiles[blockIdx.x];
   if (tile.n_rows == 0) return;
@@ -134,13 +143,8 @@ static __global__ void __launch_bounds__(MASK_THREADS) lora_mask_kernel(lora_bat
     const uint64_t counter = (uint64_t)((first + row) * b.mask_stride) + 4 * word;
     uint32_t bits = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const ks_philox_block p = ks_philox(key, site, counter + (uint64_t)j);
-#pragma unroll
-      for (int w = 0; w < 4; w++)
-        bits |= ((p.v[w] & 0xffffu) >= threshold ? 1u : 0u) << (8 * j + 2 * w) |
-                (p.v[w] >> 16 >= threshold ? 1u : 0u) << (8 * j + 2 * w + 1);
-    }
+    for (int j = 0; j < 4; j++)
+      bits |= mask_byte(ks_philox(key, site, counter + (uint64_t)j), threshold) << (8 * j);
     mask[(tile.row + row) * words + word] = bits;
   }
 }
