@@ -11,7 +11,7 @@
  * accumulates), 4 a row for rstd; w stays in cache. Flops: forward 4 n, backward 9 n, 1 to 2 a byte: bound by
  * memory.
  *
- * Geometry: a row belongs to 8, 16 or 32 lanes of a warp, or to a block of 128 or 512 threads, by its length
+ * Geometry: a row belongs to 8, 16 or 32 lanes of a warp, or to a block of 128 to 512 threads, by its length
  * alone (norm_shapes). Its 16-byte pieces lie round robin over these threads, up to 4 in each thread's
  * registers as they are in memory, all loads under way together; x (backward: x and dy) is read once. Only
  * rows of more than 2048 pieces (8192 float32, 16384 bf16) read their end twice. Rows of a q/k norm (64 to
@@ -218,9 +218,9 @@ template <class T> struct norm_shape {
 template <class T> static const norm_shape<T> *norm_shape_for(int64_t n_cols) {
 #define NORM_SHAPE(most, group, held)                                                                        \
   { most, group, rmsnorm_forward_kernel<T, group, held>, rmsnorm_backward_kernel<T, group, held> }
-  static const norm_shape<T> norm_shapes[] = {NORM_SHAPE(8, 8, 1),     NORM_SHAPE(16, 16, 1),
-                                              NORM_SHAPE(32, 32, 1),   NORM_SHAPE(128, 32, 4),
-                                              NORM_SHAPE(512, 128, 4), NORM_SHAPE(INT64_MAX, 512, 4)};
+  static const norm_shape<T> norm_shapes[] = {
+      NORM_SHAPE(8, 8, 1),     NORM_SHAPE(16, 16, 1),    NORM_SHAPE(32, 32, 1),        NORM_SHAPE(128, 32, 4),
+      NORM_SHAPE(512, 128, 4), NORM_SHAPE(1024, 256, 4), NORM_SHAPE(INT64_MAX, 512, 4)};
 #undef NORM_SHAPE
   const norm_shape<T> *s = norm_shapes;
   while (ks_pieces_of<T>(n_cols) > s->most_pieces)

@@ -100,6 +100,60 @@ Test(entropy, oracle_everywhere) {
   cr_assert(bad == 0);
 }
 
+/* Values at the edges of bins and beside them, where a division alone would choose the wrong one. */
+static int64_t run_edges(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { BINS = 100, COLS = 3 * (BINS + 1), ROWS = 8 };
+  float x[ROWS * COLS], ends[2];
+  double h[ROWS];
+  int64_t bad = 0;
+  for (int r = 0; r < ROWS; r++) {
+    ks_fill(ends, 2, KS_FILL_SIGNED, *(const uint64_t *)test_case * ROWS + (uint64_t)r);
+    const float low = fminf(ends[0], ends[1]), high = fmaxf(ends[0], ends[1]);
+    const double width = ((double)high - (double)low) / BINS;
+    for (int b = 0; b <= BINS; b++) {
+      const float edge = (float)((double)low + b * width);
+      for (int side = 0; side < 3; side++) {
+        const float v = side == 1 ? edge : nextafterf(edge, side ? INFINITY : -INFINITY);
+        x[r * COLS + 3 * b + side] = fminf(fmaxf(v, low), high);
+      }
+    }
+  }
+  ks_guard g = ks_guard_make(ctx, x, ROWS * COLS);
+  bad += ks_entropy(ctx, &(ks_entropy_args){g.p, h, ROWS, COLS, KS_ENTROPY_HISTOGRAM, BINS, 1}) != KS_OK;
+  for (int r = 0; r < ROWS; r++) {
+    const double ref = oracle_entropy(x + r * COLS, COLS, KS_ENTROPY_HISTOGRAM, BINS, 1);
+    if (near(h[r], ref, COLS)) continue;
+    fprintf(stderr, "%s: row %d is %.17g, wants %.17g\n", name, r, h[r], ref);
+    bad++;
+  }
+  ks_results_add_bytes(out, h, sizeof h);
+  ks_guard_free(&g);
+  return bad;
+}
+
+Test(entropy, values_at_the_edges_of_bins) {
+  int64_t bad = 0;
+  for (uint64_t seed = 0; seed < 6; seed++)
+    bad += ks_test_everywhere("entropy edges", (int64_t)seed, &seed, run_edges);
+  cr_assert(bad == 0);
+}
+
+/* 27 / 63 * 49 is 21 in double, but lies below the edge 21 * (63 / 49). */
+Test(entropy, values_that_division_puts_too_high) {
+  static const int last[] = {63, 126, 203};
+  float x[204];
+  for (int i = 0; i < 204; i++)
+    x[i] = (float)i;
+  for (const char *const *place = ks_test_places(); *place; place++) {
+    ks_ctx *ctx = ks_test_ctx(*place, 1);
+    if (!ctx) continue;
+    for (int i = 0; i < 3; i++)
+      cr_assert(near(entropy_of(ctx, x, last[i] + 1, KS_ENTROPY_HISTOGRAM, 49, 1),
+                     oracle_entropy(x, last[i] + 1, KS_ENTROPY_HISTOGRAM, 49, 1), 1));
+    ks_ctx_destroy(ctx);
+  }
+}
+
 Test(entropy, known_values) {
   ks_ctx *ctx = ks_test_any_ctx();
   float ramp[100], flat[64], one[5] = {0, 0, 7, 0, 0};
