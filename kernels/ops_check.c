@@ -418,11 +418,11 @@ ks_status ks_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) {
   KS_TRY(CHECK_CTX(head_loss));
   KS_TRY(check_weight("head_loss", ctx, a->w));
   int64_t n_workspace = (int64_t)(ks_head_loss_workspace(ctx, a->w, a->n_rows) / sizeof(float));
-  const span spans[] = {F32("x", a->x, a->n_rows, a->w->n_in, IN),
+  const span spans[] = {ACT("x", a->x, a->n_rows, a->w->n_in, IN),
                         ARRAY("targets", a->targets, a->n_rows, IN),
                         F32("row_scale", a->row_scale, a->n_rows, 1, IN | MAY_BE_NULL),
                         F32("loss", a->loss, a->n_rows, 1, OUT),
-                        F32("dx", a->dx, a->n_rows, a->w->n_in, OUT | MAY_BE_NULL),
+                        ACT("dx", a->dx, a->n_rows, a->w->n_in, OUT | MAY_BE_NULL),
                         F32("workspace", a->workspace, n_workspace, 1, OUT)};
   KS_TRY(check_spans("head_loss", spans, N_SPANS(spans)));
   KS_TRY(check_indices32("head_loss", "targets", a->targets, a->n_rows, a->w->n_out));
