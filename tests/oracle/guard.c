@@ -351,6 +351,14 @@ static int64_t run_place(const test_place *t, ks_results *first) {
   return bad;
 }
 
+/* The first of its operation that suits. */
+static bool is_default(const ks_op_variant *variants, int64_t i, bool is_bf16) {
+  for (int64_t j = 0; j < i; j++)
+    if (strcmp(variants[j].op, variants[i].op) == 0 && (is_bf16 ? variants[j].bf16 : variants[j].f32))
+      return false;
+  return true;
+}
+
 static int64_t run_variants(test_place t) {
   enum { MOST = 64 };
   ks_op_variant variants[MOST];
@@ -361,6 +369,7 @@ static int64_t run_variants(test_place t) {
     bool suits = strcmp(t.place, "cuda-bf16") == 0 ? variants[i].bf16 : variants[i].f32;
     ks_results results = {0};
     if (!suits || strncmp(variants[i].op, t.what, strlen(t.what)) != 0) continue;
+    if (is_default(variants, i, strcmp(t.place, "cuda-bf16") == 0)) continue; /* ran without variants */
     snprintf(choice, sizeof choice, "%s=%s", variants[i].op, variants[i].name);
     t.variants = choice;
     bad += run_place(&t, &results);
