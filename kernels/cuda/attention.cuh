@@ -1,0 +1,164 @@
+/* What the attention kernels share: the work of a launch as the host describes it, and the arithmetic of
+ * softmax over blocks of keys. See attention.cu (forward) and attention_back.cu.
+ *
+ * Rows. For a key head, row r of a sequence is query r / group and query head `head * group + r % group` of
+ * the group that reads the key head: the heads of a group share what is read of its keys, and a decoding step
+ * of one query is a tile of `group` rows. Row r sees `seen = n_k - n_q + r / group + 1` keys.
+ */
+#ifndef KS_CUDA_ATTENTION_CUH
+#define KS_CUDA_ATTENTION_CUH
+
+#include "kernels/cuda/launch.cuh"
+
+/* Turing has no mma of bf16 (device.cuh imitates it, slowly): its kernels are empty and never launched. */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define KS_ATTENTION_HAS_MMA 1
+#else
+#define KS_ATTENTION_HAS_MMA 0
+#endif
+
+/* Keys of a block; blocks are counted from key 0. A block lies in one page. */
+static constexpr int ATTENTION_KEYS = 64;
+static_assert(ATTENTION_KEYS == KS_ATTENTION_PAGE_UNIT, "a block of keys is contiguous in memory");
+/* Threads of a block of threads at most; columns of a head at most. */
+static constexpr int ATTENTION_THREADS = 128, ATTENTION_MAX_DIM = 256;
+static constexpr float ATTENTION_LOG2E = 1.4426950408889634f, ATTENTION_LN2 = 0.6931471805599453f;
+
+/* ---------------------------------------------------------------- what the host tells (staged) */
+
+struct attention_seq {
+  const void *k, *v;
+  void *dk, *dv;
+  int64_t q_begin;
+  int64_t pages;   /* where its page table begins, or -1 */
+  int64_t partial; /* where its partial results begin, in (block, query, head) */
+  int32_t n_q, n_k;
+};
+/* One block of threads for each key head. */
+struct attention_item {
+  int32_t seq;   /* -1: nothing to do (tables are made a little too long, so that growing sequences do not
+                    change a launch) */
+  int32_t begin; /* first row of the tile; in dk, dv: first key */
+  int32_t block, n_blocks; /* blocks of keys */
+};
+struct attention_split_row {
+  int32_t seq, query;
+};
+
+/* r / group for 0 <= r, r * group < 2^32: magic is 2^32 / group + 1, rounded down. */
+KS_HOST_DEVICE int attention_div(int r, uint64_t magic) {
+  return (int)((uint64_t)(uint32_t)r * magic >> 32);
+}
+
+/* Row of k and v where the block that begins at `key` lies. */
+KS_DEVICE int64_t attention_key_row(const attention_seq *seq, const int32_t *pages, int page_rows, int key) {
+  if (seq->pages < 0) return key;
+  return (int64_t)pages[seq->pages + key / page_rows] * page_rows + key % page_rows;
+}
+
+/* Rows of a tile in device memory: keys ... */
+template <class T> struct attention_key_rows {
+  T *first;
+  int64_t stride;
+  KS_DEVICE T *at(int r) const { return first + r * stride; }
+};
+/* ... and (query, head) rows, from row `begin` of the sequence and key head that `first` belongs to. */
+template <class T> struct attention_query_rows {
+  T *first;
+  int64_t stride; /* n_heads * d */
+  uint64_t magic;
+  int begin, group, d;
+  KS_DEVICE T *at(int r) const {
+    const int query = attention_div(begin + r, magic);
+    return first + query * stride + (begin + r - query * group) * d;
+  }
+};
+
+/* ---------------------------------------------------------------- softmax over blocks */
+
+/* The exponent that a block with the largest score m is taken against: nothing but -inf weighs nothing. */
+KS_DEVICE float attention_base(float m) {
+  return m == -INFINITY ? 0.0f : m;
+}
+
+/* Sum of the blocks so far: max and sum of one row; `keep` and `add` are the factors for its o. */
+KS_DEVICE void attention_merge(float *max, float *sum, float block_max, float block_sum, float *keep,
+                               float *add) {
+  const float top = fmaxf(*max, block_max), base = attention_base(top);
+  *keep = ks_exp2(*max - base);
+  *add = ks_exp2(block_max - base);
+  *sum = fmaf(block_sum, *add, *sum * *keep);
+  *max = top;
+}
+KS_DEVICE float attention_merge_o(float o, float block_o, float keep, float add) {
+  return fmaf(block_o, add, o * keep);
+}
+KS_DEVICE float attention_lse(float max, float sum) {
+  return (max + log2f(sum)) * ATTENTION_LN2;
+}
+
+/* ---------------------------------------------------------------- host */
+
+/* Lengths of tables in coarse steps, by at most a quarter too long. */
+static inline int64_t attention_coarse(int64_t n) {
+  int64_t step = 8;
+  while (step * 8 <= n)
+    step *= 2;
+  return (n + step - 1) / step * step;
+}
+
+KS_HOST_DEVICE int attention_min(int64_t a, int64_t b) {
+  return (int)(a < b ? a : b);
+}
+
+/* See attention_div. */
+static inline uint64_t attention_magic(int64_t group) {
+  return ((uint64_t)1 << 32) / (uint64_t)group + 1;
+}
+
+/* What the kernels' 32-bit numbers of rows and keys hold. */
+static inline ks_status attention_check_sizes(const ks_attention_args *a) {
+  const int64_t group = a->n_heads / a->n_kv_heads, most = (int64_t)1 << 30;
+  if (a->head_dim > ATTENTION_MAX_DIM)
+    return KS_FAIL(KS_EUNSUPPORTED, "attention: head_dim is %lld; the CUDA backend takes up to %d",
+                   (long long)a->head_dim, ATTENTION_MAX_DIM);
+  if (a->page_rows > most || group > 1 << 15)
+    return KS_FAIL(KS_EUNSUPPORTED, "attention: pages of %lld rows, %lld heads a key head: too many",
+                   (long long)a->page_rows, (long long)group);
+  for (int64_t s = 0; s < a->n_seqs; s++)
+    if (a->seqs[s].n_k > most || a->seqs[s].n_q > most / group / group)
+      return KS_FAIL(KS_EUNSUPPORTED, "attention: sequence %lld of %lld queries and %lld keys is too long",
+                     (long long)s, (long long)a->seqs[s].n_q, (long long)a->seqs[s].n_k);
+  return KS_OK;
+}
+
+/* The longest first, so that none of them is the last to run. */
+static inline int attention_by_length(const void *x, const void *y) {
+  const attention_item *a = (const attention_item *)x, *b = (const attention_item *)y;
+  if (a->n_blocks != b->n_blocks) return a->n_blocks > b->n_blocks ? -1 : 1;
+  if (a->seq != b->seq) return a->seq < b->seq ? -1 : 1;
+  return a->begin < b->begin ? -1 : a->begin > b->begin;
+}
+
+/* Bits of all addresses and strides: what every row of every array is aligned to. */
+struct attention_alignment {
+  uintptr_t bits;
+};
+static inline void attention_align(attention_alignment *a, const void *p) {
+  a->bits |= (uintptr_t)p;
+}
+static inline attention_alignment attention_alignment_of(const ks_ctx *ctx, const ks_attention_args *a) {
+  const size_t size = ks_ctx_act_size(ctx);
+  attention_alignment x = {(uintptr_t)((size_t)a->head_dim * size) |
+                           (uintptr_t)((size_t)a->kv_stride * size)};
+  attention_align(&x, a->q), attention_align(&x, a->o);
+  for (int64_t s = 0; s < a->n_seqs; s++)
+    attention_align(&x, a->seqs[s].k), attention_align(&x, a->seqs[s].v);
+  return x;
+}
+/* Bytes of a copy: 16, 8, or single elements (2). */
+static inline int attention_width(const attention_alignment *a) {
+  return a->bits % 16 == 0 ? 16 : a->bits % 8 == 0 ? 8 : 2;
+}
+
+#endif
