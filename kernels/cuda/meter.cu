@@ -13,11 +13,11 @@
 
 enum { METER_THREADS = 512, METER_BLOCKS_PER_SM = 4, METER_UNROLL = 4 };
 
-static __global__ void meter_null_kernel(int nothing) {
+__global__ void meter_null_kernel(int nothing) {
   (void)nothing;
 }
 
-static __global__ void meter_delay_kernel(int64_t cycles) {
+__global__ void meter_delay_kernel(int64_t cycles) {
 #ifndef KS_CUDA_ON_CPU
   const int64_t start = clock64();
   while (clock64() - start < cycles) {
@@ -27,7 +27,7 @@ static __global__ void meter_delay_kernel(int64_t cycles) {
 #endif
 }
 
-static __global__ void meter_read_kernel(const uint4 *x, int64_t n, uint32_t *never) {
+__global__ void meter_read_kernel(const uint4 *x, int64_t n, uint32_t *never) {
   const int64_t stride = (int64_t)gridDim.x * METER_THREADS;
   uint32_t seen = 0;
   int64_t i = (int64_t)blockIdx.x * METER_THREADS + threadIdx.x;
@@ -45,7 +45,7 @@ static __global__ void meter_read_kernel(const uint4 *x, int64_t n, uint32_t *ne
   if (seen == 0x9e3779b9u && n < 0) *never = seen;
 }
 
-template <class T> static __global__ void meter_random_kernel(T *x, int64_t n, uint32_t seed) {
+template <class T> __global__ void meter_random_kernel(T *x, int64_t n, uint32_t seed) {
   const int64_t stride = (int64_t)gridDim.x * METER_THREADS;
   for (int64_t i = (int64_t)blockIdx.x * METER_THREADS + threadIdx.x; i < n; i += stride) {
     uint32_t h = (uint32_t)i * 0x9e3779b1u + seed; /* two rounds of multiply and fold */
