@@ -1,7 +1,8 @@
 /* Norms, clipping and AdamW of each adapter.
  *
- *   norm = sqrt(sum grad^2);  c = min(1, max_grad_norm / (norm + 1e-6));  g = grad * c;  m += (1-b1) (g - m);
- * v = b2 v + (1-b2) g^2 p = p * (1 - lr wd) - lr / (1 - b1^step) * (m / (sqrt(v) / sqrt(1 - b2^step) + eps))
+ *   norm = sqrt(sum grad^2);  c = min(1, max_grad_norm / (norm + 1e-6));  g = grad * c
+ *   m += (1-b1) (g - m);  v = b2 v + (1-b2) g^2
+ *   p = p * (1 - lr wd) - lr / (1 - b1^step) * (m / (sqrt(v) / sqrt(1 - b2^step) + eps));  grad = 0
  *
  * in the order of operations of torch.optim.AdamW. The factors 1 - lr wd, 1-b1, b2, 1-b2, lr / (1 - b1^step),
  * sqrt(1 - b2^step), eps and c are computed in double and rounded to float32 once; all else is

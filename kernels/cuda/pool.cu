@@ -63,7 +63,7 @@ KS_DEVICE float pool_quotient(pool_pair sum, double scaled_rows) {
   return infinite == 0.0f ? (float)(((double)sum.hi + (double)sum.lo) / scaled_rows) : sum.hi;
 }
 
-/* n_chunks: stretches of 32 pieces that cover the columns. scale: see above; of one sequence only. */
+/* n_chunks: stretches of 32 pieces that cover the columns. */
 template <class T>
 __global__ void pool_kernel(const T *x, const int64_t *offsets, float *y, int64_t n_cols, int64_t n_chunks,
                             bool last, bool x_aligned, bool y_aligned) {
