@@ -99,7 +99,7 @@ KS_DEVICE product_raw<WORDS> product_load_chunk(const product_rows &r, int64_t r
   const int64_t at = row * r.n_cols + col;
   if (!r.vector || col + PRODUCT_CHUNK > r.n_cols)
     return product_load_elements<WORDS>(
-        r, at, (int)(r.n_cols - col < PRODUCT_CHUNK ? r.n_cols - col : PRODUCT_CHUNK));
+        r, at, (int)(r.n_cols - col < PRODUCT_CHUNK ? r.n_cols - col : (int64_t)PRODUCT_CHUNK));
   if (r.dtype == KS_DTYPE_I8) {
     const uint2 x = *(const uint2 *)((const int8_t *)r.p + at);
     raw.v[0].x = x.x, raw.v[0].y = x.y;
@@ -366,7 +366,7 @@ KS_DEVICE void product_run(P *c, const product_rows &a, int64_t a_row, const pro
   typedef typename P::element E;
   enum { STAGE = (P::BM + P::BN) * PRODUCT_UNITS, AHEAD = P::STAGES - 1 };
   const int n_steps = (int)((a.n_cols + P::COLS - 1) / P::COLS);
-  const int n_b = (int)(b.n_rows - b_row < P::BN ? b.n_rows - b_row : P::BN);
+  const int n_b = (int)(b.n_rows - b_row < P::BN ? b.n_rows - b_row : (int64_t)P::BN);
   product_fetch<E, P::BM, P::THREADS, A_ANY> fa;
   product_fetch<E, P::BN, P::THREADS, B_ANY> fb;
   c->clear();

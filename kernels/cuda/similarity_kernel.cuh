@@ -60,7 +60,7 @@ template <class P> struct sim_shared {
 };
 
 template <class P> KS_DEVICE int sim_n_queries(const product_rows &q, int64_t q0) {
-  return (int)(q.n_rows - q0 < P::BN ? q.n_rows - q0 : P::BN);
+  return (int)(q.n_rows - q0 < P::BN ? q.n_rows - q0 : (int64_t)P::BN);
 }
 /* Not kept in registers while a product runs. */
 KS_DEVICE unsigned sim_part(const sim_job &j) {
