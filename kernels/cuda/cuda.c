@@ -254,18 +254,6 @@ static ks_status cuda_weight_prepare_backward(ks_ctx *ctx, ks_weight *w) {
 
 /* ---------------------------------------------------------------- table */
 
-/* Operations that are not there yet are empty slots. */
-#define X(op, args) extern __typeof__(ks_cuda_##op) ks_cuda_##op __attribute__((weak));
-KS_CUDA_OP_MAP(X)
-X(weight_create, )
-X(weight_destroy, )
-X(head_loss_workspace, )
-X(similarity, )
-X(similarity_top, )
-X(similarity_mean, )
-X(similarity_farthest_first, )
-#undef X
-
 static const ks_op_variant variants[] = {
 #define X(op, name, f32, bf16) {#op, #name, f32, bf16},
     KS_CUDA_VARIANT_MAP(X)
