@@ -2,53 +2,62 @@
  *
  *   o = softmax(q k^T * scale, causal) v per head,  lse = log sum exp(q k^T * scale)
  *
- * Every block b of ATTENTION_KEYS keys, counted from key 0, is summed on its own, and the blocks of a row are
- * merged in rising order (Milakov & Gimelshein 2018; Dao 2023), exponents in base 2:
+ * Every block b of 64 keys, counted from key 0, is summed on its own, and the blocks of a row are merged in
+ * rising order (Milakov & Gimelshein 2018; Dao 2023). With s = q k^T * (scale * log2 e):
  *
- *   m_b = max s,  p = 2^(s - m_b),  l_b = sum p,  o_b = p v                                s = q k^T * (scale
- * * log2 e) m' = max(m, m_b),  l = l 2^(m - m') + l_b 2^(m_b - m'),  o = o 2^(m - m') + o_b 2^(m_b - m') at
- * the end o / l  and  lse = (m + log2 l) ln 2
+ *   m_b = max s,  p = 2^(s - m_b),  l_b = sum p,  o_b = p v
+ *   m' = max(m, m_b),  l = l 2^(m - m') + l_b 2^(m_b - m'),  o = o 2^(m - m') + o_b 2^(m_b - m')
+ *   at the end o / l  and  lse = (m + log2 l) ln 2
  *
  * so that who sums which blocks is free. Sequences of many queries: a block of threads has a tile of rows
- * (see attention.cuh) and walks over the blocks of keys that its last row sees, merging in registers.
+ * (see attention.cuh), walks over the blocks of keys that its last row sees, and merges in registers.
  * Sequences of few queries (n_q <= 16 and 8 n_q <= n_k, more than one block): the blocks are dealt out, their
  * m_b, l_b, o_b written down, and attention_combine_kernel merges them. Both in one order with one
  * arithmetic: prefill at once, in pieces and token by token agree bit for bit, paged or not, and so does a
  * sequence alone and in any batch. (On the GPU this asks of mma that a row's result depend on nothing but its
- * row and that zeros add nothing, which all tensor cores are known to keep.)
+ * own row and that zeros add nothing.)
  *
- * Bytes: q and o once; k and v once for each tile of rows (from L2 but for the first); few queries: k and v
+ * Bytes: q and o once; k and v once for each tile of rows, from L2 but for the first. Few queries: k and v
  * once, and 4 (d + 2) for each (query, head, block) written and read: group / 32 of what the keys take in
- * bf16, within L2. Flops: 4 d for each visible (query, key) and head, and one exponential. Llama-3.2-1B (32
- * heads, 8 key heads, d = 64), 8 sequences of 512: 8 * 32 * 512 * 513 / 2 pairs, 8.6 GFLOP, 42 MB: 11 us of a
- * H200's tensor cores (790 TFLOP/s) against 10 us of its memory (4.4 TB/s); OpenLLaMA-3B (32 heads, d = 100),
- * same: 13.4 GFLOP (15.0 with the columns of padding), 105 MB: 19 us against 24 us. From some 600 tokens on
- * the tensor cores bound. Decoding, 32 sequences at 1024 tokens, Llama-3.2-1B: 67 MB of keys and values a
- * layer: 15 us; 0.27 GFLOP do not count. Serial chain: a score L = d, l L = 64 in trees, o and l over blocks
- * L = n_k / 64, within a block L = 64.
+ * bf16, within L2.
+ *
+ * Flops: 4 d for each visible (query, key) and head, and one exponential. On a H200 (bf16, 790 TFLOP/s,
+ * 4.4 TB/s), computed, not measured:
+ *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  8.6 GFLOP 11 us,  42 MB 10 us
+ *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:      15.0 GFLOP 19 us, 105 MB 24 us
+ *   Llama-3.2-1B, decoding 32 sequences at 1024 tokens:            0.3 GFLOP,        67 MB 15 us
+ * Beyond 450 and 650 tokens the tensor cores bound the first two.
+ *
+ * Serial chain: a score L = d; l in trees over 64 keys; o within a block L = 64; blocks L = n_k / 64.
  *
  * Geometry of mma: 1 to 4 warps of 16 rows; tiles of q, k, v in shared memory, (16 warps + 64) DIM + 64 OUT
- * bf16: DIM 64: 24 KiB, 100 (in 112): 47 KiB, 128: 48 KiB, 256 (two blocks of threads of 128 output columns
- * each): 80 KiB. Of 99 KiB (sm_86, 89) that is 4, 2, 2, 1 blocks of threads an SM, of 227 KiB (sm_90) 9, 4,
- * 4, 2. k and v arrive by cp.async in turns: v while scores are made, the next k while p v is. Few queries:
- * one warp for up to 16 rows, 6 blocks of threads an SM at d = 128, each with 16 KiB under way: 12.6 MB over
- * 132 SM, where 4.4 TB/s at 600 ns ask for 2.6 MB. Turing has no mma for bf16 and takes simt.
+ * bf16: DIM 64: 24 KiB, 100 (in 112): 45 KiB, 128: 48 KiB, 256 (two blocks of threads of 128 output columns
+ * each): 80 KiB, or 64 KiB with the two warps that fit a device of no more. k and v arrive by cp.async in
+ * turns: v while scores are made, the next k while p v is. Registers hold the sums so far, those of the block
+ * and the scores: up to 168 for DIM <= 96 (3 blocks of threads an SM), 255 beyond (2); no spills.
+ * Few queries: one warp for up to 16 rows: 36 KiB at d = 128, 6 blocks of threads an SM on sm_90, each with
+ * 16 KiB under way: 12.6 MB over 132 SM, where 4.4 TB/s at 600 ns ask for 2.6 MB.
+ * Turing has no mma for bf16 and takes simt.
  *
  * A key or value that is not finite reaches those who see it and nobody else: a hidden score is replaced, and
  * where a block holds values that one row sees and another does not, those not finite go into the sums of the
  * former by hand, and zero into the product. (An infinite value of weight 0 counts as infinite there, not as
  * NaN.)
  *
- * Ladder (not measured yet: no time is known)
- *   simt  float32 fma, tiles of 32 rows, 4 warps; right operand through one chunk of shared memory, loads not
- * overlapped. mma   as above. Predicted: mma.sync with 16 rows a warp reads 32 KiB of shared memory a block
- * for 0.5 MFLOP, so at most 2048 FLOP a clock, half of a H200's tensor cores; FlashAttention-2 reaches 340
- * TFLOP/s there. Next, not tried: two m16 tiles of rows a warp for DIM <= 64 (halves the reads of shared
- * memory); wgmma with TMA and specialised warps as FlashAttention-3 (twice the rate of mma.sync on sm_90);
- * few queries: four warps sharing a block of keys by columns. */
+ * Ladder (none of it measured yet)
+ *
+ *   simt  float32 fma, tiles of 32 rows, 4 warps, right operand through one chunk of shared memory, loads not
+ *         overlapped.
+ *
+ *   mma   as above. Predicted: 16 rows a warp read 32 KiB of shared memory a block of keys for 0.5 MFLOP, so
+ *         at most 2048 FLOP a clock and SM, half of a H200's tensor cores.
+ *
+ *   Next, not tried: two m16 tiles of rows a warp for DIM <= 64, which halves the reads of shared memory;
+ *   wgmma with TMA and specialised warps as FlashAttention-3; few queries: four warps that share a block of
+ *   keys by columns, for the latency of single sequences. */
 #include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/attention_simt.cuh"
-#include <stdlib.h>
 
 struct attention_forward_params {
   const void *q;
@@ -465,29 +474,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
   if (p.lse && lane == 0) p.lse[at] = attention_lse(max, sum);
 }
 
-/* ---------------------------------------------------------------- host: the tables */
-
-/* Few queries against their keys: a matter of the sequence alone, and of speed alone. */
-static bool attention_is_split(const ks_attention_seq *s) {
-  return s->n_q <= 16 && 8 * s->n_q <= s->n_k && s->n_k > ATTENTION_KEYS;
-}
-
-/* What a launch of the whole and of the split sequences needs; tables in one host allocation. */
-struct attention_plan {
-  int64_t group, n_pages;
-  int64_t most_rows[2];         /* of a sequence and key head; [1]: split sequences */
-  int n_warps[2], tile_rows[2]; /* of a block of threads */
-  int per_item;                 /* blocks of keys of an item of a split sequence */
-  int64_t n_items[2], cap_items[2], n_split_rows, n_slots;
-  attention_seq *seqs;
-  attention_item *items; /* whole sequences, then [cap_items[0]] on split ones */
-  attention_split_row *rows;
-  int32_t *pages;
-};
-
-static int64_t attention_blocks(int64_t n_keys) {
-  return (n_keys + ATTENTION_KEYS - 1) / ATTENTION_KEYS;
-}
+/* ---------------------------------------------------------------- launches */
 
 /* Warps whose tiles fit the shared memory of the device: 4, or 2 for 256 columns in 64 KiB. */
 static int attention_most_warps(const ks_ctx *ctx, int64_t d) {
@@ -504,106 +491,6 @@ static int attention_most_warps(const ks_ctx *ctx, int64_t d) {
   return n;
 }
 
-/* Sizes of everything; rows of a tile: 16 a warp, or 32. */
-static void attention_measure(const ks_ctx *ctx, const ks_attention_args *a, bool use_mma,
-                              attention_plan *p) {
-  int64_t split_blocks = 0;
-  for (int64_t s = 0; s < a->n_seqs; s++) {
-    const ks_attention_seq *seq = &a->seqs[s];
-    const bool split = attention_is_split(seq);
-    const int64_t rows = seq->n_q * p->group;
-    p->most_rows[split] = rows > p->most_rows[split] ? rows : p->most_rows[split];
-    if (seq->pages && seq->n_q) p->n_pages += (seq->n_k + a->page_rows - 1) / a->page_rows;
-    if (!split) continue;
-    split_blocks += attention_blocks(seq->n_k);
-    p->n_split_rows += seq->n_q;
-    p->n_slots += attention_blocks(seq->n_k) * seq->n_q * a->n_heads;
-  }
-  for (int i = 0; i < 2; i++) {
-    p->n_warps[i] = attention_min((p->most_rows[i] + 15) / 16, attention_most_warps(ctx, a->head_dim));
-    p->tile_rows[i] = use_mma ? 16 * p->n_warps[i] : ATTENTION_SIMT_ROWS;
-  }
-  p->per_item = 1;
-  while (p->per_item < 8 && split_blocks * a->n_kv_heads > 16ll * ks_cuda_device_of(ctx)->n_sm * p->per_item)
-    p->per_item *= 2;
-  for (int64_t s = 0; s < a->n_seqs; s++) {
-    const ks_attention_seq *seq = &a->seqs[s];
-    const bool split = attention_is_split(seq);
-    if (!seq->n_q) continue;
-    const int64_t tiles = (seq->n_q * p->group + p->tile_rows[split] - 1) / p->tile_rows[split];
-    p->n_items[split] += tiles * (split ? (attention_blocks(seq->n_k) + p->per_item - 1) / p->per_item : 1);
-  }
-  for (int i = 0; i < 2; i++)
-    p->cap_items[i] = p->n_items[i] ? attention_coarse(p->n_items[i]) : 0;
-}
-
-static void attention_fill_items(const ks_attention_args *a, attention_plan *p) {
-  attention_item *next[2] = {p->items, p->items + p->cap_items[0]};
-  for (int64_t s = 0; s < a->n_seqs; s++) {
-    const ks_attention_seq *seq = &a->seqs[s];
-    const bool split = attention_is_split(seq);
-    const int64_t rows = seq->n_q * p->group;
-    for (int64_t r = 0; r < rows; r += p->tile_rows[split]) {
-      const int64_t last = r + p->tile_rows[split] < rows ? r + p->tile_rows[split] - 1 : rows - 1;
-      const int64_t n = attention_blocks(seq->n_k - seq->n_q + last / p->group + 1);
-      const int64_t all = split ? attention_blocks(seq->n_k) : n, per = split ? p->per_item : n;
-      for (int64_t b = 0; b < all; b += per)
-        *next[split]++ = {(int32_t)s, (int32_t)r, (int32_t)b, (int32_t)per};
-    }
-  }
-  qsort(p->items, (size_t)p->n_items[0], sizeof *p->items, attention_by_length);
-  for (int i = 0; i < 2; i++)
-    for (int64_t n = p->n_items[i]; n < p->cap_items[i]; n++)
-      *next[i]++ = {-1, 0, 0, 0};
-}
-
-static void attention_fill_seqs(const ks_attention_args *a, attention_plan *p) {
-  int64_t partial = 0, n_pages = 0, n_rows = 0;
-  for (int64_t s = 0; s < a->n_seqs; s++) {
-    const ks_attention_seq *seq = &a->seqs[s];
-    p->seqs[s] = {seq->k,           seq->v, NULL, NULL, seq->q_begin, -1, partial, (int32_t)seq->n_q,
-                  (int32_t)seq->n_k};
-    if (seq->pages && seq->n_q) {
-      p->seqs[s].pages = n_pages;
-      for (int64_t i = 0; i * a->page_rows < seq->n_k; i++)
-        p->pages[n_pages++] = seq->pages[i];
-    }
-    if (!attention_is_split(seq)) continue;
-    partial += attention_blocks(seq->n_k) * seq->n_q * a->n_heads;
-    for (int64_t i = 0; i < seq->n_q; i++)
-      p->rows[n_rows++] = {(int32_t)s, (int32_t)i};
-  }
-  for (; p->n_pages && n_pages < attention_coarse(p->n_pages); n_pages++)
-    p->pages[n_pages] = 0;
-}
-
-/* Fills the tables and the places of their copies on the device. */
-static ks_status attention_stage(ks_ctx *ctx, const ks_attention_args *a, attention_plan *p,
-                                 attention_forward_params *f, const attention_split_row **rows) {
-  const int64_t n_items = p->cap_items[0] + p->cap_items[1],
-                n_pages = p->n_pages ? attention_coarse(p->n_pages) : 0;
-  const size_t bytes = (size_t)a->n_seqs * sizeof *p->seqs + (size_t)n_items * sizeof *p->items +
-                       (size_t)p->n_split_rows * sizeof *p->rows + (size_t)n_pages * sizeof *p->pages;
-  char *memory = (char *)malloc(bytes + 1);
-  if (!memory) return KS_FAIL(KS_ENOMEM, "attention: no memory for tables of %lld bytes", (long long)bytes);
-  p->seqs = (attention_seq *)memory;
-  p->items = (attention_item *)(p->seqs + a->n_seqs);
-  p->rows = (attention_split_row *)(p->items + n_items);
-  p->pages = (int32_t *)(p->rows + p->n_split_rows);
-  attention_fill_items(a, p);
-  attention_fill_seqs(a, p);
-  ks_status status =
-      ks_cuda_stage(ctx, p->seqs, (size_t)a->n_seqs * sizeof *p->seqs, (const void **)&f->seqs);
-  if (status == KS_OK)
-    status = ks_cuda_stage(ctx, p->items, (size_t)n_items * sizeof *p->items, (const void **)&f->items);
-  if (status == KS_OK)
-    status = ks_cuda_stage(ctx, p->rows, (size_t)p->n_split_rows * sizeof *p->rows, (const void **)rows);
-  if (status == KS_OK)
-    status = ks_cuda_stage(ctx, p->pages, (size_t)n_pages * sizeof *p->pages, (const void **)&f->pages);
-  free(memory);
-  return status;
-}
-
 /* Room for the sums of blocks. */
 static ks_status attention_partials(ks_ctx *ctx, const attention_plan *p, attention_forward_params *f) {
   if (!p->n_slots) return KS_OK;
@@ -614,8 +501,6 @@ static ks_status attention_partials(ks_ctx *ctx, const attention_plan *p, attent
   f->partial_sums = f->partial_o + n * (size_t)attention_partial_cols(f->d);
   return KS_OK;
 }
-
-/* ---------------------------------------------------------------- launches */
 
 template <bool SPLIT>
 static ks_status attention_launch_mma(ks_ctx *ctx, const attention_forward_params *f, int64_t n_items,
@@ -661,10 +546,11 @@ extern "C" ks_status ks_cuda_attention_forward(ks_ctx *ctx, const ks_attention_a
   attention_plan plan = {};
   attention_forward_params f = {};
   const attention_alignment alignment = attention_alignment_of(ctx, a);
-  const attention_split_row *rows;
+  attention_tables tables = {};
   plan.group = a->n_heads / a->n_kv_heads;
   KS_TRY(attention_check_sizes(a));
-  attention_measure(ctx, a, use_mma, &plan);
+  attention_measure(a, ks_cuda_device_of(ctx)->n_sm, attention_most_warps(ctx, a->head_dim),
+                    use_mma ? 0 : ATTENTION_SIMT_ROWS, &plan);
   if (plan.n_items[0] + plan.n_items[1] == 0) return KS_OK;
   f.q = a->q, f.o = a->o, f.lse = a->lse;
   f.magic = attention_magic(plan.group);
@@ -673,7 +559,8 @@ extern "C" ks_status ks_cuda_attention_forward(ks_ctx *ctx, const ks_attention_a
   f.n_heads = (int32_t)a->n_heads, f.n_kv_heads = (int32_t)a->n_kv_heads, f.group = (int32_t)plan.group;
   f.d = (int32_t)a->head_dim, f.page_rows = (int32_t)a->page_rows;
   f.width = attention_width(&alignment);
-  KS_TRY(attention_stage(ctx, a, &plan, &f, &rows));
+  KS_TRY(attention_stage(ctx, a, &plan, &tables));
+  f.seqs = tables.seqs, f.items = tables.items, f.pages = tables.pages;
   KS_TRY(attention_partials(ctx, &plan, &f));
   for (int split = 0; split < 2; split++) {
     if (!plan.cap_items[split]) continue;
@@ -684,6 +571,7 @@ extern "C" ks_status ks_cuda_attention_forward(ks_ctx *ctx, const ks_attention_a
                     : attention_launch_mma<false>)(ctx, &f, plan.cap_items[split], plan.n_warps[split]));
     f.items += plan.cap_items[split];
   }
-  return plan.n_split_rows ? KS_CUDA_BY_ACT(ctx, attention_launch_combine, (ctx, &f, rows, plan.n_split_rows))
-                           : KS_OK;
+  return plan.n_split_rows
+             ? KS_CUDA_BY_ACT(ctx, attention_launch_combine, (ctx, &f, tables.rows, plan.n_split_rows))
+             : KS_OK;
 }

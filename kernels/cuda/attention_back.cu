@@ -1,42 +1,59 @@
 /* Causal grouped-query attention, backward.
  *
- * With s = q k^T, p = softmax(s * scale) = exp(s * scale - lse), o = p v and the loss's gradient do with
- * respect to o: dv_j = sum_i p_ij do_i,   dp_ij = <do_i, v_j>,   and the softmax's Jacobian, d p_ij / d s_il
- * = p_ij (1[j = l] - p_il) * scale, ds_ij = scale * p_ij (dp_ij - sum_l p_il dp_il),   where sum_l p_il dp_il
- * = <do_i, sum_l p_il v_l> = <do_i, o_i> = D_i: D = rowsum(do * o);  ds = p * (do v^T - D);  dv = p^T do;  dk
- * = scale * ds^T q;  dq = scale * ds k p is computed again from lse. No atomics: three kernels, every output
- * has one owner. attention_back_dot   D of every (query, head): one warp each attention_back ...<KEYS = true>
- * dk, dv: a block of threads has a tile of keys and walks over the rows (query, head of the group, in rising
- * order, see attention.cuh) that see its first key. Keys that no query sees get zeros. attention_back
- * ...<KEYS = false>  dq: a block of threads has a tile of rows and walks over the keys they see The last two
- * are one kernel: a tile stays (A1, A2: k, v or q, do), tiles stream (B1, B2: q, do or k, v); S = A1 B1^T, dP
- * = A2 B2^T,  acc1 += dS B1  (dk or dq),  KEYS: acc2 += P B2  (dv). As A is the left operand, P and dS of a
- * tile leave the products in the registers in which the next ones want them.
+ * With s = q k^T, p = softmax(s * scale) = exp(s * scale - lse), o = p v and do the loss's gradient at o:
  *
- * Bytes: q, do (KEYS) or k, v read once for each tile of the other side, from L2 but for the first; dq, dk,
- * dv written once. Flops: 14 d for each visible (query, key) and head (10 d with one kernel, whose dq needs
- * atomics or a second pass over partial sums: n_k / 64 float32 copies of dq), and two exponentials.
- *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 sequences of 512: 30 GFLOP, 38 us of a H200's 790
- * TFLOP/s; some 110 MB, 25 us of its 4.4 TB/s. OpenLLaMA-3B (d = 100 in 112): 53 GFLOP, 67 us. The tensor
- * cores bound from some 350 tokens on. Serial chain: S, dP: L = d; dk, dv: L = group * n_q; dq: L = n_k; D: L
- * = d / 32 and a tree.
+ *   dv_j = sum_i p_ij do_i,  dp_ij = <do_i, v_j>, and with the softmax's Jacobian
+ *   d p_ij / d s_il = scale * p_ij (1[j = l] - p_il):
+ *   ds_ij = scale * p_ij (dp_ij - sum_l p_il dp_il),  where
+ *   sum_l p_il dp_il = <do_i, sum_l p_il v_l> = <do_i, o_i> = D_i.  So
+ *   D = rowsum(do * o);  ds = p * (do v^T - D);  dv = p^T do;  dk = scale * ds^T q;  dq = scale * ds k
  *
- * Geometry of mma: 4 warps of 16 tile rows; streamed tiles of 64 rows (DIM <= 64) or 32. Shared memory, 128
- * DIM bf16 for A and 2 N DIM for each of two stages of B: DIM 64: 48 KiB, 100 (in 112): 60 KiB, 128: 64 KiB,
- * 256: 128 KiB, with one stage 96 KiB where that is all there is (sm_86, 89). Beyond 128 columns two blocks
- * of threads make 128 columns each of the same tile. B arrives by cp.async, one tile ahead. Turing has no mma
- * for bf16 and takes simt.
+ * p is computed again from lse. No atomics: three kernels, every output has one owner.
+ *
+ *   attention_back_dot   D of every (query, head): one warp each.
+ *
+ *   KEYS = true          dk, dv: a block of threads has a tile of keys and walks over the rows (query, head
+ * of the group, see attention.cuh) that see its first key, in rising order. Keys that no query sees get
+ * zeros.
+ *
+ *   KEYS = false         dq: a block of threads has a tile of rows and walks over the keys that they see.
+ *
+ * The last two are one kernel: a tile stays (A1, A2: k, v or q, do), tiles stream (B1, B2: q, do or k, v):
+ *
+ *   S = A1 B1^T,  dP = A2 B2^T,  acc1 += dS B1 (dk or dq),  KEYS: acc2 += P B2 (dv)
+ *
+ * As A is the left operand, P and dS leave their products in the registers in which the next ones want them.
+ *
+ * Bytes: what streams once for each tile of the other side, from L2 but for the first; A and outputs once.
+ *
+ * Flops: 14 d for each visible (query, key) and head, and two exponentials. (10 d with one kernel, whose dq
+ * needs atomics, or a second pass over n_k / 64 partial float32 copies.) On a H200 (bf16, 790 TFLOP/s,
+ * 4.4 TB/s), computed, not measured:
+ *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  30 GFLOP 38 us, 143 MB 32 us
+ *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:       53 GFLOP 67 us, 315 MB 72 us
+ *
+ * Serial chain: S, dP: L = d; dk, dv: L = group * n_q; dq: L = n_k; D: L = d / 32 and a tree.
+ *
+ * Geometry of mma: 4 warps of 16 tile rows; streamed tiles of 64 rows (DIM <= 64), 32 (DIM <= 128) or 16, in
+ * two stages, by cp.async, one tile ahead. Shared memory, 128 DIM bf16 for A and 2 rows DIM a stage for B:
+ * DIM 64: 48 KiB, 100 (in 112): 60 KiB, 128: 64 KiB, 256: 96 KiB, and lse and D of the streamed rows; fewer
+ * stages, then fewer warps, where the device has less. Beyond 128 columns two blocks of threads make 128
+ * columns each of the same tile. Registers: up to 255, 2 blocks of threads an SM; no spills.
+ * Turing has no mma for bf16 and takes simt.
  *
  * Determinism: fixed order by construction; a sequence's gradients depend on nothing but itself. Hidden pairs
  * inside a tile take part with p = ds = 0, so a query or key that is not finite makes the rows of its tile
  * NaN, as on the CPU.
  *
- * Ladder (not measured yet: no time is known)
- *   simt  float32 fma; tiles of 32 (16 beyond d = 128) rows, right operands through one chunk of shared
- * memory. mma   as above. Predicted: bound by shared memory like the forward kernel (16 rows a warp), some
- * 250 TFLOP/s of 10 d on a H200. Next, not tried: keys in the order of clusters that share a query tile by
- * multicast; one kernel with dq in a fixed order through partial sums for short sequences; wgmma with two
- * consumer warp groups as FlashAttention-3. */
+ * Ladder (none of it measured yet)
+ *
+ *   simt  float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared
+ * memory.
+ *
+ *   mma   as above. Predicted: bound by reads of shared memory like the forward kernel, 16 rows a warp.
+ *
+ *   Next, not tried: one kernel with dq in a fixed order through partial sums, for short sequences; clusters
+ *   that share a streamed tile by multicast; wgmma with two consumer warp groups as FlashAttention-3. */
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_simt.cuh"
 #include <stdlib.h>

@@ -616,6 +616,9 @@ Test(attention, illegal_arguments) {
   cr_assert(ks_attention_forward(ctx, &a) == KS_EINVAL, "page partly beyond the cache");
   a.n_page_rows = 64;
   cr_assert(ks_attention_backward(ctx, &a) == KS_EINVAL, "backward with pages");
+  seq = (ks_attention_seq){0};
+  a.head_dim = a.kv_stride = 257, a.n_rows = 0;
+  cr_assert(ks_attention_forward(ctx, &a) == (ks_test_is_cuda() ? KS_EUNSUPPORTED : KS_OK), "long heads");
   ks_guard_free(&g);
   ks_ctx_destroy(ctx);
 }

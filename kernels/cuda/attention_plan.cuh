@@ -1,0 +1,141 @@
+/* The tables of a forward launch: which block of threads does what (attention.cu). Made on the host at every
+ * call and staged, because a decoding step changes lengths and pages, but should change nothing that a
+ * recorded step holds: tables are made a little too long. */
+#ifndef KS_CUDA_ATTENTION_PLAN_CUH
+#define KS_CUDA_ATTENTION_PLAN_CUH
+
+#include "kernels/cuda/attention.cuh"
+#include <stdlib.h>
+
+/* Few queries against their keys: a matter of the sequence alone, and of speed alone. */
+static inline bool attention_is_split(const ks_attention_seq *s) {
+  return s->n_q <= 16 && 8 * s->n_q <= s->n_k && s->n_k > ATTENTION_KEYS;
+}
+
+/* What the launches need. Whole sequences are [0] of a pair, split ones [1]. */
+struct attention_plan {
+  int64_t group, n_pages;
+  int64_t most_rows[2];         /* of a sequence and key head */
+  int n_warps[2], tile_rows[2]; /* of a block of threads */
+  int per_item;                 /* blocks of keys of an item of a split sequence */
+  int64_t n_items[2], cap_items[2], n_split_rows;
+  int64_t n_slots; /* partial results: (block, query, head) of split sequences */
+  attention_seq *seqs;
+  attention_item *items; /* whole sequences, from [cap_items[0]] on split ones */
+  attention_split_row *rows;
+  int32_t *pages;
+};
+/* Its tables on the device. */
+struct attention_tables {
+  const attention_seq *seqs;
+  const attention_item *items;
+  const attention_split_row *rows;
+  const int32_t *pages;
+};
+
+static inline int64_t attention_blocks(int64_t n_keys) {
+  return (n_keys + ATTENTION_KEYS - 1) / ATTENTION_KEYS;
+}
+
+/* Sizes of everything. A block of threads has at most most_warps; a tile 16 rows a warp, or simt_rows if that
+ * is not 0. */
+static inline void attention_measure(const ks_attention_args *a, int n_sm, int most_warps, int simt_rows,
+                                     attention_plan *p) {
+  int64_t split_blocks = 0;
+  for (int64_t s = 0; s < a->n_seqs; s++) {
+    const ks_attention_seq *seq = &a->seqs[s];
+    const bool split = attention_is_split(seq);
+    const int64_t rows = seq->n_q * p->group;
+    p->most_rows[split] = rows > p->most_rows[split] ? rows : p->most_rows[split];
+    if (seq->pages && seq->n_q) p->n_pages += (seq->n_k + a->page_rows - 1) / a->page_rows;
+    if (!split) continue;
+    split_blocks += attention_blocks(seq->n_k);
+    p->n_split_rows += seq->n_q;
+    p->n_slots += attention_blocks(seq->n_k) * seq->n_q * a->n_heads;
+  }
+  for (int i = 0; i < 2; i++) {
+    p->n_warps[i] = attention_min((p->most_rows[i] + 15) / 16, most_warps);
+    p->tile_rows[i] = simt_rows ? simt_rows : 16 * p->n_warps[i];
+  }
+  p->per_item = 1; /* a block of threads a block of keys, until there are enough to fill the device */
+  while (p->per_item < 8 && split_blocks * a->n_kv_heads > 16ll * n_sm * p->per_item)
+    p->per_item *= 2;
+  for (int64_t s = 0; s < a->n_seqs; s++) {
+    const ks_attention_seq *seq = &a->seqs[s];
+    const bool split = attention_is_split(seq);
+    if (!seq->n_q) continue;
+    const int64_t tiles = (seq->n_q * p->group + p->tile_rows[split] - 1) / p->tile_rows[split];
+    p->n_items[split] += tiles * (split ? (attention_blocks(seq->n_k) + p->per_item - 1) / p->per_item : 1);
+  }
+  for (int i = 0; i < 2; i++)
+    p->cap_items[i] = p->n_items[i] ? attention_coarse(p->n_items[i]) : 0;
+}
+
+static inline void attention_fill_items(const ks_attention_args *a, attention_plan *p) {
+  attention_item *next[2] = {p->items, p->items + p->cap_items[0]};
+  for (int64_t s = 0; s < a->n_seqs; s++) {
+    const ks_attention_seq *seq = &a->seqs[s];
+    const bool split = attention_is_split(seq);
+    const int64_t rows = seq->n_q * p->group;
+    for (int64_t r = 0; r < rows; r += p->tile_rows[split]) {
+      const int64_t last = r + p->tile_rows[split] < rows ? r + p->tile_rows[split] - 1 : rows - 1;
+      const int64_t n = attention_blocks(seq->n_k - seq->n_q + last / p->group + 1);
+      const int64_t all = split ? attention_blocks(seq->n_k) : n, per = split ? p->per_item : n;
+      for (int64_t b = 0; b < all; b += per)
+        *next[split]++ = {(int32_t)s, (int32_t)r, (int32_t)b, (int32_t)per};
+    }
+  }
+  qsort(p->items, (size_t)p->n_items[0], sizeof *p->items, attention_by_length);
+  for (int i = 0; i < 2; i++)
+    for (int64_t n = p->n_items[i]; n < p->cap_items[i]; n++)
+      *next[i]++ = {-1, 0, 0, 0};
+}
+
+static inline void attention_fill_seqs(const ks_attention_args *a, attention_plan *p) {
+  int64_t partial = 0, n_pages = 0, n_rows = 0;
+  for (int64_t s = 0; s < a->n_seqs; s++) {
+    const ks_attention_seq *seq = &a->seqs[s];
+    p->seqs[s] = {seq->k,           seq->v, NULL, NULL, seq->q_begin, -1, partial, (int32_t)seq->n_q,
+                  (int32_t)seq->n_k};
+    if (seq->pages && seq->n_q) {
+      p->seqs[s].pages = n_pages;
+      for (int64_t i = 0; i * a->page_rows < seq->n_k; i++)
+        p->pages[n_pages++] = seq->pages[i];
+    }
+    if (!attention_is_split(seq)) continue;
+    partial += attention_blocks(seq->n_k) * seq->n_q * a->n_heads;
+    for (int64_t i = 0; i < seq->n_q; i++)
+      p->rows[n_rows++] = {(int32_t)s, (int32_t)i};
+  }
+  for (; p->n_pages && n_pages < attention_coarse(p->n_pages); n_pages++)
+    p->pages[n_pages] = 0;
+}
+
+/* Fills the tables and the places of their copies on the device. */
+static inline ks_status attention_stage(ks_ctx *ctx, const ks_attention_args *a, attention_plan *p,
+                                        attention_tables *t) {
+  const int64_t n_items = p->cap_items[0] + p->cap_items[1],
+                n_pages = p->n_pages ? attention_coarse(p->n_pages) : 0;
+  const size_t bytes = (size_t)a->n_seqs * sizeof *p->seqs + (size_t)n_items * sizeof *p->items +
+                       (size_t)p->n_split_rows * sizeof *p->rows + (size_t)n_pages * sizeof *p->pages;
+  char *memory = (char *)malloc(bytes + 1);
+  if (!memory) return KS_FAIL(KS_ENOMEM, "attention: no memory for tables of %lld bytes", (long long)bytes);
+  p->seqs = (attention_seq *)memory;
+  p->items = (attention_item *)(p->seqs + a->n_seqs);
+  p->rows = (attention_split_row *)(p->items + n_items);
+  p->pages = (int32_t *)(p->rows + p->n_split_rows);
+  attention_fill_items(a, p);
+  attention_fill_seqs(a, p);
+  ks_status status =
+      ks_cuda_stage(ctx, p->seqs, (size_t)a->n_seqs * sizeof *p->seqs, (const void **)&t->seqs);
+  if (status == KS_OK)
+    status = ks_cuda_stage(ctx, p->items, (size_t)n_items * sizeof *p->items, (const void **)&t->items);
+  if (status == KS_OK)
+    status = ks_cuda_stage(ctx, p->rows, (size_t)p->n_split_rows * sizeof *p->rows, (const void **)&t->rows);
+  if (status == KS_OK)
+    status = ks_cuda_stage(ctx, p->pages, (size_t)n_pages * sizeof *p->pages, (const void **)&t->pages);
+  free(memory);
+  return status;
+}
+
+#endif
