@@ -127,7 +127,7 @@ function(ks_cuda_compile folder out_objects out_logs)
     set(log ${CMAKE_BINARY_DIR}/${folder}/${name}.ptxas.log)
     add_custom_command(OUTPUT ${object} ${log} DEPFILE ${object}.d
       COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh ${log} ${ks_nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v
-        -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wshadow,-fno-exceptions,-fPIC -I${CMAKE_SOURCE_DIR} ${gencode}
+        -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wshadow,-fno-exceptions,-fno-threadsafe-statics,-fPIC -I${CMAKE_SOURCE_DIR} ${gencode}
         -MD -MF ${object}.d -c ${source} -o ${object}
       DEPENDS ${source} ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh COMMENT "nvcc kernels/cuda/${name}.cu" VERBATIM)
     list(APPEND objects ${object})
