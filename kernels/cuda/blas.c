@@ -18,7 +18,11 @@
 #include <stdio.h>
 
 enum { NOMINAL_ROWS = 2048, N_CANDIDATES = 16, MAX_ALIGN = 16 };
+#ifdef KS_CUDA_ON_CPU
+static const size_t workspace_bytes = 64 << 10; /* there allocations are filled, which takes longer than the products */
+#else
 static const size_t workspace_bytes = (size_t)32 << 20;
+#endif
 
 /* ---------------------------------------------------------------- library */
 
