@@ -475,7 +475,11 @@ static float truncated(double x) {
 
 /* Eight products are added to the sum at once, then it is rounded: Fasi, Higham, Mikaitis, Pranesh,
  * "Numerical behavior of NVIDIA tensor cores" (2021) found this on A100. */
-static void multiply(warp *w) {
+#if defined(__x86_64__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void
+multiply(warp *w) {
   double a[16][16], b[16][8], sum[16][8];
   for (int l = 0; l < WARP; l++) {
     const int g = l / 4, t = l % 4;
