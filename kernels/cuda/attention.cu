@@ -343,7 +343,7 @@ KS_DEVICE void attention_simt_softmax(float s[2], float scale, int seen, float *
 #pragma unroll
   for (int d = 16; d > 0; d /= 2)
     *max = fmaxf(*max, __shfl_xor_sync(KS_FULL_MASK, *max, d));
-  const float base = attention_base(*max), p0 = ks_exp2(s[0] - base), p1 = ks_exp2(s[1] - base);
+  const float base = attention_base(*max), p0 = exp2f(s[0] - base), p1 = exp2f(s[1] - base);
   weights[lane] = p0;
   weights[lane + KS_WARP] = p1;
   *sum = ks_warp_sum(p0 + p1);

@@ -54,6 +54,11 @@ KS_DEVICE float head_exp(float x, float max) {
   return ks_exp2((x - (max == -INFINITY ? 0.0f : max)) * HEAD_LOG2E);
 }
 
+/* The same with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway. */
+KS_DEVICE float head_exp_exact(float x, float max) {
+  return expf(x - (max == -INFINITY ? 0.0f : max));
+}
+
 /* ---------------------------------------------------------------- fused */
 
 struct head_tile_args {
@@ -269,14 +274,14 @@ struct head_running {
 };
 KS_DEVICE void head_add(head_running *r, float x) {
   const float max = ks_max_nan(r->max, x);
-  r->sum = max == r->max ? r->sum : r->sum * head_exp(r->max, max);
-  r->sum += head_exp(x, max);
+  r->sum = max == r->max ? r->sum : r->sum * head_exp_exact(r->max, max);
+  r->sum += head_exp_exact(x, max);
   r->max = max;
 }
 KS_DEVICE void head_add_4(head_running *r, float4 x) {
   const float four = ks_max_nan(ks_max_nan(x.x, x.y), ks_max_nan(x.z, x.w)), max = ks_max_nan(r->max, four);
-  r->sum = max == r->max ? r->sum : r->sum * head_exp(r->max, max);
-  r->sum += (head_exp(x.x, max) + head_exp(x.y, max)) + (head_exp(x.z, max) + head_exp(x.w, max));
+  r->sum = max == r->max ? r->sum : r->sum * head_exp_exact(r->max, max);
+  r->sum += (head_exp_exact(x.x, max) + head_exp_exact(x.y, max)) + (head_exp_exact(x.z, max) + head_exp_exact(x.w, max));
   r->max = max;
 }
 
@@ -299,13 +304,13 @@ __global__ void head_softmax_kernel(const float *z, T *g, const int32_t *targets
       head_add(&r, own[j]);
   const float z_target = own[target];
   const float max = ks_block_max(r.max, room);
-  const float sum = ks_block_sum(r.sum * head_exp(r.max, max), room);
+  const float sum = ks_block_sum(r.sum * head_exp_exact(r.max, max), room);
   if (threadIdx.x == 0) loss[row] = (float)(log((double)sum) + ((double)max - (double)z_target));
   if (!g) return;
   const float scale = row_scale ? row_scale[row] : 1.0f, factor = scale / sum;
   T *to = g + row * n_vocab;
   for (int64_t j = threadIdx.x; j < n_vocab; j += HEAD_SOFTMAX_THREADS) {
-    const float p = head_exp(own[j], max) * factor;
+    const float p = head_exp_exact(own[j], max) * factor;
     to[j] = ks_from_float<T>(j == target ? p - scale : p);
   }
 }
