@@ -184,7 +184,7 @@ static ks_status bench(const ks_args *args, int argc, char **argv) {
   KS_TRY(describe(&b, argc, argv, &meta));
   ks_status status = run_cases(args, &b, shapes, dtypes);
   ks_bench_print_rows(&b);
-  if (b.n_rows > 0 && (status == KS_OK || status == KS_EMISMATCH)) {
+  if (b.n_rows > 0) { /* after a failure or Ctrl-C too: what was measured was measured */
     ks_status written = write_files(args, &b, &meta);
     if (status == KS_OK) status = written;
   }

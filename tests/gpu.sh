@@ -1,0 +1,315 @@
+#!/bin/sh
+# Tests and measures Keepsake on a GPU host that need not build anything.
+#
+#   tests/gpu.sh bundle DIR [--archs "90"] [--build FOLDER] [--jobs N] [--shim]
+#       on a machine with nvcc: builds program and tests with the CUDA backend into FOLDER (default: build/gpu) and puts into
+#       DIR what a host needs that has a driver, the CUDA libraries and a C library not older than this machine's: programs, the
+#       shared libraries that they use, configs, datasets, fixtures, and this script. --archs: as KS_CUDA_ARCHS ("" for
+#       all). --shim: programs over the shim of tests/cuda_on_cpu/, to try this script where there is no GPU.
+#   DIR/tests/gpu.sh run DIR OUT [--only PARTS] [--limit SECONDS] [--bench "ARGUMENTS"]
+#       on the GPU host: runs the parts (all, or those of a list as "suites,bench") and fills OUT:
+#         suites      every kernels/ suite and the whole-model suites, on backend cuda
+#         sanitizer   compute-sanitizer memcheck, racecheck, initcheck, synccheck on the operations' suites; skipped without it
+#         quickstart  configs/quickstart.cfg on the CPU and on the GPU: the same selections, `keepsake check` on the rest
+#         reruns      the quickstart on the GPU again, and again without CUDA graphs: equal bits
+#         bench       keepsake bench, and each variant of each operation
+#       --limit: seconds for one program (3600; a sanitizer run that does not end in time counts as unfinished, not as failed).
+#       --bench: arguments instead of the default ones.
+# Exit codes: 0; 1 when anything failed; 2 for wrong use; 3 without what is needed.
+set -u
+
+self=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)/$(basename -- "$0")
+root=$(dirname -- "$(dirname -- "$self")")
+model_suites="test_llama_fixtures test_forward test_generate test_train test_adapter"
+say() { printf 'gpu.sh: %s\n' "$*" >&2; }
+die() { status=$1; shift; say "$@"; exit "$status"; }
+usage() { sed -n '2,/^set -u/s/^# \{0,1\}//p' "$self" | sed '/^set -u/d' >&2; exit 2; }
+
+# ---------------------------------------------------------------- bundle
+
+op_suites() { for f in "$root"/tests/kernels/test_*.c; do basename "$f" .c; done; }
+
+# Shared libraries of the programs but for the C library's own and the driver's, which must be the host's.
+copy_libraries() { # DIR
+  for program in "$1"/bin/*; do ldd "$program"; done | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
+    while read -r library; do
+      case $(basename "$library") in
+        libc.so.* | libm.so.* | libpthread.so.* | libdl.so.* | librt.so.* | libresolv.so.* | ld-linux*) ;;
+        libcuda.so.* | libnvidia-* | libasan.so.* | libubsan.so.*) ;;
+        *) cp -L "$library" "$1/lib/" ;;
+      esac
+    done
+  strip --strip-unneeded "$1"/lib/* 2>/dev/null
+}
+
+bundle() { # DIR options
+  [ $# -ge 1 ] || usage
+  dir=$1 build=$root/build/gpu archs="" jobs=$(getconf _NPROCESSORS_ONLN) shim=""
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --archs) [ $# -gt 1 ] || usage; archs=$2; shift ;;
+      --build) [ $# -gt 1 ] || usage; build=$2; shift ;;
+      --jobs) [ $# -gt 1 ] || usage; jobs=$2; shift ;;
+      --shim) shim=yes ;;
+      *) usage ;;
+    esac
+    shift
+  done
+  [ ! -e "$dir" ] || [ -f "$dir/MANIFEST" ] || die 2 "$dir is there and is no bundle; name a new folder"
+  suites="$(op_suites | tr '\n' ' ')"
+  cuda=ON suffix="" program=keepsake-bin
+  if [ -n "$shim" ]; then cuda=OFF suffix=_cuda_on_cpu program=keepsake-cuda-on-cpu models=""; else models=$model_suites; fi
+  set -- -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DKS_TESTS=ON -DKS_CUDA=$cuda "-DKS_CUDA_ARCHS=$archs" -DKS_RUN_DIR=. \
+    "-DCMAKE_BUILD_RPATH=\$ORIGIN/../lib" -DCMAKE_EXE_LINKER_FLAGS=-Wl,--disable-new-dtags # DT_RPATH: libraries of libraries too
+  command -v ninja >/dev/null 2>&1 && [ ! -f "$build/CMakeCache.txt" ] && set -- "$@" -G Ninja
+  cmake "$@" || die 3 "CMake failed"
+  targets="$program same_selections"
+  for suite in $suites $models; do targets="$targets $suite$suffix"; done
+  # shellcheck disable=SC2086  # a list of words
+  cmake --build "$build" --parallel "$jobs" --target $targets || die 3 "the build failed"
+  rm -rf "$dir"
+  mkdir -p "$dir/bin" "$dir/lib" "$dir/tests" || die 3 "$dir: cannot write"
+  for name in $targets; do
+    [ "$name" = keepsake-bin ] && name=keepsake
+    from=$(find "$build" -type f -name "$name" -perm -u+x | head -n 1)
+    to=$dir/bin/$(printf %s "$name" | sed 's/_cuda_on_cpu$//; s/^keepsake-cuda-on-cpu$/keepsake/')
+    { cp "$from" "$to" && strip "$to"; } || die 3 "$name: not built"
+  done
+  copy_libraries "$dir"
+  cp -R "$root/configs" "$root/datasets" "$dir/"
+  cp -R "$root/tests/fixtures" "$root/tests/system" "$self" "$dir/tests/"
+  {
+    echo "commit=$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)"
+    echo "shim=$shim"
+    echo "archs=$archs"
+    echo "built_with=$(sed -n 's/^CMAKE_C_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt") $(uname -m)"
+    echo "suites=$suites"
+    echo "models=$models"
+  } >"$dir/MANIFEST"
+  mib=$(du -sm "$dir" | cut -f1)
+  say "$dir: $mib MiB"
+  [ "$mib" -le 64 ] || say "more than 64 MiB: choose fewer architectures with --archs"
+}
+
+# ---------------------------------------------------------------- run
+
+passed=0 failed=0 skipped=0 unfinished=0
+note() { # passed|failed|skipped|unfinished what
+  case $1 in
+    passed) passed=$((passed + 1)) ;;
+    failed) failed=$((failed + 1)) ;;
+    skipped) skipped=$((skipped + 1)) ;;
+    unfinished) unfinished=$((unfinished + 1)) ;;
+  esac
+  printf '%-10s %s\n' "$1" "$2" | tee -a "$out/results.txt"
+}
+
+# Runs a command into OUT/logs/NAME.log, within the limit. Status 124: out of time.
+logged() { # NAME command...
+  name=$1
+  shift
+  timeout -k 20 "$limit" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
+}
+
+manifest() { sed -n "s/^$1=//p" "$dir/MANIFEST"; }
+
+describe_host() {
+  {
+    echo "time: $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+    echo "commit: $(manifest commit)"
+    echo "architectures: $(manifest archs)"
+    echo "host: $(uname -srm), $(getconf _NPROCESSORS_ONLN) processors"
+    if [ -n "$(manifest shim)" ]; then
+      echo "device: none, the shim: no number here says anything about a GPU"
+    else
+      nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,ecc.mode.current,mig.mode.current \
+        --format=csv 2>&1 | sed 's/^/device: /'
+    fi
+  } >"$out/device.txt"
+  cat "$out/device.txt"
+  [ -n "$(manifest shim)" ] || nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1
+}
+
+check_gpu() {
+  [ -n "$(manifest shim)" ] && return
+  command -v nvidia-smi >/dev/null 2>&1 || die 3 "there is no nvidia-smi: is the NVIDIA driver installed?"
+  nvidia-smi -L 2>&1 | grep -q '^GPU ' || die 3 "nvidia-smi sees no GPU: $(nvidia-smi -L 2>&1 | head -n 1)"
+  "$dir/bin/keepsake" bench ops --device cuda --shape 260k --rows 8 --seconds 0 --samples 1 --only harness >"$out/logs/probe.log" 2>&1 ||
+    die 3 "the program cannot use the GPU: $(tail -n 1 "$out/logs/probe.log")"
+}
+
+# "12 tests" of a Criterion log; nothing when it did not get to its end.
+tested() { sed -n 's/.*Tested: .*[^0-9]\([0-9][0-9]*\).*|.*Passing.*/\1 tests/p' "$1" | sed 's/\x1b\[[0-9;]*m//g' | tail -n 1; }
+
+run_suites() {
+  for suite in $(manifest suites) $(manifest models); do
+    start=$(date +%s)
+    KS_TEST_BACKEND=cuda logged "suite_$suite" "$dir/bin/$suite" --jobs 1 --color=never
+    status=$?
+    what="suite $suite: $(tested "$out/logs/suite_$suite.log"), $(($(date +%s) - start)) s"
+    if [ $status -eq 0 ]; then note passed "$what"; else note failed "$what, exit code $status: logs/suite_$suite.log"; fi
+  done
+}
+
+run_sanitizer() {
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [ -z "$sanitizer" ] || [ -n "$(manifest shim)" ]; then
+    note skipped "compute-sanitizer: not on this machine"
+    return
+  fi
+  for tool in memcheck racecheck initcheck synccheck; do
+    for suite in $(manifest suites); do
+      log=$out/logs/${tool}_$suite.log
+      KS_TEST_BACKEND=cuda logged "${tool}_$suite" "$sanitizer" --tool $tool --target-processes all --print-limit 20 \
+        "$dir/bin/$suite" --jobs 1 --color=never
+      status=$?
+      errors=$(sed -n 's/.*ERROR SUMMARY: \([0-9]*\) error.*/\1/p; s/.*RACECHECK SUMMARY: \([0-9]*\) hazard.*/\1/p' "$log" |
+        awk '{ sum += $1; n++ } END { print n ? sum : "none" }')
+      if [ "$errors" != none ] && [ "$errors" -gt 0 ]; then
+        note failed "$tool $suite: $errors errors: logs/${tool}_$suite.log"
+      elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
+        note unfinished "$tool $suite: out of time; nothing found until then"
+      elif [ "$errors" = none ]; then
+        note failed "$tool $suite: it gave no summary (exit code $status): logs/${tool}_$suite.log"
+      elif [ $status -ne 0 ]; then
+        note failed "$tool $suite: no errors, but the suite's exit code is $status: logs/${tool}_$suite.log"
+      else
+        note passed "$tool $suite"
+      fi
+    done
+  done
+}
+
+# A whole run of an experiment into OUT/runs/NAME.
+experiment() { # NAME DEVICE
+  rm -rf "$out/runs/$1"
+  logged "run_$1" "$dir/bin/keepsake" run "$dir/$config" --quiet --device "$2" --set "experiment.output=$out/runs/$1"
+}
+
+run_quickstart() {
+  for device in cpu cuda; do
+    start=$(date +%s)
+    if experiment $device $device; then
+      note passed "$config on $device, $(($(date +%s) - start)) s"
+    else
+      note failed "$config on $device: logs/run_$device.log"
+      return
+    fi
+  done
+  if logged selections "$dir/bin/same_selections" "$out/runs/cpu" "$out/runs/cuda"; then
+    note passed "selections: $(tail -n 1 "$out/logs/selections.log")"
+  else
+    note failed "selections: $(tail -n 1 "$out/logs/selections.log")"
+  fi
+  "$dir/bin/keepsake" show "$out/runs/cpu" --csv >"$out/runs/cpu.csv"
+  if logged check "$dir/bin/keepsake" check "$out/runs/cuda" "$out/runs/cpu.csv"; then
+    note passed "keepsake check: counts equal, losses and ROUGE-1 within tolerance of the CPU's"
+  else
+    note failed "keepsake check: logs/check.log"
+  fi
+}
+
+digests() { "$dir/bin/keepsake" show --digest "$out/runs/$1"; }
+
+run_reruns() {
+  [ -d "$out/runs/cuda" ] || experiment cuda cuda || { note failed "reruns: logs/run_cuda.log"; return; }
+  for again in again without_graphs; do
+    if [ $again = without_graphs ]; then export KS_CUDA_NO_GRAPHS=1; fi
+    experiment $again cuda
+    status=$?
+    unset KS_CUDA_NO_GRAPHS
+    if [ $status -ne 0 ]; then
+      note failed "rerun $again: logs/run_$again.log"
+    elif [ "$(digests cuda)" = "$(digests $again)" ]; then
+      note passed "rerun $again: the same bits"
+    else
+      note failed "rerun $again: other bits"
+    fi
+  done
+}
+
+bench_once() { # NAME arguments...
+  name=$1
+  shift
+  rm -f "$out/$name.csv" "$out/$name.jsonl"
+  # shellcheck disable=SC2086  # a list of words
+  logged "$name" "$dir/bin/keepsake" bench --device cuda --csv "$out/$name.csv" --jsonl "$out/$name.jsonl" "$@"
+  status=$?
+  rows=$(awk 'END { print NR > 0 ? NR - 1 : 0 }' "$out/$name.csv" 2>/dev/null || echo 0)
+  bad=$(grep -c '"incorrect"' "$out/$name.csv" 2>/dev/null)
+  if [ $status -eq 0 ]; then
+    note passed "$name: $rows rows"
+  elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
+    note unfinished "$name: out of time after $rows rows"
+  else
+    note failed "$name: $rows rows, ${bad:-0} incorrect, exit code $status: logs/$name.log"
+  fi
+}
+
+run_bench() {
+  if [ -n "$bench_arguments" ]; then
+    # shellcheck disable=SC2086
+    bench_once bench $bench_arguments
+    return
+  fi
+  bench_once bench --shape 135m,1b,3b --dtype f32,bf16 lora_step prefill decode embed ops
+  bench_once bench_blocks --shape 3b --dtype q8_0,q4_0,nf4 lora_step decode ops
+  bench_once bench_variants --shape 1b --dtype f32,bf16 --variants all ops
+}
+
+write_summary() {
+  {
+    echo "# Keepsake on a GPU"
+    echo
+    sed 's/^/- /' "$out/device.txt"
+    echo
+    echo "$passed passed, $failed failed, $unfinished unfinished, $skipped skipped; parts: $(echo "$parts" | tr ',' ' ')."
+    echo
+    echo '```'
+    cat "$out/results.txt"
+    echo '```'
+  } >"$out/summary.md"
+}
+
+run() { # DIR OUT options
+  [ $# -ge 2 ] || usage
+  dir=$1 out=$2 parts=suites,sanitizer,quickstart,reruns,bench limit=3600 bench_arguments="" config=configs/quickstart.cfg
+  shift 2
+  while [ $# -gt 0 ]; do
+    [ $# -gt 1 ] || usage
+    case $1 in
+      --only) parts=$2 ;;
+      --limit) limit=$2 ;;
+      --bench) bench_arguments=$2 ;;
+      --config) config=$2 ;; # of DIR, instead of the quickstart
+      *) usage ;;
+    esac
+    shift 2
+  done
+  [ -f "$dir/MANIFEST" ] || die 2 "$dir is no bundle; make one with: tests/gpu.sh bundle $dir"
+  for part in $(echo "$parts" | tr ',' ' '); do
+    case $part in suites | sanitizer | quickstart | reruns | bench) ;; *) die 2 "there is no part \"$part\"" ;; esac
+  done
+  dir=$(CDPATH='' cd -- "$dir" && pwd -P)
+  mkdir -p "$out/logs" "$out/runs" || die 3 "$out: cannot write"
+  out=$(CDPATH='' cd -- "$out" && pwd -P)
+  : >"$out/results.txt"
+  cd "$dir" || exit 3
+  export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64" # cuBLASLt, where nobody told the loader
+  check_gpu
+  describe_host
+  for part in $(echo "$parts" | tr ',' ' '); do "run_$part"; done
+  write_summary
+  echo "$passed passed, $failed failed, $unfinished unfinished, $skipped skipped: $out/summary.md"
+  [ $failed -eq 0 ]
+}
+
+[ $# -ge 1 ] || usage
+verb=$1
+shift
+case $verb in
+  bundle) bundle "$@" ;;
+  run) run "$@" ;;
+  *) usage ;;
+esac
