@@ -17,9 +17,9 @@
  * atomics.
  *
  * Ladder
- *   128 x 128 x 16, 8 x 8 a thread (products); 32 x 16, 32 x 64 and 16 x 64 (adapters). Not measured yet.
- *   Next: vectors of 16 bytes where rows are aligned; TF32 is no alternative, as this is the path that others
- * are checked by. Not tried. */
+ *   128 x 128 x 16, 8 x 8 a thread (products; 64 x 64, 4 x 4 where that leaves no SM idle); 32 x 16, 32 x 64
+ * and 16 x 64 (adapters). Not measured yet. Next: vectors of 16 bytes where rows are aligned; TF32 is no
+ * alternative, as this is the path that others are checked by. Not tried. */
 #include "kernels/cuda/linear.cuh"
 
 enum { SIMT_THREADS = 256, SIMT_K = 16 };
@@ -123,9 +123,9 @@ static ks_status simt_launch(ks_ctx *ctx, const char *op, dim3 grid, const typen
 
 /* ---------------------------------------------------------------- products */
 
-template <class T, class Y, bool BACKWARD> struct simt_product {
+template <class T, class Y, bool BACKWARD, int TILE> struct simt_product {
   typedef linear_product args;
-  enum { BM = 128, BN = 128, TM = 8, TN = 8 };
+  enum { BM = TILE, BN = TILE, TM = TILE / 16, TN = TILE / 16 };
   static constexpr bool A_K_FAST = true, B_K_FAST = !BACKWARD;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -149,16 +149,26 @@ template <class T, class Y, bool BACKWARD> struct simt_product {
   }
 };
 
-template <class P> static ks_status launch_product(ks_ctx *ctx, const char *op, const linear_product *p) {
-  const dim3 grid(ks_blocks_for(p->n_rows, P::BM),
-                  ks_blocks_for(p->backward ? p->w.n_in : p->w.n_out, P::BN));
+template <class P>
+static ks_status launch_tiles(ks_ctx *ctx, const char *op, const linear_product *p, int64_t n_cols) {
+  const dim3 grid(ks_blocks_for(p->n_rows, P::BM), ks_blocks_for(n_cols, P::BN));
   return simt_launch<P>(ctx, op, grid, *p);
 }
 
+/* Large tiles where they fill the device. */
+template <class T, class Y, bool BACKWARD>
+static ks_status launch_product(ks_ctx *ctx, const char *op, const linear_product *p) {
+  const int64_t n_cols = BACKWARD ? p->w.n_in : p->w.n_out,
+                tiles = (p->n_rows + 127) / 128 * ((n_cols + 127) / 128);
+  if (tiles >= ks_cuda_device_of(ctx)->n_sm)
+    return launch_tiles<simt_product<T, Y, BACKWARD, 128>>(ctx, op, p, n_cols);
+  return launch_tiles<simt_product<T, Y, BACKWARD, 64>>(ctx, op, p, n_cols);
+}
+
 template <class T> static ks_status launch_products(ks_ctx *ctx, const char *op, const linear_product *p) {
-  if (p->backward) return launch_product<simt_product<T, T, true>>(ctx, op, p);
-  if (p->y_is_f32) return launch_product<simt_product<T, float, false>>(ctx, op, p);
-  return launch_product<simt_product<T, T, false>>(ctx, op, p);
+  if (p->backward) return launch_product<T, T, true>(ctx, op, p);
+  if (p->y_is_f32) return launch_product<T, float, false>(ctx, op, p);
+  return launch_product<T, T, false>(ctx, op, p);
 }
 
 ks_status ks_simt_product(ks_ctx *ctx, const char *op, const linear_product *p) {
