@@ -1,10 +1,11 @@
 /* Cosine or dot similarity of every query with every key: the whole matrix, or reduced as it is made.
  *
- *   s[i, j] = <q_i, k_j>,  cosine: / (|q_i| |k_j|), 0 when a norm is 0
+ *   s[i, j] = <q_i, k_j>,  cosine: / (|q_i| |k_j|), 0 when a norm is 0;  factors of I8 rows come last, of
+ *   which a cosine keeps the signs
  *
  * A block is SIM_ROWS queries against SIM_KEYS keys. Keys are read where they lie; vectors run over the
  * queries, which are transposed once for all keys. With up to SIM_FEW queries vectors run over sixteen keys
- * instead.
+ * instead. Rows of bf16 and I8 are made float32 a block at a time.
  *
  * Bytes: k once for each block of queries; the fused forms write no n_q x n_k array. Flops: 2 n_q n_k n_cols.
  *
@@ -17,20 +18,63 @@
 
 enum { SIM_ROWS = 128, SIM_KEYS = 64, SIM_COLS = 128, SIM_STRETCH = 512, SIM_FEW = 3 };
 
+/* Stored rows, of queries or of keys. */
+typedef struct {
+  const void *p; /* [.., n_cols] */
+  ks_dtype dtype;
+  const float *scales; /* or NULL */
+  int64_t n_cols;
+} sim_rows;
+
+static sim_rows sim_rows_at(sim_rows r, int64_t row) {
+  const size_t bytes = (size_t)(row * r.n_cols) * ks_dtype_size(r.dtype);
+  return (sim_rows){(const char *)r.p + bytes, r.dtype, r.scales ? r.scales + row : NULL, r.n_cols};
+}
+static sim_rows sim_queries(const ks_similarity_args *a) {
+  return (sim_rows){a->q, a->q_dtype, a->q_scales, a->n_cols};
+}
+static sim_rows sim_keys(const ks_similarity_args *a) {
+  return (sim_rows){a->k, a->k_dtype, a->k_scales, a->n_cols};
+}
+
+/* The first n rows as float32: where they lie, or in `room`. */
+static const float *sim_floats(const sim_rows *r, int64_t n, float *room) {
+  if (r->dtype == KS_DTYPE_F32) return r->p;
+  if (r->dtype == KS_DTYPE_BF16)
+    for (int64_t i = 0; i < n * r->n_cols; i++) {
+      const uint32_t bits = (uint32_t)((const uint16_t *)r->p)[i] << 16;
+      memcpy(&room[i], &bits, sizeof bits);
+    }
+  else
+    for (int64_t i = 0; i < n * r->n_cols; i++)
+      room[i] = (float)((const int8_t *)r->p)[i];
+  return room;
+}
+
 /* A thread's memory, for one block of queries at a time. */
 typedef struct {
   const ks_similarity_args *a;
-  const float *q;        /* [n_q, n_cols] */
-  int64_t n_q, row;      /* row: distance of two keys' scores in s */
-  double *inv_q, *inv_k; /* [SIM_ROWS], [SIM_KEYS]: 1 / norm */
-  float *s;              /* [SIM_KEYS, row] */
-  float *turned;         /* [SIM_ROWS, SIM_KEYS] */
-  float *columns;        /* [n_cols, row]: queries transposed; with more than SIM_FEW */
+  const float *q;         /* [n_q, n_cols] */
+  int64_t n_q, row;       /* row: distance of two keys' scores in s */
+  bool scaled;            /* by factors of the rows */
+  double *inv_q, *inv_k;  /* [SIM_ROWS], [SIM_KEYS]: these factors */
+  float *s;               /* [SIM_KEYS, row] */
+  float *turned;          /* [SIM_ROWS, SIM_KEYS] */
+  float *columns;         /* [n_cols, row]: queries transposed; with more than SIM_FEW */
+  float *q_room, *k_room; /* [SIM_ROWS, n_cols], [SIM_KEYS, n_cols]: for rows that are not float32 */
 } sim_work;
 
+static int64_t sim_room(ks_dtype dtype, int64_t n_rows, int64_t n_cols) {
+  return dtype == KS_DTYPE_F32 ? 0 : n_rows * n_cols;
+}
+
 static size_t sim_work_bytes(const ks_similarity_args *a) {
+  /* Queries may also be keys (farthest first). */
+  const ks_dtype q_dtype = a->q_dtype == KS_DTYPE_F32 ? a->k_dtype : a->q_dtype;
   return (SIM_ROWS + SIM_KEYS) * sizeof(double) +
-         (size_t)(2 * SIM_KEYS + (a->n_q > SIM_FEW ? a->n_cols : 0)) * SIM_ROWS * sizeof(float);
+         (size_t)((2 * SIM_KEYS + (a->n_q > SIM_FEW ? a->n_cols : 0)) * SIM_ROWS +
+                  sim_room(q_dtype, SIM_ROWS, a->n_cols) + sim_room(a->k_dtype, SIM_KEYS, a->n_cols)) *
+             sizeof(float);
 }
 
 /* Sum of squares: 32 lanes in double, folded as a fixed tree. */
@@ -73,27 +117,40 @@ KS_INLINE double sim_squares(const float *x, int64_t n) {
 }
 #endif
 
-/* 1 / |x|; 0 for a zero vector; NaN when a component is not finite. */
-static void sim_inverse_norms(const float *x, int64_t n_rows, int64_t n_cols, double *out) {
-  for (int64_t i = 0; i < n_rows; i++)
+/* What the products of rows x are multiplied by, scales NULL: all 1. Of a dot product the scale; of a cosine
+ * 1 / |x|, 0 for a zero vector, NaN when a component is not finite, with the sign of the scale. */
+static void sim_factors(const float *x, const float *scales, bool cosine, int64_t n_rows, int64_t n_cols,
+                        double *out) {
+  for (int64_t i = 0; cosine && i < n_rows; i++)
     out[i] = sim_squares(x + i * n_cols, n_cols);
-  for (int64_t i = 0; i < n_rows; i++) {
+  for (int64_t i = 0; cosine && i < n_rows; i++) {
     const double inverse = out[i] < (double)INFINITY ? 1 / sqrt(out[i]) : (double)NAN;
     out[i] = out[i] == 0 ? 0 : inverse;
   }
+  if (!scales && cosine) return;
+  for (int64_t i = 0; i < n_rows; i++) {
+    const double scale = scales ? (double)scales[i] : 1;
+    const double sign = isfinite(scale) ? (scale > 0) - (scale < 0) : (double)NAN;
+    out[i] = cosine ? out[i] * sign : scale;
+  }
 }
 
-/* This thread's memory, made ready for the queries q[0 .. n_q - 1]. */
-static sim_work sim_start(const ks_ctx *ctx, const ks_similarity_args *a, const float *q, int64_t n_q) {
-  sim_work w = {.a = a, .q = q, .n_q = n_q};
+/* This thread's memory, made ready for the first n_q rows. */
+static sim_work sim_start(const ks_ctx *ctx, const ks_similarity_args *a, sim_rows rows, int64_t n_q) {
+  sim_work w = {.a = a, .n_q = n_q};
+  const bool cosine = a->metric == KS_METRIC_COSINE;
+  w.scaled = cosine || a->q_scales || a->k_scales;
   w.row = n_q > SIM_FEW ? (n_q + KS_LANES - 1) / KS_LANES * KS_LANES : n_q;
   w.inv_q = ks_cpu_scratch(ctx, omp_get_thread_num());
   w.inv_k = w.inv_q + SIM_ROWS;
   w.s = (float *)(w.inv_k + SIM_KEYS);
   w.turned = w.s + SIM_KEYS * SIM_ROWS;
   w.columns = w.turned + SIM_ROWS * SIM_KEYS;
-  if (a->metric == KS_METRIC_COSINE) sim_inverse_norms(q, n_q, a->n_cols, w.inv_q);
-  if (n_q > SIM_FEW) tile_transpose(q, a->n_cols, n_q, a->n_cols, w.columns, w.row);
+  w.k_room = w.columns + (n_q > SIM_FEW ? a->n_cols : 0) * SIM_ROWS;
+  w.q_room = w.k_room + sim_room(a->k_dtype, SIM_KEYS, a->n_cols);
+  w.q = sim_floats(&rows, n_q, w.q_room);
+  if (w.scaled) sim_factors(w.q, rows.scales, cosine, n_q, a->n_cols, w.inv_q);
+  if (n_q > SIM_FEW) tile_transpose(w.q, a->n_cols, n_q, a->n_cols, w.columns, w.row);
   return w;
 }
 
@@ -108,13 +165,14 @@ static void sim_scale(const sim_work *w, int64_t n_k, const double *inv_k) {
       w->s[j * w->row + i] = (float)((double)w->s[j * w->row + i] * (w->inv_q[i] * inv_k[j]));
 }
 
-/* norms: of the keys as well, while they are in cache. */
-static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k, bool norms) {
+/* factors: of the keys as well, while they are in cache. */
+static void sim_dots_few(const sim_work *w, const float *k, const float *scales, int64_t n_k, bool factors) {
   float out[TILE_DOTS];
   const int64_t d = w->a->n_cols;
+  const bool cosine = w->a->metric == KS_METRIC_COSINE;
   for (int64_t j = 0; j < n_k; j += TILE_DOTS) {
     const int64_t n = ks_min_i64(n_k - j, TILE_DOTS);
-    if (norms) sim_inverse_norms(k + j * d, n, d, w->inv_k + j);
+    if (factors) sim_factors(k + j * d, scales ? scales + j : NULL, cosine, n, d, w->inv_k + j);
     for (int64_t i = 0; i < w->n_q; i++) {
       tile_dots(k + j * d, d, n, d, w->q + i * d, out);
       for (int64_t c = 0; c < n; c++)
@@ -123,15 +181,17 @@ static void sim_dots_few(const sim_work *w, const float *k, int64_t n_k, bool no
   }
 }
 
-/* w->s[j, i]: similarity of query i with key j of n_k <= SIM_KEYS keys from number k0 on. inv_k: their norms,
- * or NULL: computed here. */
+/* w->s[j, i]: similarity of query i with key j of n_k <= SIM_KEYS keys from number k0 on. inv_k: their
+ * factors, or NULL: computed here. */
 static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *inv_k) {
   const int64_t d = w->a->n_cols;
-  const float *k = ks_in(w->a->k) + k0 * d;
-  const bool cosine = w->a->metric == KS_METRIC_COSINE, norms = cosine && !inv_k;
-  if (norms && w->n_q > SIM_FEW) sim_inverse_norms(k, n_k, d, w->inv_k);
+  const sim_rows rows = sim_rows_at(sim_keys(w->a), k0);
+  const float *k = sim_floats(&rows, n_k, w->k_room);
+  const bool factors = w->scaled && !inv_k;
+  if (factors && w->n_q > SIM_FEW)
+    sim_factors(k, rows.scales, w->a->metric == KS_METRIC_COSINE, n_k, d, w->inv_k);
   if (w->n_q <= SIM_FEW)
-    sim_dots_few(w, k, n_k, norms);
+    sim_dots_few(w, k, rows.scales, n_k, factors);
   else
     for (int64_t c = 0; c == 0 || c < d; c += SIM_COLS)
       tile_product((tile_args){.a = k + c,
@@ -145,7 +205,7 @@ static void sim_block(const sim_work *w, int64_t k0, int64_t n_k, const double *
                                .n = w->row,
                                .depth = ks_min_i64(d - c, SIM_COLS),
                                .accumulate = c > 0});
-  if (cosine) sim_scale(w, n_k, inv_k ? inv_k : w->inv_k);
+  if (w->scaled) sim_scale(w, n_k, inv_k ? inv_k : w->inv_k);
 }
 
 static int sim_threads(const ks_ctx *ctx, const ks_similarity_args *a) {
@@ -159,7 +219,8 @@ static ks_status similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s) 
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t stretch = 0; stretch < a->n_k; stretch += SIM_STRETCH) {
       const int64_t end = ks_min_i64(a->n_k, stretch + SIM_STRETCH);
-      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w =
+          sim_start(ctx, a, sim_rows_at(sim_queries(a), q0), ks_min_i64(a->n_q - q0, SIM_ROWS));
       for (int64_t k0 = stretch; k0 < end; k0 += SIM_KEYS) {
         const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
         sim_block(&w, k0, n_k, NULL);
@@ -284,7 +345,8 @@ static ks_status similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_
   for (int64_t b = 0; b < n_blocks; b++)
     for (int64_t p = 0; p < n_parts; p++) {
       const int64_t q0 = b * SIM_ROWS, at = q0 * best_k;
-      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w =
+          sim_start(ctx, a, sim_rows_at(sim_queries(a), q0), ks_min_i64(a->n_q - q0, SIM_ROWS));
       sim_top_stretch(&w, ks_min_i64(p * part, a->n_k), ks_min_i64((p + 1) * part, a->n_k), best_k,
                       p ? part_scores + (p - 1) * n_list + at : scores + at,
                       p ? part_index + (p - 1) * n_list + at : index + at);
@@ -334,7 +396,8 @@ static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const
 #pragma omp parallel for collapse(2) num_threads(sim_threads(ctx, a)) schedule(static)
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
     for (int64_t p = 0; p < n_stretches; p++) {
-      const sim_work w = sim_start(ctx, a, ks_in(a->q) + q0 * a->n_cols, ks_min_i64(a->n_q - q0, SIM_ROWS));
+      const sim_work w =
+          sim_start(ctx, a, sim_rows_at(sim_queries(a), q0), ks_min_i64(a->n_q - q0, SIM_ROWS));
       const int64_t end = ks_min_i64((p + 1) * SIM_STRETCH, a->n_k);
       double *sum = (p ? part_sum + (p - 1) * a->n_q : mean) + q0;
       int64_t *n = (p ? part_count + (p - 1) * a->n_q : count) + q0;
@@ -363,8 +426,8 @@ out:
 
 /* nearest[j]: the largest similarity of key j to the chosen so far; NaN counts as nearest of all. Takes the
  * n_q <= SIM_ROWS rows of q as chosen. */
-static void sim_choose(ks_ctx *ctx, const ks_similarity_args *a, const float *q, int64_t n_q,
-                       const double *inv_k, float *nearest) {
+static void sim_choose(ks_ctx *ctx, const ks_similarity_args *a, sim_rows q, int64_t n_q, const double *inv_k,
+                       float *nearest) {
   const ks_similarity_args step = {.n_q = n_q, .n_k = a->n_k, .n_cols = a->n_cols};
 #pragma omp parallel for num_threads(sim_threads(ctx, &step)) schedule(static)
   for (int64_t stretch = 0; stretch < a->n_k; stretch += SIM_STRETCH) {
@@ -382,6 +445,18 @@ static void sim_choose(ks_ctx *ctx, const ks_similarity_args *a, const float *q,
   }
 }
 
+/* Factors of all keys, through the scratch memory of this thread. */
+static void sim_all_factors(const ks_ctx *ctx, const ks_similarity_args *a, double *out) {
+  const sim_rows none = {.p = NULL, .dtype = KS_DTYPE_F32, .n_cols = a->n_cols};
+  const sim_work w = sim_start(ctx, a, none, 0);
+  for (int64_t k0 = 0; k0 < a->n_k; k0 += SIM_KEYS) {
+    const int64_t n_k = ks_min_i64(a->n_k - k0, SIM_KEYS);
+    const sim_rows rows = sim_rows_at(sim_keys(a), k0);
+    sim_factors(sim_floats(&rows, n_k, w.k_room), rows.scales, a->metric == KS_METRIC_COSINE, n_k, a->n_cols,
+                out + k0);
+  }
+}
+
 static int64_t sim_farthest(const float *nearest, const unsigned char *taken, int64_t n) {
   int64_t best = -1;
   for (int64_t j = 0; j < n; j++)
@@ -391,8 +466,7 @@ static int64_t sim_farthest(const float *nearest, const unsigned char *taken, in
 
 static ks_status similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a, int64_t n_pick,
                                            int64_t first, int64_t *picked) {
-  const bool cosine = a->metric == KS_METRIC_COSINE;
-  const int64_t d = a->n_cols;
+  const bool cosine = a->metric == KS_METRIC_COSINE, scaled = cosine || a->q_scales || a->k_scales;
   float *nearest = NULL;
   double *inv_k = NULL;
   unsigned char *taken = NULL;
@@ -400,19 +474,19 @@ static ks_status similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args
   KS_TRY(ks_cpu_scratch_reserve(ctx, sim_work_bytes(a)));
   KS_TRY_OUT(ks_alloc_array(&nearest, (size_t)a->n_k, sizeof *nearest, "similarity_farthest_first"));
   KS_TRY_OUT(ks_alloc_array(&taken, (size_t)a->n_k, sizeof *taken, "similarity_farthest_first"));
-  if (cosine) {
+  if (scaled) {
     KS_TRY_OUT(ks_alloc_array(&inv_k, (size_t)a->n_k, sizeof *inv_k, "similarity_farthest_first"));
-    sim_inverse_norms(a->k, a->n_k, d, inv_k);
+    sim_all_factors(ctx, a, inv_k);
   }
   for (int64_t j = 0; j < a->n_k; j++)
     nearest[j] = -INFINITY;
   for (int64_t q0 = 0; q0 < a->n_q; q0 += SIM_ROWS)
-    sim_choose(ctx, a, ks_in(a->q) + q0 * d, ks_min_i64(a->n_q - q0, SIM_ROWS), inv_k, nearest);
+    sim_choose(ctx, a, sim_rows_at(sim_queries(a), q0), ks_min_i64(a->n_q - q0, SIM_ROWS), inv_k, nearest);
   for (int64_t p = 0; p < n_pick; p++) {
     int64_t pick = p == 0 && a->n_q == 0 ? first : sim_farthest(nearest, taken, a->n_k);
     picked[p] = pick;
     taken[pick] = 1;
-    if (p + 1 < n_pick) sim_choose(ctx, a, ks_in(a->k) + pick * d, 1, inv_k, nearest);
+    if (p + 1 < n_pick) sim_choose(ctx, a, sim_rows_at(sim_keys(a), pick), 1, inv_k, nearest);
   }
 out:
   free(nearest);

@@ -90,9 +90,12 @@ static bool sim_is_pure(const sim_run *r, const void *p, ks_dtype dtype) {
          product_rows_of(p, 1, r->a->n_cols, dtype).vector;
 }
 
+/* Its lists are worth it in shared memory only. */
 static bool sim_may_be_big(const sim_run *r) {
   const size_t size = r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float);
-  return r->mode != SIM_NEAREST && (size_t)r->a->n_cols * size % 16 == 0 && r->best_k <= SIM_BIG_BEST;
+  return r->mode != SIM_NEAREST && (size_t)r->a->n_cols * size % 16 == 0 && r->best_k <= SIM_BIG_BEST &&
+         sim_smem_bytes(SIM_BIG, sim_bn(SIM_BIG) * r->best_k) <=
+             (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
 }
 
 static sim_shape sim_choose_shape(const sim_run *r) {

@@ -16,6 +16,9 @@ KS_HOST_DEVICE constexpr int sim_bm(int shape) {
 KS_HOST_DEVICE constexpr int sim_bn(int shape) {
   return shape == SIM_FEW ? 8 : shape == SIM_MID ? 32 : 128;
 }
+KS_HOST_DEVICE constexpr int sim_stages(int shape) {
+  return shape == SIM_FEW ? 6 : shape == SIM_MID ? 3 : 2;
+}
 /* The query of SIM_NEAREST: those of the job, row `first` of k, or the farthest that the last launch found.
  */
 typedef enum { SIM_PICK_NONE, SIM_PICK_FIRST, SIM_PICK_FARTHEST } sim_pick;
@@ -311,6 +314,15 @@ KS_DEVICE sim_far sim_block_farthest(sim_far x, sim_far *room) {
 }
 
 /* ---------------------------------------------------------------- launches */
+
+/* Bytes of a block's shared memory (sim_shared) with n_list entries of lists. */
+static inline size_t sim_smem_bytes(sim_shape shape, int64_t n_list) {
+  const size_t bm = (size_t)sim_bm(shape), bn = (size_t)sim_bn(shape), n = (size_t)n_list;
+  return ks_smem_bytes<uint4>((size_t)sim_stages(shape) * (bm + bn) * PRODUCT_UNITS) +
+         ks_smem_bytes<double>(bm) + ks_smem_bytes<double>(bn) + 2 * ks_smem_bytes<float>(bm) +
+         2 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(bm) + ks_smem_bytes<sim_far>(KS_WARP) +
+         ks_smem_bytes<float>(n) + ks_smem_bytes<uint32_t>(n);
+}
 
 /* On tensor cores (bf16 and I8 rows) or in plain fma (any), of n_parts * n_q_tiles blocks. is_any: rows may
  * have to be converted on the way; with SIM_BIG those of k only. */

@@ -31,7 +31,8 @@ template <class P> struct sim_shared {
   uint32_t *list_index;
 
   KS_DEVICE explicit sim_shared(const sim_job &j) {
-    static_assert(P::BM == sim_bm(P::SHAPE) && P::BN == sim_bn(P::SHAPE), "as the launches take it");
+    static_assert(P::BM == sim_bm(P::SHAPE) && P::BN == sim_bn(P::SHAPE) && P::STAGES == sim_stages(P::SHAPE),
+                  "what launches are told");
     static_assert(P::BM * P::BN * 4 <= P::STAGES * (P::BM + P::BN) * PRODUCT_UNITS * 16,
                   "scores fit the stages");
     ks_smem smem;
@@ -47,12 +48,6 @@ template <class P> struct sim_shared {
     const size_t n_list = j.lists_in_smem ? (size_t)P::BN * (size_t)j.best_k : 0;
     list_scores = n_list ? ks_smem_take<float>(&smem, n_list) : NULL;
     list_index = n_list ? ks_smem_take<uint32_t>(&smem, n_list) : NULL;
-  }
-  static size_t bytes(int64_t n_list) {
-    return ks_smem_bytes<uint4>(product_units<P>()) + ks_smem_bytes<double>(P::BM) +
-           ks_smem_bytes<double>(P::BN) + 2 * ks_smem_bytes<float>(P::BM) + 2 * ks_smem_bytes<float>(P::BN) +
-           ks_smem_bytes<int32_t>(P::BM) + ks_smem_bytes<sim_far>(KS_WARP) +
-           ks_smem_bytes<float>((size_t)n_list) + ks_smem_bytes<uint32_t>((size_t)n_list);
   }
   /* Score of query n with key m. The turn lets both a product's fragments and whole rows meet every bank
    * once. */
@@ -345,16 +340,17 @@ __global__ __launch_bounds__(P::THREADS,
 template <class P, bool Q_ANY, bool K_ANY>
 static ks_status sim_launch_as(ks_ctx *ctx, const char *op, const sim_job *given) {
   sim_job j = *given;
-  const int64_t n_list = j.mode == SIM_TOP ? (int64_t)P::BN * j.best_k : 0;
+  const sim_shape shape = (sim_shape)P::SHAPE;
   if constexpr (P::NORMS)
     if (j.mode == SIM_NEAREST)
       return ks_launch(ctx, op, similarity_nearest_kernel<P, Q_ANY, K_ANY>, dim3((unsigned)j.n_parts),
-                       dim3(P::THREADS), sim_shared<P>::bytes(0), j);
+                       dim3(P::THREADS), sim_smem_bytes(shape, 0), j);
+  const int64_t n_list = j.mode == SIM_TOP ? (int64_t)P::BN * j.best_k : 0;
   j.lists_in_smem =
-      n_list > 0 && sim_shared<P>::bytes(n_list) <= (size_t)ks_cuda_device_of(ctx)->smem_per_block;
+      n_list > 0 && sim_smem_bytes(shape, n_list) <= (size_t)ks_cuda_device_of(ctx)->smem_per_block;
   return ks_launch(ctx, op, similarity_kernel<P, Q_ANY, K_ANY>,
                    dim3(ks_blocks_for(j.n_parts * j.n_q_tiles, 1)), dim3(P::THREADS),
-                   sim_shared<P>::bytes(j.lists_in_smem ? n_list : 0), j);
+                   sim_smem_bytes(shape, j.lists_in_smem ? n_list : 0), j);
 }
 
 #endif

@@ -7,17 +7,55 @@ typedef struct {
   int64_t n_q, n_k, n_cols;
   ks_metric metric;
   ks_fill_kind fill;
+  ks_dtype q_dtype, k_dtype; /* 0: F32 */
+  bool scaled;               /* I8 rows have factors */
 } sim_case;
 
-static const sim_case cases[] = {
-    {0, 5, 8, KS_METRIC_DOT, KS_FILL_SIGNED},           {1, 1, 1, KS_METRIC_COSINE, KS_FILL_SIGNED},
-    {1, 128, 64, KS_METRIC_COSINE, KS_FILL_SIGNED},     {2, 31, 0, KS_METRIC_COSINE, KS_FILL_SIGNED},
-    {3, 33, 97, KS_METRIC_DOT, KS_FILL_INTEGER},        {7, 64, 31, KS_METRIC_COSINE, KS_FILL_INTEGER},
-    {5, 65, 111, KS_METRIC_COSINE, KS_FILL_LARGE},      {6, 0, 16, KS_METRIC_COSINE, KS_FILL_SIGNED},
-    {97, 203, 32, KS_METRIC_DOT, KS_FILL_POSITIVE},     {121, 130, 48, KS_METRIC_COSINE, KS_FILL_SIGNED},
-    {1, 1025, 257, KS_METRIC_COSINE, KS_FILL_NEAR_ONE}, {2, 2500, 20, KS_METRIC_COSINE, KS_FILL_SIGNED},
-    {3, 3000, 3, KS_METRIC_DOT, KS_FILL_INTEGER},       {250, 70, 300, KS_METRIC_COSINE, KS_FILL_SIGNED}};
+/* The shim's: bytes of shared memory a block may have. */
+__attribute__((weak)) void ks_shim_set_smem(size_t bytes);
+enum { SMEM_TURING = 64 << 10, SMEM_AMPERE = 163 << 10 };
+static void set_smem(size_t bytes) {
+  if (ks_shim_set_smem) ks_shim_set_smem(bytes);
+}
+
+#define DOT    KS_METRIC_DOT
+#define COSINE KS_METRIC_COSINE
+#define F32    KS_DTYPE_F32
+#define BF16   KS_DTYPE_BF16
+#define I8     KS_DTYPE_I8
+static const sim_case cases[] = {{0, 5, 8, DOT, KS_FILL_SIGNED, F32, F32, false},
+                                 {1, 1, 1, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                 {1, 128, 64, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                 {2, 31, 0, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                 {3, 33, 97, DOT, KS_FILL_INTEGER, F32, F32, false},
+                                 {7, 64, 31, COSINE, KS_FILL_INTEGER, F32, F32, false},
+                                 {5, 65, 111, COSINE, KS_FILL_LARGE, F32, F32, false},
+                                 {6, 0, 16, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                 {9, 130, 36, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                 {33, 127, 32, DOT, KS_FILL_POSITIVE, F32, F32, false},
+                                 {2, 65, 72, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                 {1, 1, 3, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                 {9, 129, 64, COSINE, KS_FILL_NEAR_ONE, BF16, BF16, false},
+                                 {31, 40, 33, DOT, KS_FILL_SIGNED, BF16, BF16, false},
+                                 {4, 63, 40, COSINE, KS_FILL_INTEGER, I8, I8, true},
+                                 {10, 66, 72, DOT, KS_FILL_INTEGER, I8, I8, true},
+                                 {3, 70, 21, DOT, KS_FILL_INTEGER, BF16, I8, false},
+                                 {12, 30, 64, COSINE, KS_FILL_INTEGER, I8, BF16, true},
+                                 {5, 40, 64, COSINE, KS_FILL_INTEGER, F32, I8, true},
+                                 {10, 33, 65, DOT, KS_FILL_SIGNED, BF16, F32, false}};
 enum { N_CASES = sizeof cases / sizeof cases[0] };
+/* Too large for the shim. */
+static const sim_case large_cases[] = {{97, 203, 32, DOT, KS_FILL_POSITIVE, F32, F32, false},
+                                       {121, 130, 48, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                       {1, 1025, 257, COSINE, KS_FILL_NEAR_ONE, F32, F32, false},
+                                       {2, 2500, 20, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                       {3, 3000, 3, DOT, KS_FILL_INTEGER, F32, F32, false},
+                                       {250, 70, 300, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                       {200, 300, 320, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                       {130, 1000, 128, DOT, KS_FILL_INTEGER, I8, I8, true},
+                                       {150, 140, 200, COSINE, KS_FILL_INTEGER, BF16, I8, true},
+                                       {2, 5000, 96, COSINE, KS_FILL_SIGNED, BF16, BF16, false}};
+enum { N_LARGE = sizeof large_cases / sizeof large_cases[0] };
 
 /* Inputs with a zero row and repeated rows among both. */
 static float *rows(int64_t n, int64_t d, ks_fill_kind fill, uint64_t seed) {
@@ -28,28 +66,71 @@ static float *rows(int64_t n, int64_t d, ks_fill_kind fill, uint64_t seed) {
   return x;
 }
 
-static double norm(const float *x, int64_t d) {
+/* Queries or keys in backend memory, and what they stand for. */
+typedef struct {
+  ks_guard stored, scales;
+  float *values; /* as stored */
+  float *factors;
+  bool scaled;
+} side;
+
+static side make_side(ks_ctx *ctx, int64_t n, int64_t d, ks_fill_kind fill, ks_dtype dtype, bool scaled,
+                      uint64_t seed) {
+  float *x = rows(n, d, fill, seed);
+  side s = {.stored = ks_guard_make_as(ctx, dtype, x, n * d),
+            .factors = ks_floats(n, KS_FILL_SIGNED, seed + 7)};
+  for (int64_t i = 0; i < n; i++)
+    s.factors[i] = i % 5 == 3 ? 0 : s.factors[i] + 0.001f;
+  s.scaled = scaled && dtype == I8;
+  s.scales = ks_guard_make(ctx, s.factors, n);
+  s.values = ks_guard_read(&s.stored);
+  for (int64_t i = 0; !s.scaled && i < n; i++)
+    s.factors[i] = 1;
+  free(x);
+  return s;
+}
+static int64_t free_side(side *s, const char *name) {
+  const int64_t bad = ks_guard_check_input(name, &s->stored) + ks_guard_check_input(name, &s->scales);
+  ks_guard_free(&s->stored), ks_guard_free(&s->scales);
+  free(s->values), free(s->factors);
+  return bad;
+}
+static ks_similarity_args args_of(const sim_case *c, const side *q, const side *k) {
+  return (ks_similarity_args){.q = q->stored.p,
+                              .k = k->stored.p,
+                              .n_q = c->n_q,
+                              .n_k = c->n_k,
+                              .n_cols = c->n_cols,
+                              .metric = c->metric,
+                              .q_dtype = c->q_dtype,
+                              .k_dtype = c->k_dtype,
+                              .q_scales = q->scaled ? q->scales.p : NULL,
+                              .k_scales = k->scaled ? k->scales.p : NULL};
+}
+
+static double norm(const float *x, double factor, int64_t d) {
   double sum = 0;
   for (int64_t c = 0; c < d; c++)
     sum += (double)x[c] * (double)x[c];
-  return sqrt(sum);
+  return fabs(factor) * sqrt(sum);
 }
 
-static void oracle(const sim_case *c, const float *q, const float *k, double *s, double *size) {
+static void oracle(const sim_case *c, const side *q, const side *k, double *s, double *size) {
   const int64_t d = c->n_cols;
   for (int64_t i = 0; i < c->n_q; i++)
     for (int64_t j = 0; j < c->n_k; j++) {
-      double dot = 0, abs = 0, scale = 1;
+      double dot = 0, abs = 0, scale = (double)q->factors[i] * (double)k->factors[j];
       for (int64_t x = 0; x < d; x++) {
-        dot += (double)q[i * d + x] * (double)k[j * d + x];
-        abs += fabs((double)q[i * d + x] * (double)k[j * d + x]);
+        dot += (double)q->values[i * d + x] * (double)k->values[j * d + x];
+        abs += fabs((double)q->values[i * d + x] * (double)k->values[j * d + x]);
       }
       if (c->metric == KS_METRIC_COSINE) {
-        double product = norm(q + i * d, d) * norm(k + j * d, d);
-        scale = product > 0 ? 1 / product : 0;
+        double product =
+            norm(q->values + i * d, q->factors[i], d) * norm(k->values + j * d, k->factors[j], d);
+        scale = product > 0 ? scale / product : 0;
       }
       s[i * c->n_k + j] = dot * scale;
-      size[i * c->n_k + j] = abs * scale;
+      size[i * c->n_k + j] = abs * fabs(scale);
     }
 }
 
@@ -134,9 +215,12 @@ static int64_t check_farthest(ks_ctx *ctx, const ks_similarity_args *a, const fl
                               const char *name) {
   const int64_t n = a->n_k, first = n / 2;
   ks_similarity_args self = *a;
-  self.q = a->k, self.n_q = n;
-  float *kk = ks_floats(n * n, KS_FILL_SIGNED, 0), *nearest = ks_floats(n, KS_FILL_SIGNED, 0);
-  int64_t *picked = calloc((size_t)n_pick + 1, sizeof *picked), bad = ks_similarity(ctx, &self, kk) != KS_OK;
+  self.q = a->k, self.n_q = n, self.q_dtype = a->k_dtype, self.q_scales = a->k_scales;
+  ks_guard between = ks_guard_make(ctx, NULL, n * n);
+  int64_t *picked = calloc((size_t)n_pick + 1, sizeof *picked),
+          bad = ks_similarity(ctx, &self, between.p) != KS_OK;
+  float *kk = ks_guard_read(&between), *nearest = ks_floats(n, KS_FILL_SIGNED, 0);
+  ks_guard_free(&between);
   unsigned char *taken = calloc((size_t)n + 1, 1);
   cr_assert(picked && taken);
   picked[n_pick] = 4711;
@@ -166,137 +250,300 @@ static int64_t check_farthest(ks_ctx *ctx, const ks_similarity_args *a, const fl
   return bad;
 }
 
+/* Float32 activations: cases with float32 rows; bf16: the others. The activations themselves do not matter.
+ */
+static bool is_for(const ks_ctx *ctx, const sim_case *c) {
+  const bool has_f32 = c->q_dtype == F32 || c->k_dtype == F32;
+  return !ks_test_is_cuda() || has_f32 == (ks_ctx_act_dtype(ctx) == F32);
+}
+
 static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
   const sim_case *c = test_case;
   const int64_t n = c->n_q * c->n_k;
-  float *q = rows(c->n_q, c->n_cols, c->fill, 1), *k = rows(c->n_k, c->n_cols, c->fill, 2);
+  if (!is_for(ctx, c)) return 0;
+  side q = make_side(ctx, c->n_q, c->n_cols, c->fill, c->q_dtype, c->scaled, 1),
+       k = make_side(ctx, c->n_k, c->n_cols, c->fill, c->k_dtype, c->scaled, 2);
   double *ref = ks_doubles(NULL, n), *size = ks_doubles(NULL, n);
-  oracle(c, q, k, ref, size);
-  ks_guard gq = ks_guard_make(ctx, q, c->n_q * c->n_cols), gk = ks_guard_make(ctx, k, c->n_k * c->n_cols);
+  oracle(c, &q, &k, ref, size);
   ks_guard gs = ks_guard_make(ctx, NULL, n);
-  const ks_similarity_args a = {gq.p, gk.p, c->n_q, c->n_k, c->n_cols, c->metric};
+  const ks_similarity_args a = args_of(c, &q, &k);
   int64_t bad = ks_similarity(ctx, &a, gs.p) != KS_OK;
   bad += ks_guard_check_output(name, &gs, ref, size, (double)c->n_cols);
   float *s = ks_guard_read(&gs);
-  for (int64_t i = 0; c->fill == KS_FILL_INTEGER && c->metric == KS_METRIC_DOT && i < n; i++)
+  for (int64_t i = 0; c->fill == KS_FILL_INTEGER && c->metric == DOT && !c->scaled && i < n; i++)
     bad += (double)s[i] != ref[i]; /* small integers: no rounding at all */
-  static const int64_t best[] = {1, 3, 64, 100};
-  for (int i = 0; i < (c->n_k > 1000 ? 2 : 4); i++)
+  static const int64_t best[] = {3, 64, 1, 100};
+  for (int i = 0; i < (c->n_k > 1000 || ks_test_is_shim() ? 2 : 4); i++)
     bad += check_top(ctx, &a, s, best[i], name);
   bad += check_mean(ctx, &a, s, false, name, out) + check_mean(ctx, &a, s, true, name, out);
-  if (c->n_k > 0 && c->n_k < 1000) {
+  if (c->n_k > 0 && c->n_k < (ks_test_is_shim() ? 70 : 1000)) {
     ks_similarity_args none = a;
     none.n_q = 0;
-    bad += check_farthest(ctx, &a, s, c->n_k / 2, name) + check_farthest(ctx, &none, s, c->n_k, name);
+    const int64_t most = ks_test_is_shim() ? 5 : c->n_k;
+    bad += check_farthest(ctx, &a, s, most < c->n_k / 2 ? most : c->n_k / 2, name);
+    bad += check_farthest(ctx, &none, s, most < c->n_k ? most : c->n_k, name);
   }
-  bad += ks_guard_check_input(name, &gq) + ks_guard_check_input(name, &gk);
+  bad += free_side(&q, name) + free_side(&k, name);
   ks_results_add(out, s, n);
-  ks_guard_free(&gq), ks_guard_free(&gk), ks_guard_free(&gs);
-  free(q), free(k), free(ref), free(size), free(s);
+  ks_guard_free(&gs);
+  free(ref), free(size), free(s);
   return bad;
 }
 
-Test(similarity, oracle_isas_threads) {
+Test(similarity, oracle_everywhere) {
   int64_t bad = 0;
+  set_smem(SMEM_AMPERE);
   for (int64_t i = 0; i < N_CASES; i++)
     bad += ks_test_everywhere("similarity", i, &cases[i], run);
+  for (int64_t i = 0; !ks_test_is_shim() && i < N_LARGE; i++)
+    bad += ks_test_everywhere("similarity", N_CASES + i, &large_cases[i], run);
+  cr_assert(bad == 0);
+}
+
+/* Every operation with tiles of one shape; results of the others are compared with the first's. */
+static int64_t run_shape(ks_ctx *ctx, const sim_case *c, const char *name, ks_results *out) {
+  enum { BEST = 20 };
+  side q = make_side(ctx, c->n_q, c->n_cols, c->fill, c->q_dtype, c->scaled, 1),
+       k = make_side(ctx, c->n_k, c->n_cols, c->fill, c->k_dtype, c->scaled, 2);
+  ks_guard gs = ks_guard_make(ctx, NULL, c->n_q * c->n_k);
+  const ks_similarity_args a = args_of(c, &q, &k);
+  float *scores = ks_floats(c->n_q * BEST, KS_FILL_SIGNED, 0);
+  int64_t *index = calloc((size_t)(c->n_q * BEST), sizeof *index),
+          *count = calloc((size_t)c->n_q, sizeof *count);
+  double *mean = ks_doubles(NULL, c->n_q);
+  int64_t bad = ks_similarity(ctx, &a, gs.p) != KS_OK, picked[4];
+  bad += ks_similarity_top(ctx, &a, BEST, scores, index) != KS_OK;
+  bad += ks_similarity_mean(ctx, &a, NULL, NULL, mean, count) != KS_OK;
+  bad += ks_similarity_farthest_first(ctx, &a, 4, 0, picked) != KS_OK;
+  if (bad) fprintf(stderr, "%s: %s\n", name, ks_error_message());
+  ks_results_add_guard(out, &gs);
+  ks_results_add(out, scores, c->n_q * BEST);
+  ks_results_add_bytes(out, index, c->n_q * BEST * (int64_t)sizeof *index);
+  ks_results_add_bytes(out, mean, c->n_q * (int64_t)sizeof *mean);
+  ks_results_add_bytes(out, picked, sizeof picked);
+  bad += free_side(&q, name) + free_side(&k, name);
+  ks_guard_free(&gs);
+  free(scores), free(index), free(count), free(mean);
+  return bad;
+}
+
+/* A score's bits do not depend on the kernel that made it. More queries and keys than a tile of any, and
+ * several parts. */
+Test(similarity, shapes_agree) {
+  static const char *const variants[] = {NULL, "similarity=few", "similarity=mid", "similarity=big", NULL};
+  static const sim_case both[] = {{131, 300, 40, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                  {130, 260, 72, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                  {5, 600, 24, DOT, KS_FILL_SIGNED, BF16, BF16, false},
+                                  {140, 150, 72, COSINE, KS_FILL_INTEGER, BF16, I8, true},
+                                  {135, 140, 16, DOT, KS_FILL_INTEGER, I8, I8, true},
+                                  {129, 130, 36, COSINE, KS_FILL_SIGNED, F32, BF16, false}};
+  int64_t bad = 0;
+  for (int64_t i = 0; ks_test_is_cuda() && i < 6; i++) {
+    ks_results first = {0};
+    for (int v = 0; v < 5; v++) {
+      set_smem(v == 4 ? SMEM_TURING : SMEM_AMPERE); /* lists in device memory */
+      char name[80];
+      ks_ctx *ctx = NULL;
+      ks_results now = {0};
+      snprintf(name, sizeof name, "similarity %lld, %s", (long long)i,
+               variants[v] ? variants[v] : "by shape");
+      const ks_ctx_params params = {.backend = "cuda", .variants = variants[v]};
+      cr_assert(ks_ctx_create(&ctx, &params) == KS_OK, "%s", ks_error_message());
+      bad += run_shape(ctx, &both[i], name, &now);
+      ks_ctx_destroy(ctx);
+      if (v == 0)
+        first = now;
+      else
+        bad += ks_results_check_same(name, &now, &first);
+      if (v > 0) ks_results_free(&now);
+    }
+    ks_results_free(&first);
+  }
   cr_assert(bad == 0);
 }
 
 /* A query's results do not depend on the other queries, nor a score on the other keys. */
+static int64_t run_alone(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  const sim_case *c = test_case;
+  if (!is_for(ctx, c)) return 0;
+  side q = make_side(ctx, c->n_q, c->n_cols, c->fill, c->q_dtype, c->scaled, 1),
+       k = make_side(ctx, c->n_k, c->n_cols, c->fill, c->k_dtype, c->scaled, 2);
+  ks_guard gs = ks_guard_make(ctx, NULL, c->n_q * c->n_k), alone = ks_guard_make(ctx, NULL, c->n_k);
+  const ks_similarity_args a = args_of(c, &q, &k);
+  double mean[256], one_mean;
+  int64_t count[256], one_count, bad = ks_similarity(ctx, &a, gs.p) != KS_OK;
+  bad += ks_similarity_mean(ctx, &a, NULL, NULL, mean, count) != KS_OK;
+  float *s = ks_guard_read(&gs);
+  for (int64_t i = 0; i < c->n_q; i += ks_test_is_shim() ? 31 : 1) {
+    ks_similarity_args one = a;
+    one.n_q = 1, one.q = ks_guard_at(&q.stored, i * c->n_cols);
+    one.q_scales = q.scaled ? ks_guard_at(&q.scales, i) : NULL;
+    bad += ks_similarity(ctx, &one, alone.p) != KS_OK;
+    float *row = ks_guard_read(&alone);
+    bad += ks_check_same("query alone", row, s + i * c->n_k, c->n_k);
+    bad += ks_similarity_mean(ctx, &one, NULL, NULL, &one_mean, &one_count) != KS_OK;
+    bad += one_mean != mean[i] || one_count != c->n_k || count[i] != c->n_k;
+    free(row);
+  }
+  for (int64_t j = 0; j < c->n_k; j += ks_test_is_shim() ? 37 : 1) {
+    ks_similarity_args one = a;
+    one.n_q = 1, one.n_k = 1, one.k = ks_guard_at(&k.stored, j * c->n_cols);
+    one.k_scales = k.scaled ? ks_guard_at(&k.scales, j) : NULL;
+    bad += ks_similarity(ctx, &one, alone.p) != KS_OK;
+    float *row = ks_guard_read(&alone);
+    bad += ks_check_same("key alone", row, s + j, 1);
+    free(row);
+  }
+  ks_results_add(out, s, c->n_q * c->n_k);
+  bad += free_side(&q, name) + free_side(&k, name);
+  ks_guard_free(&gs), ks_guard_free(&alone);
+  free(s);
+  return bad;
+}
+
 Test(similarity, queries_and_keys_stand_alone) {
-  enum { Q = 125, K = 90, D = 70 };
-  float *q = rows(Q, D, KS_FILL_SIGNED, 1), *k = rows(K, D, KS_FILL_SIGNED, 2),
-        *s = ks_floats(Q * K, KS_FILL_SIGNED, 0);
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 2}) == KS_OK);
-  cr_assert(ks_similarity(ctx, &(ks_similarity_args){q, k, Q, K, D, KS_METRIC_COSINE}, s) == KS_OK);
-  double mean[Q], one_mean;
-  int64_t count[Q], one_count;
-  cr_assert(ks_similarity_mean(ctx, &(ks_similarity_args){q, k, Q, K, D, KS_METRIC_COSINE}, NULL, NULL, mean,
-                               count) == KS_OK);
-  for (int64_t i = 0; i < Q; i++) {
-    float row[K];
-    const ks_similarity_args one = {q + i * D, k, 1, K, D, KS_METRIC_COSINE};
-    cr_assert(ks_similarity(ctx, &one, row) == KS_OK);
-    cr_assert(ks_check_same("query alone", row, s + i * K, K) == 0);
-    cr_assert(ks_similarity_mean(ctx, &one, NULL, NULL, &one_mean, &one_count) == KS_OK);
-    cr_assert(one_mean == mean[i] && one_count == K && count[i] == K);
-  }
-  for (int64_t j = 0; j < K; j++) {
-    float one;
-    cr_assert(ks_similarity(ctx, &(ks_similarity_args){q + D, k + j * D, 1, 1, D, KS_METRIC_COSINE}, &one) ==
-              KS_OK);
-    cr_assert(ks_check_same("key alone", &one, s + K + j, 1) == 0);
-  }
-  free(q), free(k), free(s);
-  ks_ctx_destroy(ctx);
+  set_smem(SMEM_AMPERE);
+  static const sim_case alone[] = {{125, 90, 70, COSINE, KS_FILL_SIGNED, F32, F32, false},
+                                   {130, 90, 72, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                   {40, 70, 33, DOT, KS_FILL_INTEGER, I8, I8, true}};
+  int64_t bad = 0;
+  for (int64_t i = 0; i < 3; i++)
+    bad += ks_test_everywhere("similarity", 100 + i, &alone[i], run_alone);
+  cr_assert(bad == 0);
+}
+
+/* Many equal scores, a list longer than a warp, more than there are keys. */
+static int64_t run_ties(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { Q = 2, K = 150, D = 8 };
+  (void)test_case;
+  float q[Q * D] = {0}, k[K * D] = {0}, s[Q * K];
+  for (int i = 0; i < Q; i++)
+    q[i * D] = 1;
+  for (int j = 0; j < K; j++)
+    k[j * D] = j % 50 == 9 ? NAN : (float)(j * 7 % 5);
+  ks_guard gq = ks_guard_make(ctx, q, Q * D), gk = ks_guard_make(ctx, k, K * D);
+  const ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = Q, .n_k = K, .n_cols = D, .metric = DOT};
+  for (int i = 0; i < Q * K; i++)
+    s[i] = k[i % K * D];
+  int64_t bad =
+      check_top(ctx, &a, s, 33, name) + check_top(ctx, &a, s, 97, name) + check_top(ctx, &a, s, 200, name);
+  if (!ks_test_is_shim()) bad += check_top(ctx, &a, s, 1024, name);
+  ks_results_add(out, s, 1);
+  ks_guard_free(&gq), ks_guard_free(&gk);
+  return bad;
+}
+
+Test(similarity, ties_and_long_lists) {
+  cr_assert(ks_test_everywhere("similarity", 200, NULL, run_ties) == 0);
+}
+
+static int64_t run_not_finite(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { K = 9, D = 4 };
+  const float q[D] = {1, 0, 0, 0},
+              k[K][D] = {{NAN}, {1}, {-1, 2}, {INFINITY}, {0}, {3}, {0, NAN}, {-INFINITY}, {2}};
+  float scores[K + 2];
+  int64_t index[K + 2], picked[K], bad = 0;
+  (void)test_case;
+  ks_guard gq = ks_guard_make(ctx, q, D), gk = ks_guard_make(ctx, k[0], (int64_t)K * D);
+  ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = 1, .n_k = K, .n_cols = D, .metric = DOT};
+  bad += ks_similarity_top(ctx, &a, K + 2, scores, index) != KS_OK;
+  const int64_t by_dot[] = {3, 5, 8, 1, 4, 2, 7, 0, 6, -1, -1};
+  bad += memcmp(index, by_dot, sizeof by_dot) != 0;
+  bad += !(isnan(scores[7]) && isnan(scores[8]) && scores[9] == -INFINITY && scores[6] == -INFINITY);
+  a.metric = COSINE;
+  bad += ks_similarity_top(ctx, &a, 5, scores, index) != KS_OK;
+  const int64_t by_cosine[] = {1, 5, 8, 4, 2};
+  bad += memcmp(index, by_cosine, sizeof by_cosine) != 0 || scores[0] != 1 || scores[3] != 0;
+  a.n_q = 0;
+  bad += ks_similarity_farthest_first(ctx, &a, K, 1, picked) != KS_OK;
+  const int64_t order[] = {1, 2, 4, 5, 8, 0, 3, 6, 7}; /* the four that are not finite at the end */
+  bad += memcmp(picked, order, sizeof order) != 0;
+  if (bad) fprintf(stderr, "%s: other order\n", name);
+  ks_results_add_bytes(out, picked, sizeof picked);
+  ks_guard_free(&gq), ks_guard_free(&gk);
+  return bad;
 }
 
 Test(similarity, nan_and_infinity_rank_last) {
-  enum { K = 9, D = 4 };
-  for (int i = 0; ks_test_isas[i]; i++) {
-    ks_ctx *ctx = ks_test_ctx(ks_test_isas[i], 1);
-    if (!ctx) continue;
-    float q[D] = {1, 0, 0, 0},
-          k[K][D] = {{NAN}, {1}, {-1, 2}, {INFINITY}, {0}, {3}, {0, NAN}, {-INFINITY}, {2}};
-    float scores[K + 2];
-    int64_t index[K + 2], picked[K];
-    ks_similarity_args a = {q, k[0], 1, K, D, KS_METRIC_DOT};
-    cr_assert(ks_similarity_top(ctx, &a, K + 2, scores, index) == KS_OK);
-    const int64_t by_dot[] = {3, 5, 8, 1, 4, 2, 7, 0, 6, -1, -1};
-    cr_assert(memcmp(index, by_dot, sizeof by_dot) == 0);
-    cr_assert(isnan(scores[7]) && isnan(scores[8]) && scores[9] == -INFINITY && scores[6] == -INFINITY);
-    a.metric = KS_METRIC_COSINE;
-    cr_assert(ks_similarity_top(ctx, &a, 5, scores, index) == KS_OK);
-    const int64_t by_cosine[] = {1, 5, 8, 4, 2};
-    cr_assert(memcmp(index, by_cosine, sizeof by_cosine) == 0 && scores[0] == 1 && scores[3] == 0);
-    a.n_q = 0;
-    cr_assert(ks_similarity_farthest_first(ctx, &a, K, 1, picked) == KS_OK);
-    const int64_t order[] = {1, 2, 4, 5, 8, 0, 3, 6, 7}; /* the four that are not finite at the end */
-    cr_assert(memcmp(picked, order, sizeof order) == 0);
-    ks_ctx_destroy(ctx);
+  cr_assert(ks_test_everywhere("similarity", 201, NULL, run_not_finite) == 0);
+}
+
+/* Rows whose squares leave float32, with norms that do and do not: cosines are those of the directions. */
+static int64_t run_range(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { Q = 2, K = 6, D = 2 };
+  (void)test_case;
+  const float q[Q * D] = {1e-12f, 0, 2e18f, 0};
+  const float k[K * D] = {1e-20f, 1e-20f, 1e19f, -1e19f, 3e-30f, 0, 1, 1, 0, 0, 1e-3f, 0};
+  const double half = sqrt(0.5);
+  /* Dot products below float32's range are zeros, as the definition has them. */
+  const double ref[Q][K] = {{half, half, 1, half, 0, 1}, {half, half, 1, half, 0, 1}};
+  ks_guard gq = ks_guard_make(ctx, q, Q * D), gk = ks_guard_make(ctx, k, K * D),
+           gs = ks_guard_make(ctx, NULL, Q * K);
+  const ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = Q, .n_k = K, .n_cols = D, .metric = COSINE};
+  int64_t bad = ks_similarity(ctx, &a, gs.p) != KS_OK;
+  float *s = ks_guard_read(&gs);
+  for (int i = 0; i < Q * K; i++) {
+    const double dot = (double)q[i / K * D] * (double)k[i % K * D];
+    if (fabs(dot) > 0 && fabs(dot) < 0x1p-120) continue; /* loses bits or all of them */
+    if (ks_close((double)s[i], ref[i / K][i % K], fabs(ref[i / K][i % K]), D)) continue;
+    fprintf(stderr, "%s: [%d] is %g, wants %g\n", name, i, (double)s[i], ref[i / K][i % K]);
+    bad++;
   }
+  ks_results_add(out, s, Q * K);
+  ks_guard_free(&gq), ks_guard_free(&gk), ks_guard_free(&gs);
+  free(s);
+  return bad;
+}
+
+Test(similarity, norms_beyond_float32) {
+  cr_assert(ks_test_everywhere("similarity", 202, NULL, run_range) == 0);
 }
 
 /* Points on a circle: the traversal can be followed by hand. */
 Test(similarity, farthest_first_by_hand) {
   const float k[][2] = {{1, 0}, {0.8f, 0.6f}, {0, 1}, {-1, 0}, {0, -1}, {1, 0}};
   int64_t picked[6];
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
-  ks_similarity_args a = {NULL, k[0], 0, 6, 2, KS_METRIC_COSINE};
+  ks_ctx *ctx = ks_test_any_ctx();
+  ks_guard gk = ks_guard_make(ctx, k[0], 12);
+  ks_similarity_args a = {.k = gk.p, .n_k = 6, .n_cols = 2, .metric = COSINE};
   cr_assert(ks_similarity_farthest_first(ctx, &a, 6, 0, picked) == KS_OK);
   /* opposite first; then (0, 1) and (0, -1) tie at 0, the lower index wins; (0.8, 0.6) at 0.8; the double at
    * 1 */
   const int64_t from_0[] = {0, 3, 2, 4, 1, 5};
   cr_assert(memcmp(picked, from_0, sizeof from_0) == 0);
-  a.q = k[3], a.n_q = 1; /* centre (-1, 0): both (1, 0) are opposite */
+  a.q = ks_guard_at(&gk, 6), a.n_q = 1; /* centre (-1, 0): both (1, 0) are opposite */
   cr_assert(ks_similarity_farthest_first(ctx, &a, 3, 99, picked) == KS_OK);
   const int64_t from_centre[] = {0, 2, 4};
   cr_assert(memcmp(picked, from_centre, sizeof from_centre) == 0);
+  ks_guard_free(&gk);
   ks_ctx_destroy(ctx);
 }
 
 Test(similarity, illegal_arguments) {
-  ks_ctx *ctx = NULL;
-  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cpu", .n_threads = 1}) == KS_OK);
-  float q[8] = {1}, k[12] = {1}, s[6];
+  ks_ctx *ctx = ks_test_any_ctx();
+  const float values[12] = {1};
   double mean[2];
+  float scores[8];
   int64_t index[8], count[2];
   int32_t groups[3] = {0};
-  const ks_similarity_args good = {q, k, 2, 3, 4, KS_METRIC_COSINE};
+  ks_guard q = ks_guard_make(ctx, values, 8), k = ks_guard_make(ctx, values, 12),
+           s = ks_guard_make(ctx, NULL, 6);
+  const ks_similarity_args good = {.q = q.p, .k = k.p, .n_q = 2, .n_k = 3, .n_cols = 4, .metric = COSINE};
   ks_similarity_args a = good;
-  cr_assert(ks_similarity(ctx, &a, s) == KS_OK);
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_OK);
   a.metric = (ks_metric)2;
-  cr_assert(ks_similarity(ctx, &a, s) == KS_EINVAL);
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_EINVAL);
   a = good, a.n_k = -1;
-  cr_assert(ks_similarity(ctx, &a, s) == KS_EINVAL);
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_EINVAL);
   a = good, a.k = NULL;
-  cr_assert(ks_similarity(ctx, &a, s) == KS_EINVAL);
-  cr_assert(ks_similarity(ctx, &good, NULL) == KS_EINVAL && ks_similarity(ctx, &good, q) == KS_EINVAL);
-  cr_assert(ks_similarity_top(ctx, &good, 0, s, index) == KS_EINVAL);
-  cr_assert(ks_similarity_top(ctx, &good, 1025, s, index) == KS_EINVAL);
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_EINVAL);
+  a = good, a.k_dtype = KS_DTYPE_F16;
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_EINVAL);
+  a = good, a.k_scales = k.p;
+  cr_assert(ks_similarity(ctx, &a, s.p) == KS_EINVAL);
+  cr_assert(ks_similarity(ctx, &good, NULL) == KS_EINVAL && ks_similarity(ctx, &good, q.p) == KS_EINVAL);
+  cr_assert(ks_similarity_top(ctx, &good, 0, scores, index) == KS_EINVAL);
+  cr_assert(ks_similarity_top(ctx, &good, 1025, scores, index) == KS_EINVAL);
   cr_assert(ks_similarity_top(ctx, &good, 2, NULL, index) == KS_EINVAL);
   cr_assert(ks_similarity_mean(ctx, &good, groups, NULL, mean, count) == KS_EINVAL);
   cr_assert(ks_similarity_mean(ctx, &good, NULL, NULL, mean, NULL) == KS_EINVAL);
@@ -305,5 +552,6 @@ Test(similarity, illegal_arguments) {
   a = good, a.n_q = 0;
   cr_assert(ks_similarity_farthest_first(ctx, &a, 2, 3, index) == KS_EINVAL);
   cr_assert(ks_similarity_farthest_first(ctx, &a, 0, 3, index) == KS_OK);
+  ks_guard_free(&q), ks_guard_free(&k), ks_guard_free(&s);
   ks_ctx_destroy(ctx);
 }
