@@ -12,6 +12,7 @@
 #
 # nvcc is called by custom commands and not as a language of CMake: the objects then link with the C compiler, a build without
 # toolkit configures in no time, and what ptxas says of each kernel is kept beside its object, without compiling twice.
+# Nothing of the C++ runtime is used: no exceptions, no type information, no guards of local statics (nvcc's stubs have some).
 # The driver and cuBLASLt are loaded at run time; the program runs on machines that have neither.
 
 set(KS_CUDA_ARCHS "" CACHE STRING "GPU architectures, \"75-real;90\" or \"native\"; empty: all supported")
