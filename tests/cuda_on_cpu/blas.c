@@ -12,7 +12,7 @@
 enum { COLS = 1, DEFAULT_ALIGNMENT = 256, ALGO = 7 };
 
 struct cublasLtContext {
-  int n_products;
+  bool is_open;
 };
 struct cublasLtMatmulDescOpaque {
   int32_t a_op, b_op, epilogue, bias_type;
@@ -51,7 +51,7 @@ _Static_assert(sizeof(algo_config) <= sizeof(cublasLtMatmulAlgo_t), "an algorith
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
   openblas_set_num_threads(1);
-  CREATE(handle, {0});
+  CREATE(handle, {true});
 }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
   cudaDeviceSynchronize();
@@ -302,7 +302,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               cudaStream_t stream) {
   uint64_t mnk[3];
   algo_config config;
-  TRY(handle && algo && shapes(desc, a_layout, b_layout, c_layout, d_layout, mnk),
+  TRY(handle && handle->is_open && algo && shapes(desc, a_layout, b_layout, c_layout, d_layout, mnk),
       CUBLAS_STATUS_INVALID_VALUE);
   TRY(!workspace_bytes || ks_shim_is_device(workspace, workspace_bytes), CUBLAS_STATUS_INVALID_VALUE);
   memcpy(&config, algo, sizeof config);
@@ -321,7 +321,6 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     TRY(is_usable(all[i], config.alignment[i]), CUBLAS_STATUS_INVALID_VALUE);
   TRY(!p.desc.bias || ks_shim_is_device(p.desc.bias, p.m * size_of((cudaDataType)p.desc.bias_type)),
       CUBLAS_STATUS_INVALID_VALUE);
-  handle->n_products++;
   return ks_shim_call(stream, run, &p, sizeof p) == cudaSuccess ? CUBLAS_STATUS_SUCCESS
                                                                 : CUBLAS_STATUS_EXECUTION_FAILED;
 }

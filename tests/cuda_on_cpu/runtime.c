@@ -213,7 +213,7 @@ static bool points_to_host(const void *arg, size_t size) {
     void *region;
     size_t region_bytes;
     memcpy(&word, (const char *)arg + at, sizeof word);
-    if (word >> 32 == 0 || word >> 47 || ks_shim_find((const void *)word, 0)) continue;
+    if (word >> 32 == 0 || word >> 48 || ks_shim_find((const void *)word, 0)) continue;
     const char *where = __asan_locate_address((void *)word, name, sizeof name, &region, &region_bytes);
     if (strcmp(where, "heap") == 0 || strcmp(where, "stack") == 0 || strcmp(where, "global") == 0)
       return true;
