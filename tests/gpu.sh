@@ -58,9 +58,9 @@ bundle() { # DIR options
   done
   [ ! -e "$dir" ] || [ -f "$dir/MANIFEST" ] || die 2 "$dir is there and is no bundle; name a new folder"
   suites="$(op_suites | tr '\n' ' ')"
-  cuda=ON suffix="" program=keepsake-bin
-  if [ -n "$shim" ]; then cuda=OFF suffix=_cuda_on_cpu program=keepsake-cuda-on-cpu models=""; else models=$model_suites; fi
-  set -- -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DKS_TESTS=ON -DKS_CUDA=$cuda "-DKS_CUDA_ARCHS=$archs" -DKS_RUN_DIR=. \
+  cuda=ON shared=ON suffix="" program=keepsake-bin
+  if [ -n "$shim" ]; then cuda=OFF shared=OFF suffix=_cuda_on_cpu program=keepsake-cuda-on-cpu models=""; else models=$model_suites; fi
+  set -- -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DKS_TESTS=ON -DKS_CUDA=$cuda "-DKS_CUDA_ARCHS=$archs" -DKS_RUN_DIR=. -DKS_SHARED_KERNELS=$shared \
     "-DCMAKE_BUILD_RPATH=\$ORIGIN/../lib" -DCMAKE_EXE_LINKER_FLAGS=-Wl,--disable-new-dtags # DT_RPATH: libraries of libraries too
   command -v ninja >/dev/null 2>&1 && [ ! -f "$build/CMakeCache.txt" ] && set -- "$@" -G Ninja
   cmake "$@" || die 3 "CMake failed"
