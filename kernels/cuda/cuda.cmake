@@ -3,6 +3,7 @@
 #   KS_CUDA=AUTO|ON|OFF   AUTO: when nvcc 12.0 or newer works here; ON: fails with the reason when it does not
 #   KS_CUDA_ARCHS         "75-real;...;110" (default: all that are supported and that the toolkit knows, and PTX of the newest),
 #                         or "native": the GPUs of this machine. CMAKE_CUDA_ARCHITECTURES is taken where it is not set
+#   KS_CUDA_FLAGS         more options for nvcc: "-lineinfo" for compute-sanitizer and profilers (triples the program)
 #   CUDAToolkit_ROOT, CUDACXX or CMAKE_CUDA_COMPILER say where the toolkit is
 #   CUDAHOSTCXX           the C++ compiler that nvcc calls
 #
@@ -12,10 +13,11 @@
 #
 # nvcc is called by custom commands and not as a language of CMake: the objects then link with the C compiler, a build without
 # toolkit configures in no time, and what ptxas says of each kernel is kept beside its object, without compiling twice.
-# Nothing of the C++ runtime is used: no exceptions, no type information, no guards of local statics (nvcc's stubs have some).
+# Nothing of the C++ runtime is used: no exceptions, no guards of local statics (nvcc's stubs have some).
 # The driver and cuBLASLt are loaded at run time; the program runs on machines that have neither.
 
 set(KS_CUDA_ARCHS "" CACHE STRING "GPU architectures, \"75-real;90\" or \"native\"; empty: all supported")
+set(KS_CUDA_FLAGS "" CACHE STRING "more options for nvcc, as \"-lineinfo\"")
 set(ks_cuda_all_archs 75 80 87 89 90 100 110)
 
 # Sets ks_cuda_why to the reason when there is no usable toolkit.
@@ -121,13 +123,17 @@ endfunction()
 # Objects of all .cu in `folder` of the build, and beside each the log of ptxas.
 function(ks_cuda_compile folder out_objects out_logs)
   ks_cuda_gencode(gencode ${ARGN})
+  separate_arguments(flags UNIX_COMMAND "${KS_CUDA_FLAGS}")
+  if(NOT CUDAToolkit_VERSION VERSION_LESS 13.0) # drivers that go with older ones may not unpack it
+    list(PREPEND flags --compress-mode=size)
+  endif()
   file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/${folder})
   foreach(source ${ks_cuda_cu_sources})
     get_filename_component(name ${source} NAME_WE)
     set(object ${CMAKE_BINARY_DIR}/${folder}/${name}.cu.o)
     set(log ${CMAKE_BINARY_DIR}/${folder}/${name}.ptxas.log)
     add_custom_command(OUTPUT ${object} ${log} DEPFILE ${object}.d
-      COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh ${log} ${ks_nvcc} -std=c++17 -O3 -lineinfo -Xptxas -v
+      COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh ${log} ${ks_nvcc} -std=c++17 -O3 ${flags} -Xptxas -v
         -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wshadow,-fno-exceptions,-fno-threadsafe-statics,-fPIC -I${CMAKE_SOURCE_DIR} ${gencode}
         -MD -MF ${object}.d -c ${source} -o ${object}
       DEPENDS ${source} ${CMAKE_SOURCE_DIR}/kernels/cuda/nvcc.sh COMMENT "nvcc kernels/cuda/${name}.cu" VERBATIM)
