@@ -19,8 +19,30 @@ static void list_importers(void) {
     printf("  %-14s %s\n", ks_importers[i].name, ks_importers[i].what);
 }
 
+/* "  [cuda: mma, simt]": the kernels that a backend has for an operation, its default first. */
+static void print_variants(const ks_backend *b, const char *op) {
+  int shown = 0;
+  for (int64_t i = 0; i < b->n_variants; i++) {
+    const ks_op_variant *v = &b->variants[i];
+    if (strcmp(v->op, op) != 0) continue;
+    if (shown++ == 0)
+      printf("  [%s: ", b->name);
+    else
+      printf(", ");
+    printf("%s%s", v->name, v->f32 ? "" : " (bf16)");
+  }
+  if (shown > 0) printf("]");
+}
+
+static void print_operation(const char *name, const char *what) {
+  printf("  %-26s %s", name, what);
+  for (int i = 0; ks_backends[i]; i++)
+    print_variants(ks_backends[i], name);
+  printf("\n");
+}
+
 static void list_operations(void) {
-#define X(name, what) printf("  %-26s %s\n", #name, what);
+#define X(name, what) print_operation(#name, what);
   KS_OPS_MAP(X)
 #undef X
 }

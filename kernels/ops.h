@@ -222,7 +222,8 @@ ks_status ks_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a);
 
 /* Rotary embedding, half-split form (Su et al. 2021 as in GPT-NeoX and Hugging Face Llama), in place:
  *   (x1, x2) = (x[h, j], x[h, j + d/2]);  x1' = x1 cos - x2 sin;  x2' = x2 cos + x1 sin,  angle = position * inv_freq[j].
- * cos and sin are evaluated in double and rounded. inverse: rotates back, which is the backward pass. */
+ * The angle is a product in double, reduced in double; cos and sin are right to two units in the last place of float32.
+ * inverse: rotates back, which is the backward pass. */
 typedef struct {
   void *x; /* [n_rows, n_heads * head_dim], in place */
   const int32_t *positions; /* host [n_rows], each >= 0 */
