@@ -39,13 +39,20 @@ enum {
   MMA_W = MMA_N * MMA_K /* elements of W in a stage */
 };
 
+/* Blocks an SM; Turing has room for one. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define MMA_BLOCKS 1
+#else
+#define MMA_BLOCKS 2
+#endif
+
 template <int BM_, bool BACKWARD_, bool BLOCKS_, bool GENERATION_> struct mma_shape {
   static constexpr int BM = BM_, MI = BM / MMA_WARPS_M / 16;
   static constexpr bool BACKWARD = BACKWARD_, BLOCKS = BLOCKS_, GENERATION = GENERATION_;
   static constexpr int W_PIECES = BACKWARD ? MMA_N / 8 : MMA_K / 8;
   /* Length of the sums; columns of y. */
-  static KS_DEVICE int64_t n_k(const linear_product &p) { return BACKWARD ? p.w.n_out : p.w.n_in; }
-  static KS_DEVICE int64_t n_cols(const linear_product &p) { return BACKWARD ? p.w.n_in : p.w.n_out; }
+  static KS_DEVICE int n_k(const linear_product &p) { return (int)(BACKWARD ? p.w.n_out : p.w.n_in); }
+  static KS_DEVICE int n_cols(const linear_product &p) { return (int)(BACKWARD ? p.w.n_in : p.w.n_out); }
   static size_t bytes() {
     return ks_smem_bytes<ks_bf16>(MMA_STAGES * BM * MMA_K) + ks_smem_bytes<ks_bf16>(MMA_STAGES * MMA_W) +
            ks_smem_bytes<float>(16) + (BACKWARD ? ks_smem_bytes<uint8_t>(BM * 16) : 0);
@@ -54,7 +61,7 @@ template <int BM_, bool BACKWARD_, bool BLOCKS_, bool GENERATION_> struct mma_sh
 
 /* What a thread knows of its block. */
 struct mma_place {
-  int64_t m0, n0; /* first row and column */
+  int m0, n0, n_rows; /* first row and column */
   int warp_m, warp_n, g, t;
   bool x_aligned, w_aligned;
 };
@@ -62,8 +69,9 @@ struct mma_place {
 template <class S> KS_DEVICE mma_place mma_place_of(const linear_product &p) {
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP;
   mma_place at;
-  at.m0 = (int64_t)blockIdx.x * S::BM;
-  at.n0 = (int64_t)blockIdx.y * MMA_N;
+  at.m0 = (int)blockIdx.x * S::BM;
+  at.n0 = (int)blockIdx.y * MMA_N;
+  at.n_rows = (int)p.n_rows;
   at.warp_m = warp / MMA_WARPS_N * 16 * S::MI;
   at.warp_n = warp % MMA_WARPS_N * 32;
   at.g = lane / 4;
@@ -76,25 +84,25 @@ template <class S> KS_DEVICE mma_place mma_place_of(const linear_product &p) {
 /* ---------------------------------------------------------------- loading a step */
 
 template <class S>
-KS_DEVICE void load_x(ks_bf16 *stage, const linear_product &p, const mma_place &at, int64_t k0) {
+KS_DEVICE void load_x(ks_bf16 *stage, const linear_product &p, const mma_place &at, int k0) {
 #pragma unroll
   for (int i = 0; i < S::BM * 4 / MMA_THREADS; i++) {
     const int index = i * MMA_THREADS + (int)threadIdx.x, row = index / 4, piece = index % 4;
-    tile_load_8(tile_at<4>(stage, row, piece), (const ks_bf16 *)p.x + (at.m0 + row) * S::n_k(p),
-                k0 + 8 * piece, S::n_k(p), at.m0 + row < p.n_rows, at.x_aligned);
+    tile_load_8(tile_at<4>(stage, row, piece), (const ks_bf16 *)p.x + (int64_t)(at.m0 + row) * S::n_k(p),
+                k0 + 8 * piece, S::n_k(p), at.m0 + row < at.n_rows, at.x_aligned);
   }
 }
 
 template <class S>
-KS_DEVICE void load_w(ks_bf16 *stage, const linear_product &p, const mma_place &at, int64_t k0) {
+KS_DEVICE void load_w(ks_bf16 *stage, const linear_product &p, const mma_place &at, int k0) {
   const ks_bf16 *w = (const ks_bf16 *)(const void *)p.w.values;
 #pragma unroll
   for (int i = 0; i < MMA_W / 8 / MMA_THREADS; i++) {
     const int index = i * MMA_THREADS + (int)threadIdx.x, line = index / S::W_PIECES,
               piece = index % S::W_PIECES;
-    const int64_t row = (S::BACKWARD ? k0 : at.n0) + line, col = (S::BACKWARD ? at.n0 : k0) + 8 * piece;
-    tile_load_8(tile_at<S::W_PIECES>(stage, line, piece), w + row * p.w.n_in, col, p.w.n_in, row < p.w.n_out,
-                at.w_aligned);
+    const int row = (S::BACKWARD ? k0 : at.n0) + line, col = (S::BACKWARD ? at.n0 : k0) + 8 * piece;
+    tile_load_8(tile_at<S::W_PIECES>(stage, line, piece), w + (int64_t)row * p.w.n_in, col, p.w.n_in,
+                row < p.w.n_out, at.w_aligned);
   }
 }
 
@@ -105,8 +113,7 @@ struct mma_codes {
 };
 
 template <class S>
-KS_DEVICE void codes_place(const mma_place &at, int64_t k0, int *line, int *piece, int64_t *row,
-                           int64_t *col) {
+KS_DEVICE void codes_place(const mma_place &at, int k0, int *line, int *piece, int *row, int *col) {
   const int pairs = S::W_PIECES / 2;
   *line = (int)threadIdx.x / pairs;
   *piece = (int)threadIdx.x % pairs * 2;
@@ -115,9 +122,9 @@ KS_DEVICE void codes_place(const mma_place &at, int64_t k0, int *line, int *piec
 }
 
 template <class S>
-KS_DEVICE void load_codes(mma_codes *c, const linear_product &p, const mma_place &at, int64_t k0) {
+KS_DEVICE void load_codes(mma_codes *c, const linear_product &p, const mma_place &at, int k0) {
   int line, piece;
-  int64_t row, col;
+  int row, col;
   codes_place<S>(at, k0, &line, &piece, &row, &col);
   c->codes = make_uint4(0, 0, 0, 0);
   c->scale = 0;
@@ -130,7 +137,7 @@ template <class S>
 KS_DEVICE void store_codes(ks_bf16 *stage, const mma_codes &c, const linear_product &p, const mma_place &at,
                            const float *lut) {
   int line, piece;
-  int64_t row, col;
+  int row, col;
   uint32_t w[8];
   codes_place<S>(at, 0, &line, &piece, &row, &col);
   ks_unpack_16(p.w.dtype, lut, c.codes, c.scale, w);
@@ -177,14 +184,14 @@ template <class S> KS_DEVICE void close_run(float (&total)[S::MI][4][4], float (
 template <class S>
 KS_DEVICE void multiply(float (&acc)[S::MI][4][4], ks_bf16 *xs, ks_bf16 *ws, const linear_product &p,
                         const mma_place &at, const float *lut) {
-  const int n_steps = (int)((S::n_k(p) + MMA_K - 1) / MMA_K), run = (n_steps + LINEAR_RUNS - 1) / LINEAR_RUNS;
+  const int n_steps = (S::n_k(p) + MMA_K - 1) / MMA_K, run = (n_steps + LINEAR_RUNS - 1) / LINEAR_RUNS;
   float total[S::GENERATION ? S::MI : 1][4][4] = {};
   mma_codes codes;
 #pragma unroll
   for (int s = 0; s < MMA_STAGES - 1; s++) {
     if (s < n_steps) {
-      load_x<S>(xs + s * S::BM * MMA_K, p, at, (int64_t)s * MMA_K);
-      if (!S::BLOCKS) load_w<S>(ws + s * MMA_W, p, at, (int64_t)s * MMA_K);
+      load_x<S>(xs + s * S::BM * MMA_K, p, at, s * MMA_K);
+      if (!S::BLOCKS) load_w<S>(ws + s * MMA_W, p, at, s * MMA_K);
     }
     ks_cp_async_commit();
   }
@@ -198,13 +205,13 @@ KS_DEVICE void multiply(float (&acc)[S::MI][4][4], ks_bf16 *xs, ks_bf16 *ws, con
     __syncthreads();
     const int ahead = s + MMA_STAGES - 1, stage = s % MMA_STAGES;
     if (ahead < n_steps) {
-      load_x<S>(xs + ahead % MMA_STAGES * S::BM * MMA_K, p, at, (int64_t)ahead * MMA_K);
-      if (!S::BLOCKS) load_w<S>(ws + ahead % MMA_STAGES * MMA_W, p, at, (int64_t)ahead * MMA_K);
+      load_x<S>(xs + ahead % MMA_STAGES * S::BM * MMA_K, p, at, ahead * MMA_K);
+      if (!S::BLOCKS) load_w<S>(ws + ahead % MMA_STAGES * MMA_W, p, at, ahead * MMA_K);
     }
     ks_cp_async_commit();
     if (S::BLOCKS && s + 1 < n_steps) {
       store_codes<S>(ws + (s + 1) % MMA_STAGES * MMA_W, codes, p, at, lut);
-      load_codes<S>(&codes, p, at, (int64_t)(s + 2) * MMA_K);
+      load_codes<S>(&codes, p, at, (s + 2) * MMA_K);
     }
     multiply_step<S>(acc, xs + stage * S::BM * MMA_K, ws + stage * MMA_W, at);
     if constexpr (S::GENERATION)
@@ -241,14 +248,14 @@ KS_DEVICE void load_adapter(ks_bf16 *us, ks_bf16 *rs, const linear_product &p, c
              r_aligned = ((uintptr_t)r & 15) == 0 && S::n_cols(p) % 8 == 0;
   for (int i = (int)threadIdx.x; i < S::BM * (width / 8); i += MMA_THREADS) {
     const int row = i / (width / 8), piece = i % (width / 8);
-    tile_load_8(tile_at<LORA_GROUP / 8>(us, row, piece), u + (at.m0 + row) * batch.u_stride, r0 + 8 * piece,
-                rank, row >= rows.begin && row < rows.end, u_aligned);
+    tile_load_8(tile_at<LORA_GROUP / 8>(us, row, piece), u + (int64_t)(at.m0 + row) * batch.u_stride,
+                r0 + 8 * piece, rank, row >= rows.begin && row < rows.end, u_aligned);
   }
   for (int i = (int)threadIdx.x; i < width * (MMA_N / 8); i += MMA_THREADS) {
     const int k = i / (MMA_N / 8), piece = i % (MMA_N / 8);
     *(uint4 *)(void *)tile_at<MMA_N / 8>(rs, k, piece) =
-        r0 + k < rank ? tile_read_8_rounded(r + (r0 + k) * S::n_cols(p), at.n0 + 8 * piece, S::n_cols(p),
-                                            r_aligned, factor)
+        r0 + k < rank ? tile_read_8_rounded(r + (int64_t)(r0 + k) * S::n_cols(p), at.n0 + 8 * piece,
+                                            S::n_cols(p), r_aligned, factor)
                       : make_uint4(0, 0, 0, 0);
   }
 }
@@ -299,8 +306,8 @@ KS_DEVICE void load_mask(uint8_t *mask, const lora_batch &batch, mma_rows rows, 
   const int row = (int)threadIdx.x;
   if (row >= S::BM) return;
   const bool there = row >= rows.begin && row < rows.end;
-  ks_cp_async_16(mask + row * 16, batch.mask + (there ? (at.m0 + row) * batch.mask_stride + at.n0 / 8 : 0),
-                 there);
+  ks_cp_async_16(mask + row * 16,
+                 batch.mask + (there ? (int64_t)(at.m0 + row) * batch.mask_stride + at.n0 / 8 : 0), there);
 }
 
 template <class S>
@@ -331,12 +338,12 @@ KS_DEVICE void add_adapters(float (&acc)[S::MI][4][4], ks_bf16 *us, ks_bf16 *rs,
 /* Row by row in vectors of eight bf16: the lanes of four exchange what they hold of 32 columns. */
 template <class S>
 KS_DEVICE void store_vectors(const float (&acc)[S::MI][4][4], const linear_product &p, const mma_place &at) {
-  const int64_t col = at.n0 + at.warp_n + 8 * at.t;
+  const int col = at.n0 + at.warp_n + 8 * at.t;
 #pragma unroll
   for (int i = 0; i < 2 * S::MI; i++) {
-    const int64_t row = at.m0 + at.warp_m + 8 * i + at.g;
-    const bool there = row < p.n_rows && col < S::n_cols(p);
-    uint4 *y = (uint4 *)(void *)((ks_bf16 *)p.y + row * S::n_cols(p) + col);
+    const int row = at.m0 + at.warp_m + 8 * i + at.g;
+    const bool there = row < at.n_rows && col < S::n_cols(p);
+    uint4 *y = (uint4 *)(void *)((ks_bf16 *)p.y + (int64_t)row * S::n_cols(p) + col);
     uint32_t w[4] = {0, 0, 0, 0};
     if (p.accumulate) {
       const uint4 old = there ? *y : make_uint4(0, 0, 0, 0);
@@ -345,7 +352,7 @@ KS_DEVICE void store_vectors(const float (&acc)[S::MI][4][4], const linear_produ
     }
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      const int64_t c = at.n0 + at.warp_n + 8 * n + 2 * at.t;
+      const int c = at.n0 + at.warp_n + 8 * n + 2 * at.t;
       float lo = acc[i / 2][n][i % 2 * 2], hi = acc[i / 2][n][i % 2 * 2 + 1];
       if (p.bias && c < S::n_cols(p)) lo += p.bias[c], hi += p.bias[c + 1];
       if (p.accumulate) lo += ks_bf16_lo(w[n]), hi += ks_bf16_hi(w[n]);
@@ -361,10 +368,10 @@ KS_DEVICE void store_elements(const float (&acc)[S::MI][4][4], const linear_prod
 #pragma unroll
   for (int i = 0; i < 16 * S::MI; i++) {
     const int m = i / 16, n = i / 4 % 4, j = i % 4;
-    const int64_t row = at.m0 + at.warp_m + 16 * m + at.g + j / 2 * 8,
-                  col = at.n0 + at.warp_n + 8 * n + 2 * at.t + j % 2;
-    if (row >= p.n_rows || col >= S::n_cols(p)) continue;
-    Y *y = (Y *)p.y + row * S::n_cols(p) + col;
+    const int row = at.m0 + at.warp_m + 16 * m + at.g + j / 2 * 8,
+              col = at.n0 + at.warp_n + 8 * n + 2 * at.t + j % 2;
+    if (row >= at.n_rows || col >= S::n_cols(p)) continue;
+    Y *y = (Y *)p.y + (int64_t)row * S::n_cols(p) + col;
     float value = acc[m][n][j];
     if (p.bias) value += p.bias[col];
     if (p.accumulate) value += ks_to_float(*y);
@@ -373,7 +380,7 @@ KS_DEVICE void store_elements(const float (&acc)[S::MI][4][4], const linear_prod
 }
 
 template <class S>
-__global__ void __launch_bounds__(MMA_THREADS, 2)
+__global__ void __launch_bounds__(MMA_THREADS, MMA_BLOCKS)
     linear_mma_kernel(const __grid_constant__ linear_product p, const __grid_constant__ lora_batch batch,
                       const ks_bf16 *u) {
   ks_smem smem;
@@ -429,6 +436,9 @@ static ks_status launch_any(ks_ctx *ctx, const char *op, const linear_product *p
 
 ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                         const void *u) {
+  if (p->n_rows > INT32_MAX - 128)
+    return KS_FAIL(KS_EUNSUPPORTED, "%s: %lld rows; a product takes 2^31 - 129 at most", op,
+                   (long long)p->n_rows);
   if (p->generation && p->n_rows <= LINEAR_FEW_ROWS) return ks_decode_linear(ctx, op, p, batch, u);
   return p->w.scales ? launch_any<true>(ctx, op, p, batch, u) : launch_any<false>(ctx, op, p, batch, u);
 }

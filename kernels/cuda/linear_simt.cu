@@ -17,7 +17,7 @@
  * atomics.
  *
  * Ladder
- *   128 x 128 x 16, 8 x 8 a thread (products; 64 x 64, 4 x 4 where that leaves no SM idle); 32 x 16, 32 x 64
+ *   128 x 64 x 16, 8 x 4 a thread (products; 64 rows where 128 would leave SMs idle); 32 x 16, 32 x 64
  * and 16 x 64 (adapters). Not measured yet. Next: vectors of 16 bytes where rows are aligned; TF32 is no
  * alternative, as this is the path that others are checked by. Not tried. */
 #include "kernels/cuda/linear.cuh"
@@ -123,9 +123,9 @@ static ks_status simt_launch(ks_ctx *ctx, const char *op, dim3 grid, const typen
 
 /* ---------------------------------------------------------------- products */
 
-template <class T, class Y, bool BACKWARD, int TILE> struct simt_product {
+template <class T, class Y, bool BACKWARD, int ROWS> struct simt_product {
   typedef linear_product args;
-  enum { BM = TILE, BN = TILE, TM = TILE / 16, TN = TILE / 16 };
+  enum { BM = ROWS, BN = 64, TM = ROWS / 16, TN = 4 };
   static constexpr bool A_K_FAST = true, B_K_FAST = !BACKWARD;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -159,7 +159,7 @@ static ks_status launch_tiles(ks_ctx *ctx, const char *op, const linear_product 
 template <class T, class Y, bool BACKWARD>
 static ks_status launch_product(ks_ctx *ctx, const char *op, const linear_product *p) {
   const int64_t n_cols = BACKWARD ? p->w.n_in : p->w.n_out,
-                tiles = (p->n_rows + 127) / 128 * ((n_cols + 127) / 128);
+                tiles = (p->n_rows + 127) / 128 * ((n_cols + 63) / 64);
   if (tiles >= ks_cuda_device_of(ctx)->n_sm)
     return launch_tiles<simt_product<T, Y, BACKWARD, 128>>(ctx, op, p, n_cols);
   return launch_tiles<simt_product<T, Y, BACKWARD, 64>>(ctx, op, p, n_cols);

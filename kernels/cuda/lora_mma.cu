@@ -138,7 +138,6 @@ template <int NT> static ks_status launch_shrink(ks_ctx *ctx, const char *op, co
 }
 
 ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
-  if (p->batch.max_rank <= 8) return launch_shrink<1>(ctx, op, p);
   if (p->batch.max_rank <= 16) return launch_shrink<2>(ctx, op, p);
   return p->batch.max_rank <= 32 ? launch_shrink<4>(ctx, op, p) : launch_shrink<8>(ctx, op, p);
 }
