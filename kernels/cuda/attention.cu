@@ -34,7 +34,7 @@
  * bf16: DIM 64: 24 KiB, 100 (in 112): 45 KiB, 128: 48 KiB, 256 (two blocks of threads of 128 output columns
  * each): 80 KiB, or 64 KiB with the two warps that fit a device of no more. k and v arrive by cp.async in
  * turns: v while scores are made, the next k while p v is. Registers hold the sums so far, those of the block
- * and the scores: up to 168 for DIM <= 96 (3 blocks of threads an SM), 255 beyond (2); no spills.
+ * and the scores: up to 168 for DIM <= 64 (3 blocks of threads an SM), 255 beyond (2); no spills.
  * Few queries: one warp for up to 16 rows: 36 KiB at d = 128, 6 blocks of threads an SM on sm_90, each with
  * 16 KiB under way: 12.6 MB over 132 SM, where 4.4 TB/s at 600 ns ask for 2.6 MB.
  * Turing has no mma for bf16 and takes simt.

@@ -17,16 +17,14 @@
 /* Beyond 128 columns a block of threads makes 128 columns of its outputs: the accumulators of more do not fit
  * registers. BLOCKS of threads fit an SM by registers. */
 template <int DIM> struct attention_size {
-  static constexpr int OUT = DIM > 128 ? 128 : DIM, PARTS = DIM / OUT,
-                       BLOCKS = DIM <= 32   ? 4
-                                : DIM <= 96 ? 3
-                                            : 2;
+  static constexpr int OUT = DIM > 128 ? 128 : DIM, PARTS = DIM / OUT;
+  static constexpr int BLOCKS = DIM > 64 ? 2 : DIM > 32 ? 3 : 4;
 };
 
 template <int COLS> struct attention_tile {
   static constexpr int STRIDE = COLS % 64 == 0 ? COLS : COLS + 8, CHUNKS = COLS / 8;
-  static constexpr int AT_ONCE =
-      COLS >= 128 ? 4 : COLS / 16; /* steps of 16 columns unrolled: their addresses take registers */
+  /* Steps of 16 columns that are unrolled: their addresses take registers. */
+  static constexpr int AT_ONCE = COLS >= 128 ? 4 : COLS / 16;
   KS_DEVICE static int at(int row, int chunk) {
     return COLS % 64 == 0 ? row * STRIDE + ((chunk ^ (row & 7)) << 3) : row * STRIDE + (chunk << 3);
   }
