@@ -1,17 +1,20 @@
-/* Kernels of the meter (kernels/meter.h): nothing, waiting, reading, random numbers.
+/* Kernels of the meter (kernels/meter.h).
  *
- *   null    what a launch costs
- *   delay   one thread counts clock cycles: the device is busy, its memory is not. Behind it the host can
- * queue, so that a region of short kernels is not a measurement of the host read    every 16 bytes of an
- * array once; bytes 16 n. The bound is memory's read bandwidth: 4 loads in flight a thread, 2048 threads an
- * SM, no store but one that never happens. What is added up (an xor) keeps the loads alive random  x[i] =
- * uniform in [-1, 1) from a hash of i: matrix products draw more power, and so run slower, on random data
- * than on zeros
- */
+ * null: what a launch costs.
+ *
+ * delay: one thread counts clock cycles; the device is busy, its memory is not. Behind it the host can queue,
+ * so that a region of short kernels is not a measurement of the host.
+ *
+ * read: every 16 bytes of an array once, 16 n bytes, bound by memory: 8 loads in flight a thread. The xor of
+ * what was read keeps the loads alive; it is stored when it has a value that an array of equal bytes cannot
+ * give.
+ *
+ * random: x[i] = uniform in [-1, 1) from a hash of i. Matrix products draw more power, and so run slower, on
+ * random data than on zeros. */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/meter.cuh"
 
-enum { METER_THREADS = 512, METER_BLOCKS_PER_SM = 4, METER_UNROLL = 4 };
+enum { METER_THREADS = 512, METER_TURNS = 4, METER_UNROLL = 8 };
 
 __global__ void meter_null_kernel(int nothing) {
   (void)nothing;
@@ -27,22 +30,22 @@ __global__ void meter_delay_kernel(int64_t cycles) {
 #endif
 }
 
+/* A block takes stretches of METER_THREADS * METER_UNROLL pieces, one after another across the grid. */
 __global__ void meter_read_kernel(const uint4 *x, int64_t n, uint32_t *never) {
-  const int64_t stride = (int64_t)gridDim.x * METER_THREADS;
+  enum { STRETCH = METER_THREADS * METER_UNROLL };
   uint32_t seen = 0;
-  int64_t i = (int64_t)blockIdx.x * METER_THREADS + threadIdx.x;
-  for (; i + (METER_UNROLL - 1) * stride < n; i += METER_UNROLL * stride) {
+  for (int64_t at = (int64_t)blockIdx.x * STRETCH; at < n; at += (int64_t)gridDim.x * STRETCH) {
     uint4 v[METER_UNROLL];
 #pragma unroll
-    for (int k = 0; k < METER_UNROLL; k++)
-      v[k] = x[i + k * stride];
+    for (int k = 0; k < METER_UNROLL; k++) {
+      const int64_t i = at + k * METER_THREADS + threadIdx.x;
+      v[k] = x[i < n ? i : 0];
+    }
 #pragma unroll
     for (int k = 0; k < METER_UNROLL; k++)
       seen ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
   }
-  for (; i < n; i += stride)
-    seen ^= x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
-  if (seen == 0x9e3779b9u && n < 0) *never = seen;
+  if (seen == 0x9e3779b9u) *never = seen;
 }
 
 template <class T> __global__ void meter_random_kernel(T *x, int64_t n, uint32_t seed) {
@@ -64,7 +67,8 @@ extern "C" ks_status ks_cuda_meter_delay(ks_ctx *ctx, int64_t cycles) {
 }
 
 extern "C" ks_status ks_cuda_meter_touch(ks_ctx *ctx, const void *x, size_t bytes, void *never) {
-  const unsigned n_blocks = (unsigned)(ks_cuda_device_of(ctx)->n_sm * METER_BLOCKS_PER_SM);
+  const unsigned n_blocks =
+      ks_blocks_for((int64_t)(bytes / sizeof(uint4)), METER_THREADS * METER_UNROLL * METER_TURNS);
   return ks_launch(ctx, "meter", meter_read_kernel, dim3(n_blocks), dim3(METER_THREADS), 0, (const uint4 *)x,
                    (int64_t)(bytes / sizeof(uint4)), (uint32_t *)never);
 }
