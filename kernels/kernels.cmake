@@ -42,6 +42,4 @@ foreach(isa ${ks_isas})
   target_compile_definitions(ks_kernels PRIVATE KS_HAS_ISA_${isa}=1)
 endforeach()
 
-if(KS_CUDA STREQUAL "ON") # AUTO too, once every operation is there
-  include(${CMAKE_SOURCE_DIR}/kernels/cuda/cuda.cmake)
-endif()
+include(${CMAKE_SOURCE_DIR}/kernels/cuda/cuda.cmake)

@@ -1,8 +1,9 @@
 # Builds the CUDA backend into ks_kernels when a toolkit is there.
 #
-#   KS_CUDA=AUTO|ON|OFF   AUTO: when nvcc 12.0 or newer works here; ON: fails with the reason when it does not
-#   KS_CUDA_ARCHS         "75-real;...;110" (default: all that are supported and that the toolkit knows, and PTX of the newest),
-#                         or "native": the GPUs of this machine. CMAKE_CUDA_ARCHITECTURES is taken where it is not set
+#   KS_CUDA=AUTO|ON|OFF   AUTO: when nvcc 12.0 or newer works here and this machine has a GPU, for that GPU alone; ON: for all
+#                         architectures, and fails with the reason when nvcc does not work
+#   KS_CUDA_ARCHS         "75-real;...;110" (ON: all that are supported and that the toolkit knows, and PTX of the newest; AUTO:
+#                         "native"), or "native": the GPUs of this machine. CMAKE_CUDA_ARCHITECTURES is taken where it is not set
 #   KS_CUDA_FLAGS         more options for nvcc: "-lineinfo" for compute-sanitizer and profilers (triples the program)
 #   CUDAToolkit_ROOT, CUDACXX or CMAKE_CUDA_COMPILER say where the toolkit is
 #   CUDAHOSTCXX           the C++ compiler that nvcc calls
@@ -16,7 +17,7 @@
 # Nothing of the C++ runtime is used: no exceptions, no guards of local statics (nvcc's stubs have some).
 # The driver and cuBLASLt are loaded at run time; the program runs on machines that have neither.
 
-set(KS_CUDA_ARCHS "" CACHE STRING "GPU architectures, \"75-real;90\" or \"native\"; empty: all supported")
+set(KS_CUDA_ARCHS "" CACHE STRING "GPU architectures, \"75-real;90\" or \"native\"; empty: all supported (AUTO: native)")
 set(KS_CUDA_FLAGS "" CACHE STRING "more options for nvcc, as \"-lineinfo\"")
 set(ks_cuda_all_archs 75 80 87 89 90 100 110)
 
@@ -62,14 +63,22 @@ macro(ks_cuda_try_nvcc)
   endif()
 endmacro()
 
-# Capabilities of this machine's GPUs: "87" or "80;90".
+# Capabilities of this machine's GPUs: "87" or "80;90"; empty: none. Jetsons without nvidia-smi are known by their processor.
 function(ks_cuda_native_archs out)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE caps ERROR_QUIET)
   string(REGEX MATCHALL "[0-9]+\\.[0-9]+" caps "${caps}")
   string(REPLACE "." "" caps "${caps}")
   list(REMOVE_DUPLICATES caps)
-  if(NOT caps)
-    message(FATAL_ERROR "KS_CUDA_ARCHS=native: nvidia-smi sees no GPU here; name the architecture, as in -DKS_CUDA_ARCHS=87")
+  if(NOT caps AND EXISTS /proc/device-tree/compatible)
+    file(READ /proc/device-tree/compatible compatible)
+    foreach(chip tegra234=87 tegra264=110)
+      string(REPLACE "=" ";" chip ${chip})
+      list(GET chip 0 name)
+      list(GET chip 1 cap)
+      if(compatible MATCHES "${name}")
+        set(caps ${cap})
+      endif()
+    endforeach()
   endif()
   set(${out} "${caps}" PARENT_SCOPE)
 endfunction()
@@ -144,19 +153,37 @@ function(ks_cuda_compile folder out_objects out_logs)
   set(${out_logs} ${logs} PARENT_SCOPE)
 endfunction()
 
-macro(ks_cuda_add)
-  file(GLOB ks_cuda_cu_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu)
-  file(GLOB ks_cuda_c_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.c)
+# Sets ks_cuda_archs; empty: AUTO and no GPU here.
+macro(ks_cuda_choose_archs)
   ks_cuda_default_archs(ks_cuda_every)
   set(ks_cuda_archs "${KS_CUDA_ARCHS}")
   if(NOT ks_cuda_archs)
     set(ks_cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
   endif()
-  if(ks_cuda_archs STREQUAL "native")
+  if(NOT ks_cuda_archs AND KS_CUDA STREQUAL "AUTO")
     ks_cuda_native_archs(ks_cuda_archs)
+  elseif(ks_cuda_archs STREQUAL "native")
+    ks_cuda_native_archs(ks_cuda_archs)
+    if(NOT ks_cuda_archs)
+      message(FATAL_ERROR "KS_CUDA_ARCHS=native: no GPU is seen here; name the architecture, as in -DKS_CUDA_ARCHS=87")
+    endif()
   elseif(NOT ks_cuda_archs)
     set(ks_cuda_archs "${ks_cuda_every}")
   endif()
+endmacro()
+
+# The targets that need no GPU.
+macro(ks_cuda_add_checks)
+  if(NOT DEFINED ks_cuda_every_objects)
+    ks_cuda_compile(cuda_archs ks_cuda_every_objects ks_cuda_every_logs ${ks_cuda_every})
+  endif()
+  add_custom_target(ks_cuda_archs DEPENDS ${ks_cuda_every_objects})
+  add_custom_target(ks_cuda_resources
+    COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/resources.sh ${CMAKE_SOURCE_DIR}/kernels/cuda/spills.allow ${ks_cuda_every_logs}
+    DEPENDS ${ks_cuda_every_logs} USES_TERMINAL VERBATIM)
+endmacro()
+
+macro(ks_cuda_add)
   string(REPLACE ";" " " ks_cuda_archs_text "${ks_cuda_archs}")
   message(STATUS "CUDA backend: toolkit ${CUDAToolkit_VERSION}, ${ks_cuda_archs_text}")
 
@@ -164,13 +191,7 @@ macro(ks_cuda_add)
   if(ks_cuda_archs STREQUAL ks_cuda_every)
     set(ks_cuda_every_objects ${ks_cuda_objects})
     set(ks_cuda_every_logs ${ks_cuda_logs})
-  else()
-    ks_cuda_compile(cuda_archs ks_cuda_every_objects ks_cuda_every_logs ${ks_cuda_every})
   endif()
-  add_custom_target(ks_cuda_archs DEPENDS ${ks_cuda_every_objects})
-  add_custom_target(ks_cuda_resources
-    COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/resources.sh ${CMAKE_SOURCE_DIR}/kernels/cuda/spills.allow ${ks_cuda_every_logs}
-    DEPENDS ${ks_cuda_every_logs} USES_TERMINAL VERBATIM)
 
   target_sources(ks_kernels PRIVATE ${ks_cuda_c_sources} ${ks_cuda_objects})
   set_source_files_properties(${ks_cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
@@ -190,7 +211,15 @@ endmacro()
 if(NOT KS_CUDA STREQUAL "OFF")
   ks_cuda_find_toolkit()
   if(NOT ks_cuda_why)
-    ks_cuda_add()
+    file(GLOB ks_cuda_cu_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu)
+    file(GLOB ks_cuda_c_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.c)
+    ks_cuda_choose_archs()
+    if(ks_cuda_archs)
+      ks_cuda_add()
+    else()
+      message(STATUS "CUDA backend: none: KS_CUDA=AUTO and no GPU here; KS_CUDA=ON builds it for all")
+    endif()
+    ks_cuda_add_checks()
   elseif(KS_CUDA STREQUAL "ON")
     message(FATAL_ERROR "KS_CUDA=ON: ${ks_cuda_why}")
   else()
