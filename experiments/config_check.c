@@ -5,7 +5,6 @@
 #include "core/adapt/adapt.h"
 #include "core/data/data.h"
 #include "core/select/select.h"
-#include "kernels/backend.h"
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -51,8 +50,8 @@ static void check_names(const ks_settings *s) {
   check_name(s, "data.source", names, n, "keepsake ls importers");
   n = 0;
   names[n++] = "auto";
-  for (int i = 0; ks_backends[i] && n < MAX_NAMES; i++)
-    names[n++] = ks_backends[i]->name;
+  names[n++] = "cpu";
+  names[n++] = "cuda"; /* in a build without it the context says why it is not there */
   check_name(s, "run.backend", names, n, "keepsake ls backends");
 }
 

@@ -16,9 +16,11 @@ static ks_status find_backend(const char *name, const ks_backend **out) {
     return KS_OK;
   }
   if (strcmp(name, "cuda") == 0)
-    return KS_FAIL(KS_EENV,
-                   "this build has no CUDA backend (no nvcc was found when it was built, or KS_CUDA=OFF); "
-                   "install the CUDA toolkit and build again with KS_CUDA=ON, or use \"cpu\" or \"auto\"");
+    return KS_FAIL(
+        KS_EENV,
+        "this build has no CUDA backend: there was no GPU or no nvcc 12 where it was built, or KS_CUDA=OFF; "
+        "build it "
+        "again on a machine with both, or anywhere with nvcc and KS_CUDA=ON; or use \"cpu\" or \"auto\"");
   return KS_FAIL(KS_EENV, "there is no backend '%s'; use \"cpu\" or \"auto\"", name);
 }
 
