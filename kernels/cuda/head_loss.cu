@@ -1,48 +1,55 @@
 /* Cross-entropy of the language-model head without keeping the logits, and its input gradient.
  *
- *   z = x W^T + bias,  loss_i = log sum_j exp(z_ij) - z_it,   dx_i = s_i (p_i - onehot(t)) W,  p_ij =
- * exp(z_ij) / sum_j exp(z_ij)
+ *   z = x W^T + bias,   loss_i = log sum_j exp(z_ij) - z_it,   p_ij = exp(z_ij) / sum_j exp(z_ij)
+ *   dx_i = s_i (p_i - onehot(t)) W
  *
- * Over tiles T of HEAD_TILE vocabulary entries, with m_T = max_T z, S_T = sum_T exp(z - m_T), M = max_T m_T:
+ * Over tiles T of HEAD_TILE vocabulary entries, m_T = max_T z, S_T = sum_T exp(z - m_T), M = max_T m_T:
  *
- *   S = sum_T S_T exp(m_T - M),   loss = log S + (M - z_t),   p_ij = e_ij * exp(m_T - M) / S,   e_ij =
- * exp(z_ij - m_T)
+ *   S = sum_T S_T exp(m_T - M),   loss = log S + (M - z_t)
+ *   p_ij = e_ij exp(m_T - M) / S,   e_ij = exp(z_ij - m_T)
  *
- * so a tile's exponentials may leave the chip before the row's maximum is known. A tile whose maximum is -inf
- * counts from 0: its exponentials are 0. A NaN anywhere in a row makes its loss and gradient NaN.
+ * so that a tile's exponentials may leave the chip before the row's maximum is known. A tile whose
+ * maximum is -inf counts from 0: its exponentials are 0. A NaN anywhere in a row makes its loss and
+ * gradient NaN.
  *
- * Variants. n = rows, V = vocabulary, d = columns; costs per pair (row, vocabulary entry) on a card of 790
- * TFLOP/s bf16, 4.4 TB/s fused    bf16. One kernel computes a 128 x 128 tile of logits on tensor cores and
- * reduces it in registers to (m_T, S_T) and the target's logit; a second adds the tiles of a row. Loss only:
- * 2 d flops, no logit reaches device memory (8 / 128 bytes of partial sums): bound by the product. With
- * gradient: the same kernel also writes e in bf16 (2 B), a third rescales it to g in place (4 B), then dx = g
- * W: 4 d flops + 8 B, that is 5.06e-3 d + 1.8 ps. chunked  any type, block weights, any d. Logits of a block
- * of rows in float32 by the frozen product (cuBLASLt where there is one), one kernel for maximum, sum, loss
- * and gradient, then dx = g W: 4 d flops + 4 + 4 (+ 4 when a row left the cache)
- *            + 2 + 2 B: 5.06e-3 d + 2.7 to 3.6 ps.
- *   Not kept: recomputing the logits from x and W once the row's sum is known. It saves 4 B (0.9 ps) and
- * costs a third product, 2 d flops: 2.53e-3 d ps, more from d = 360 on; all heads but toys are wider. By this
- * fused costs less for any d when both products reach the same rate, and is the default. Its logits come by
- * mma.sync, which on Hopper is known to stop at about 60 % of what wgmma reaches: its forward product then
- * takes 4.2e-3 d ps, and with gradient chunked is ahead from d = 530 to 1080 on, there and only there. To be
- * measured before the default is made to depend on the card.
+ * Variants; d columns, cost of a pair (row, vocabulary entry) at 790 TFLOP/s bf16, 4.4 TB/s (H200):
  *
- * The block of rows with gradient is HEAD_BLOCK_BYTES of g, 256 to 2048 rows: the product dx [rows, d] must
- * fill the card with tiles (2048 x 2048 is 256 tiles of 128 x 128). The results of a row do not depend on
- * where blocks begin.
+ *   fused    bf16, d a multiple of 8, sm_80 and later.
+ *            1 a 128 x 128 tile of logits on tensor cores, reduced in registers to (m_T, S_T) and the
+ *              target's logit; with gradient e is written too, in bf16 (2 B)
+ *            2 the tiles of a row are added up
+ *            3 gradient: e becomes g = s (p - onehot) in place (4 B)
+ *            4 dx = g W by the linear layer's input gradient (2 B)
+ *            Loss alone: 2 d flops, 8/128 B; no logit reaches device memory: bound by the product.
+ *            With gradient: 4 d flops + 8 B: 5.06e-3 d + 1.8 ps.
+ *   chunked  any type and d, block weights. Logits of a block of rows in float32 by the linear layer
+ *            (4 B), one kernel for maximum, sum, loss and g (4 B, or 8 B when rows leave the cache, and
+ *            2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 5.06e-3 d + 2.7 to 3.6 ps.
  *
- * Geometry of fused: 8 warps of 64 x 32, two or three stages of 64 columns by cp.async (product.cuh). Tiles
- * of all rows of the block come one after another for each 128 vocabulary entries, so W is read from memory
- * once a block and x stays in L2.
+ *   A third way, logits computed again once the row's sum is known, needs no e: 4 B or 0.9 ps less, one
+ *   product or 2.53e-3 d ps more. It would pay below d = 360 only, and is not kept.
  *
- * Determinism: partial sums and their order depend on V alone. L: d / 16 + 8 + 7 (tile) + V / 4096 + 5. No
- * atomics. Roundings to bf16: e, then g, then dx.
+ *   fused costs less for every d when both products run at the same rate, and is the default. Its
+ *   logits come by mma.sync, which on Hopper stops at about 60 % of the rate of wgmma: 4.2e-3 d instead
+ *   of 2.53e-3 d ps. There chunked should win with gradient from d = 530 (rows in cache) or 1080 on.
+ *   To be measured before the default depends on the card.
+ *
+ * Blocks of rows: as many as HEAD_BLOCK_BYTES of logits and g allow, 256 to 2048, so that dx = g W
+ * [rows, d] has tiles enough to fill the card (2048 x 2048: 256 of 128 x 128). The workspace holds one.
+ *
+ * Geometry of fused: 8 warps of 64 x 32, stages of 64 columns by cp.async, three where shared memory
+ * has room, else two (product.cuh). The row tiles of a block follow one another for each 128 vocabulary
+ * entries: W is read from memory once a block, x stays in L2.
+ *
+ * Determinism: fixed order everywhere; a row's bits depend on d, V and the kernel alone, not on block or
+ * batch. L: d / 16 + 8 + 7 within a tile, V / 4096 + 5 between tiles. Roundings to bf16: e, g, dx.
  *
  * Ladder (times: not measured yet)
- *   v1  chunked: simplest, and the check of the other
- *   v2  fused, as above; expected: the rate of mma.sync on the device, loss alone at 60 % of 989 TFLOP/s at
- * most on Hopper not tried: wgmma with TMA on sm_90, tcgen05 on sm_100; tile of 128 x 256; the factor exp(m_T
- * - M) / S inside the second product instead of the rescaling pass (saves 4 B a pair) */
+ *   v1  chunked: the simplest, and the check of the other
+ *   v2  fused; expected: the rate of mma.sync, so at most 60 % of 989 TFLOP/s for the loss alone on
+ *       Hopper
+ *   next, not tried: wgmma and TMA on sm_90, tcgen05 on sm_100; 128 x 256 tiles; exp(m_T - M) / S
+ *       applied inside the product with W instead of by a pass (4 B less) */
 #include "kernels/cuda/product.cuh"
 
 enum { HEAD_TILE = 128, HEAD_THREADS = 256, HEAD_SOFTMAX_THREADS = 512 };
@@ -54,7 +61,8 @@ KS_DEVICE float head_exp(float x, float max) {
   return ks_exp2((x - (max == -INFINITY ? 0.0f : max)) * HEAD_LOG2E);
 }
 
-/* The same with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway. */
+/* The same with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway.
+ */
 KS_DEVICE float head_exp_exact(float x, float max) {
   return expf(x - (max == -INFINITY ? 0.0f : max));
 }
@@ -281,7 +289,8 @@ KS_DEVICE void head_add(head_running *r, float x) {
 KS_DEVICE void head_add_4(head_running *r, float4 x) {
   const float four = ks_max_nan(ks_max_nan(x.x, x.y), ks_max_nan(x.z, x.w)), max = ks_max_nan(r->max, four);
   r->sum = max == r->max ? r->sum : r->sum * head_exp_exact(r->max, max);
-  r->sum += (head_exp_exact(x.x, max) + head_exp_exact(x.y, max)) + (head_exp_exact(x.z, max) + head_exp_exact(x.w, max));
+  r->sum += (head_exp_exact(x.x, max) + head_exp_exact(x.y, max)) +
+            (head_exp_exact(x.z, max) + head_exp_exact(x.w, max));
   r->max = max;
 }
 

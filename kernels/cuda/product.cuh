@@ -1,13 +1,12 @@
 /* Tiles of C = A B^T, A [n_a, n_cols] and B [n_b, n_cols] row by row: what the loss of the head and the
  * similarities are made of.
  *
- *   typedef product_mma<2, 4, 4, 4, 2> P;                       // 128 x 128, 8 warps, two stages
+ *   typedef product_mma<2, 4, 4, 4, 2> P;              // 128 x 128, 8 warps, two stages
  *   ks_smem smem;
  *   uint4 *room = ks_smem_take<uint4>(&smem, product_units<P>());
  *   P c;
- *   product_run<P, false, false>(&c, a, a_row, b, b_row, room, &nothing);
- *   c.each([&](int m, int n, float v) { ... });              // element (a_row + m, b_row + n); the room is
- * free again
+ *   product_run<P, false, false>(&c, a, a_row, b, b_row, room, &nothing);    // the room is free again
+ *   c.each([&](int m, int n, float &v) { ... });       // element (a_row + m, b_row + n)
  *
  * Staging. A stage holds PRODUCT_UNITS 16-byte units of each row of the tile: 64 bf16 for the tensor cores,
  * 32 float32 for plain fma. Unit u of row r lies at u ^ (r % 8), so that eight rows' units of one column
@@ -17,8 +16,8 @@
  * I8 and bf16 are exact in either type.
  *
  * Order of additions, whatever the shape of the tile: mma: steps of 16 columns in rising order, each the
- * tensor core's own sum; fma: one chain over the columns in rising order. Columns beyond n_cols are zeros. So
- * an element's bits depend on its two rows alone, and on which of the two is A. */
+ * tensor core's own sum; fma: one chain over the columns in rising order. Columns beyond n_cols are zeros.
+ * So an element's bits depend on its two rows alone, and on which of the two is A. */
 #ifndef KS_CUDA_PRODUCT_CUH
 #define KS_CUDA_PRODUCT_CUH
 
@@ -51,13 +50,16 @@ template <class E, int ROWS, int THREADS>
 KS_DEVICE void product_copy(uint4 *to, const product_rows &r, int64_t row0, int64_t col0) {
   enum { STEP = THREADS / PRODUCT_UNITS, PER_UNIT = 16 / (int)sizeof(E) };
   const int first = (int)threadIdx.x / PRODUCT_UNITS, u = (int)threadIdx.x % PRODUCT_UNITS;
-  const int64_t col = col0 + u * PER_UNIT, left = r.n_rows - row0;
-  const E *from = (const E *)r.p + (row0 + first) * r.n_cols + col;
+  const int n_rows = (int)(r.n_rows - row0 < ROWS ? r.n_rows - row0 : (int64_t)ROWS);
+  const int n_units = (int)(r.n_cols - col0 < PER_UNIT * PRODUCT_UNITS ? r.n_cols - col0
+                                                                       : (int64_t)PER_UNIT * PRODUCT_UNITS) /
+                      PER_UNIT;
+  const E *from = (const E *)r.p + (row0 + first) * r.n_cols + col0 + u * PER_UNIT;
 #pragma unroll
   for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
     const int row = first + i * STEP;
     if (ROWS % STEP != 0 && row >= ROWS) break;
-    const bool is_there = row < left && col < r.n_cols;
+    const bool is_there = row < n_rows && u < n_units;
     ks_cp_async_16(to + product_unit(row, u), is_there ? from + i * STEP * r.n_cols : (const E *)r.p,
                    is_there);
   }
@@ -281,7 +283,7 @@ template <int WARPS_M, int WARPS_N, int TM, int TN, int STAGES_> struct product_
   }
   KS_DEVICE void step(const uint4 *a, const uint4 *b, int) {
     const int m0 = first_m(), n0 = first_n();
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < COLS; k += 2) {
       float2 x[TM], y[TN];
 #pragma unroll

@@ -1,4 +1,64 @@
-/* HEADER */
+/* Cosine or dot similarity of queries with stored rows, reduced as it is made: the whole matrix, the best
+ * k of each query, means by group, farthest-first order.
+ *
+ *   s_ij = <q_i, k_j> f_i f_j,   f = 1 / |row| with the sign of its scale (cosine), or its scale (dot)
+ *
+ *   similarity.cu          entries, plans, small kernels
+ *   similarity.cuh         the job, order of scores, norms, lists
+ *   similarity_kernel.cuh  the kernel of all four operations, on product.cuh
+ *   similarity_mma.cu      it on tensor cores
+ *   similarity_simt.cu     it in plain fma
+ *
+ * Products: bf16 and I8 rows on tensor cores (I8 is exact in bf16), whatever meets float32 in plain fma,
+ * since the definition is a float32 product. Before sm_80 everything is plain fma.
+ *
+ * Three shapes of tile, keys x queries, variants of "similarity". Same bits: see Determinism.
+ *   few  64 x 8     up to 8 queries: each stored row is read once, 16 bytes an access, 5 stages of 8 KiB
+ *                   ahead and 4 blocks an SM (160 KiB under way; 4.4 TB/s times 0.7 us wants 23), norms
+ *                   in the same pass. With one query seven of eight columns idle: tensor cores have 40
+ *                   times what memory can feed here, plain fma skips them.
+ *   mid  128 x 32   more queries; norms in the same pass; one launch for a whole buffer
+ *   big  128 x 128  when its tiles fill the card and lists fit shared memory (k <= 32); norms by a pass
+ *                   before, which reads k once more: 2 B beside 2 n_q flops an element, 17 % at 1024
+ *
+ * Bytes: n_k d e (e: bytes of an element), once for every 8, 32 or 128 queries and then from L2 where it
+ * fits; flops: 2 n_q n_k d. H200 (790 TFLOP/s, 4.4 TB/s): bound by memory below 180 queries.
+ *   1 x 1 M x 3200 bf16      6.4 GB: 1.45 ms; goal, 85 %: 1.71 ms
+ *   1024 x 100 k x 768 bf16  157 GFLOP: 199 us, by mma.sync at 60 % on Hopper 332; the goal of 75 %, 265 us,
+ *                            wants wgmma there
+ *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us at 5.5 TB/s,
+ *                            and the merge; goal 10 us
+ *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters
+ *
+ * Best k. A tile's scores are compared in registers with each query's worst; when any passes, all go to
+ * shared memory (turned so that no bank is met twice), where a warp a query inserts what beats the worst
+ * into a sorted list: k (1 + ln(n / k)) insertions of about 15 instructions for n keys of a part. The
+ * lists of parts are merged in the order of the keys by the block that is the last of a tile of queries (up
+ * to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel
+ * with a warp a query.
+ *
+ * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
+ *
+ * Farthest first: a launch a pick. Each block finds the pick among the blocks' farthest of the launch
+ * before, compares its keys with that row, and leaves its own farthest: no barrier over the grid, which
+ * would need all blocks on the card at once and costs about as much as a launch, and no word from the host.
+ *
+ * Norms: four interleaved sums of a row, each kept in two floats (Knuth's exact sum). Squares of bf16 and I8
+ * are exact; four are added with three roundings (I8: none) before they join. Squares of float32 bring
+ * their errors along. Relative error of |row|^2: at most 2 u (bf16), about u^2 (others), u = 2^-24. Sums
+ * outside 2^-90 .. 2^126 are taken again in double, so norms have double's range. With f rounded to float32
+ * a score is off by at most 6 u beside its product's error; factors outside 2^-60 .. 2^60 go through double.
+ *
+ * Determinism: keys are A and queries B of every product, and a product's bits depend on its two rows alone
+ * (product.cuh). Orders of scores are total, sums have fixed orders counted from key 0. So results depend
+ * on no shape, part or batch. L: d / 16 (tensor cores) or d.
+ *
+ * Ladder (times: not measured yet)
+ *   v1  scores through shared memory for every tile
+ *   v2  this: nothing leaves the registers when no score passes
+ *   next, not tried: wgmma with TMA; stages carried over from tile to tile; a first worst from a sample of
+ *       keys (there are 150 to 200 insertions a query and part at k = 32); clusters with multicast for
+ *       one buffer's size; int8 tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"
 
 enum {

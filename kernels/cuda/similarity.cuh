@@ -9,7 +9,7 @@ enum { SIM_STRETCH = 64, SIM_SLOTS = 4 }; /* keys of a partial mean; interleaved
 
 typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
 typedef enum { SIM_FEW, SIM_MID, SIM_BIG } sim_shape;
-/* Keys and queries of a tile. */
+/* Keys and queries of a tile, stages of its product. */
 KS_HOST_DEVICE constexpr int sim_bm(int shape) {
   return shape == SIM_FEW ? 64 : 128;
 }
@@ -19,7 +19,7 @@ KS_HOST_DEVICE constexpr int sim_bn(int shape) {
 KS_HOST_DEVICE constexpr int sim_stages(int shape) {
   return shape == SIM_FEW ? 6 : shape == SIM_MID ? 3 : 2;
 }
-/* The query of SIM_NEAREST: those of the job, row `first` of k, or the farthest that the last launch found.
+/* Queries of SIM_NEAREST: those of the job, row `first` of k, or the farthest that the launch before found.
  */
 typedef enum { SIM_PICK_NONE, SIM_PICK_FIRST, SIM_PICK_FARTHEST } sim_pick;
 
@@ -52,12 +52,12 @@ struct sim_job {
   int64_t *picked;       /* [pick_number] is written */
   unsigned *arrivals;    /* [n_q_tiles] zeros; NULL with one part */
   int64_t n_parts, tiles_per_part, n_q_tiles;
-  int64_t k_rows;                            /* keys to look at: all, or none (the last pick) */
-  int64_t first, pick_number, n_far, k_size; /* bytes of an element of k */
-  int32_t mode, pick, is_cosine, is_fresh;   /* fresh: nearest holds nothing yet */
+  int64_t k_rows; /* keys to look at: all, or none (the last pick) */
+  int64_t k_size; /* bytes of an element of k */
+  int64_t first, pick_number, n_far;
+  int32_t mode, pick, is_cosine, is_fresh; /* fresh: nearest holds nothing yet */
   int32_t best_k, lists_in_smem;
-  int32_t is_finished_here,
-      none; /* the last block of a tile of queries finishes it; else a kernel of its own */
+  int32_t is_finished_here, none; /* by the last block of a tile of queries; else by a kernel of its own */
 };
 
 /* ---------------------------------------------------------------- scores */

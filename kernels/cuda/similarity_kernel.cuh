@@ -3,8 +3,7 @@
  *
  * A block has one tile of queries (SIM_NEAREST: all, one after another) and a part of the keys, tile by tile.
  * Keys are A and queries B of each product, whatever the shape of the tile, so that a score's bits depend on
- * its two rows alone. Scores go through shared memory, SLICE queries at a time, to warps that have a query
- * each. */
+ * its two rows alone. Scores go through shared memory to warps that have a query each. */
 #ifndef KS_CUDA_SIMILARITY_KERNEL_CUH
 #define KS_CUDA_SIMILARITY_KERNEL_CUH
 
@@ -275,9 +274,9 @@ KS_DEVICE bool sim_tile(const sim_job &j, P *c, const product_rows &q, int64_t q
                                              sh.fq, sh.gq);
   } else {
     product_no_hook nothing;
-    product_run<P, K_ANY, Q_ANY>(c, j.k, k0, q, q0, sh.room, &nothing);
     is_rare = sim_put_factors<P, P::BM, 0>(j, j.k, k0, j.k_factors, j.k_scales, NULL, NULL, sh.fk, sh.gk);
     is_rare |= sim_put_factors<P, P::BN, 0>(j, q, q0, q_factors, j.q_scales, NULL, NULL, sh.fq, sh.gq);
+    product_run<P, K_ANY, Q_ANY>(c, j.k, k0, q, q0, sh.room, &nothing);
   }
   return __syncthreads_or(is_rare);
 }

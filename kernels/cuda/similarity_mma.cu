@@ -6,7 +6,7 @@ struct sim_few : product_mma<4, 1, 1, 1, 6> {
   enum { SHAPE = SIM_FEW, NORMS = 1, BLOCKS = 4, BLOCKS_ANY = 3 };
 };
 struct sim_mid : product_mma<8, 1, 1, 4, 3> {
-  enum { SHAPE = SIM_MID, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 2 };
+  enum { SHAPE = SIM_MID, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 1 };
 };
 struct sim_big : product_mma<2, 4, 4, 4, 2> {
   enum { SHAPE = SIM_BIG, NORMS = 0, BLOCKS = 2, BLOCKS_ANY = 1 };

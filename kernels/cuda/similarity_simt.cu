@@ -8,7 +8,7 @@ struct sim_few_f32 : product_simt_few<2, 6> {
   enum { SHAPE = SIM_FEW, NORMS = 1, BLOCKS = 4, BLOCKS_ANY = 3 };
 };
 struct sim_mid_f32 : product_simt<8, 1, 4, 4, 3> {
-  enum { SHAPE = SIM_MID, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 2 };
+  enum { SHAPE = SIM_MID, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 1 };
 };
 struct sim_big_f32 : product_simt<4, 2, 8, 8, 2> {
   enum { SHAPE = SIM_BIG, NORMS = 0, BLOCKS = 2, BLOCKS_ANY = 1 };
