@@ -85,7 +85,7 @@ template <class S> KS_DEVICE mma_place mma_place_of(const linear_product &p) {
 
 template <class S>
 KS_DEVICE void load_x(ks_bf16 *stage, const linear_product &p, const mma_place &at, int k0) {
-#pragma unroll
+#pragma unroll(S::BLOCKS ? 1 : 2) /* codes need the registers */
   for (int i = 0; i < S::BM * 4 / MMA_THREADS; i++) {
     const int index = i * MMA_THREADS + (int)threadIdx.x, row = index / 4, piece = index % 4;
     tile_load_8(tile_at<4>(stage, row, piece), (const ks_bf16 *)p.x + (int64_t)(at.m0 + row) * S::n_k(p),
@@ -128,7 +128,7 @@ KS_DEVICE void load_codes(mma_codes *c, const linear_product &p, const mma_place
   codes_place<S>(at, k0, &line, &piece, &row, &col);
   c->codes = make_uint4(0, 0, 0, 0);
   c->scale = 0;
-  if (row >= p.w.n_out || col >= p.w.scales_per_row << p.w.log_block) return;
+  if (row >= (int)p.w.n_out || col >= (int)(p.w.scales_per_row << p.w.log_block)) return;
   c->codes = ks_load_codes_16(p.w, row, col);
   c->scale = ks_scale_value(p.w.scales[row * p.w.scales_per_row + (col >> p.w.log_block)]);
 }
@@ -136,13 +136,15 @@ KS_DEVICE void load_codes(mma_codes *c, const linear_product &p, const mma_place
 template <class S>
 KS_DEVICE void store_codes(ks_bf16 *stage, const mma_codes &c, const linear_product &p, const mma_place &at,
                            const float *lut) {
-  int line, piece;
-  int row, col;
-  uint32_t w[8];
+  const bool bytes = p.w.dtype == KS_DTYPE_Q8_0;
+  int line, piece, row, col;
+  uint32_t w[4];
   codes_place<S>(at, 0, &line, &piece, &row, &col);
-  ks_unpack_16(p.w.dtype, lut, c.codes, c.scale, w);
+  ks_unpack_8(p.w.dtype, lut, make_uint2(c.codes.x, c.codes.y), c.scale, w);
   *(uint4 *)(void *)tile_at<S::W_PIECES>(stage, line, piece) = make_uint4(w[0], w[1], w[2], w[3]);
-  *(uint4 *)(void *)tile_at<S::W_PIECES>(stage, line, piece + 1) = make_uint4(w[4], w[5], w[6], w[7]);
+  ks_unpack_8(p.w.dtype, lut, bytes ? make_uint2(c.codes.z, c.codes.w) : make_uint2(c.codes.y, 0), c.scale,
+              w);
+  *(uint4 *)(void *)tile_at<S::W_PIECES>(stage, line, piece + 1) = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 /* ---------------------------------------------------------------- the product */
@@ -203,16 +205,16 @@ KS_DEVICE void multiply(float (&acc)[S::MI][4][4], ks_bf16 *xs, ks_bf16 *ws, con
   for (int s = 0; s < n_steps; s++) {
     ks_cp_async_wait<MMA_STAGES - 2>();
     __syncthreads();
+    if (S::BLOCKS && s + 1 < n_steps) {
+      store_codes<S>(ws + (s + 1) % MMA_STAGES * MMA_W, codes, p, at, lut);
+      load_codes<S>(&codes, p, at, (s + 2) * MMA_K);
+    }
     const int ahead = s + MMA_STAGES - 1, stage = s % MMA_STAGES;
     if (ahead < n_steps) {
       load_x<S>(xs + ahead % MMA_STAGES * S::BM * MMA_K, p, at, ahead * MMA_K);
       if (!S::BLOCKS) load_w<S>(ws + ahead % MMA_STAGES * MMA_W, p, at, ahead * MMA_K);
     }
     ks_cp_async_commit();
-    if (S::BLOCKS && s + 1 < n_steps) {
-      store_codes<S>(ws + (s + 1) % MMA_STAGES * MMA_W, codes, p, at, lut);
-      load_codes<S>(&codes, p, at, (s + 2) * MMA_K);
-    }
     multiply_step<S>(acc, xs + stage * S::BM * MMA_K, ws + stage * MMA_W, at);
     if constexpr (S::GENERATION)
       if ((s + 1) % run == 0 || s + 1 == n_steps) close_run<S>(total, acc);

@@ -8,7 +8,7 @@
  *     gradient   A = u^T [rank, rows of a chunk], B = z^T, with the mask
  *
  * FLOPs: 2 M N K. Bytes from memory: A times N / BN plus B times M / BM (the L2 serves most of it) plus C.
- * Bound by the fma units (67 TFLOP/s on an H200) once K is some hundreds: 128 x 128 tiles do 64 fma on 4
+ * Bound by the fma units (67 TFLOP/s on an H200) once K is some hundreds: 128 x 64 tiles do 32 fma on 3
  * vector loads from shared memory a thread and k. Geometry: 256 threads; tile BM x BN; k in steps of 16
  * through two buffers in shared memory, the next step's elements on their way in registers while this one's
  * are multiplied: one barrier a step. Loads run along the direction in which the matrix is contiguous. Every
