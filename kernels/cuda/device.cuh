@@ -211,7 +211,9 @@ KS_DEVICE void ks_ldmatrix_x2_trans(uint32_t r[2], const void *row) {
 KS_DEVICE void ks_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   const int lane = (int)(threadIdx.x & 31u), g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int half = 0; half < 2; half++)
+#pragma unroll 1 /* unrolled, kernels of many products compile for minutes */
     for (int j = 0; j < 4; j++) {
       uint32_t a0 = __shfl_sync(KS_FULL_MASK, a[2 * half], g * 4 + j);
       uint32_t a1 = __shfl_sync(KS_FULL_MASK, a[2 * half + 1], g * 4 + j);
