@@ -17,25 +17,25 @@
  * atomics.
  *
  * Ladder
- *   128 x 64 x 16, 8 x 4 a thread (products; 64 rows where 128 would leave SMs idle); 32 x 16, 32 x 64
+ *   128 x 64 x 8, 8 x 4 a thread (products; 64 rows where 128 would leave SMs idle); 32 x 16, 32 x 64
  * and 16 x 64 (adapters). Not measured yet. Next: vectors of 16 bytes where rows are aligned; TF32 is no
  * alternative, as this is the path that others are checked by. Not tried. */
 #include "kernels/cuda/linear.cuh"
 
-enum { SIMT_THREADS = 256, SIMT_K = 16 };
+enum { SIMT_THREADS = 256 };
 
 /* ---------------------------------------------------------------- the tiled kernel */
 
 /* Floats between two k of a tile in shared memory, and of both buffers. */
 template <class P> struct simt_room {
-  enum { LDA = P::BM + 4, LDB = P::BN + 4, A = 2 * SIMT_K * LDA, B = 2 * SIMT_K * LDB };
+  enum { LDA = P::BM + 4, LDB = P::BN + 4, A = 2 * P::BK * LDA, B = 2 * P::BK * LDB };
 };
 
 /* Element of a tile that thread `thread` moves in its i-th turn. */
-template <int N, bool K_FAST> KS_DEVICE void simt_place(int i, int *at, int *k) {
+template <int N, int BK, bool K_FAST> KS_DEVICE void simt_place(int i, int *at, int *k) {
   const int index = i * SIMT_THREADS + (int)threadIdx.x;
-  *at = K_FAST ? index / SIMT_K : index % N;
-  *k = K_FAST ? index % SIMT_K : index / N;
+  *at = K_FAST ? index / BK : index % N;
+  *k = K_FAST ? index % BK : index / N;
 }
 
 /* The j-th of T positions of a thread: groups of up to four neighbours, N / (T / 4) apart, which reads
@@ -47,9 +47,9 @@ template <int N, int T> KS_DEVICE int simt_position(int thread, int j) {
 
 template <class P>
 __global__ void __launch_bounds__(SIMT_THREADS) simt_kernel(const __grid_constant__ typename P::args args) {
-  constexpr int BM = P::BM, BN = P::BN, TM = P::TM, TN = P::TN, LDA = simt_room<P>::LDA,
+  constexpr int BM = P::BM, BN = P::BN, BK = P::BK, TM = P::TM, TN = P::TN, LDA = simt_room<P>::LDA,
                 LDB = simt_room<P>::LDB;
-  constexpr int NA = BM * SIMT_K / SIMT_THREADS, NB = BN * SIMT_K / SIMT_THREADS;
+  constexpr int NA = BM * BK / SIMT_THREADS, NB = BN * BK / SIMT_THREADS;
   static_assert(BM / TM * (BN / TN) == SIMT_THREADS && NA > 0 && NB > 0, "a tile for 256 threads");
   ks_smem smem;
   float *as = ks_smem_take<float>(&smem, simt_room<P>::A), *bs = ks_smem_take<float>(&smem, simt_room<P>::B);
@@ -62,36 +62,36 @@ __global__ void __launch_bounds__(SIMT_THREADS) simt_kernel(const __grid_constan
 #pragma unroll
     for (int i = 0; i < NA; i++) {
       int m, k;
-      simt_place<BM, P::A_K_FAST>(i, &m, &k);
+      simt_place<BM, BK, P::A_K_FAST>(i, &m, &k);
       ra[i] = p.m0 + m < p.m_end && k0 + k < p.k_end ? p.a(p.m0 + m, k0 + k) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < NB; i++) {
       int n, k;
-      simt_place<BN, P::B_K_FAST>(i, &n, &k);
+      simt_place<BN, BK, P::B_K_FAST>(i, &n, &k);
       rb[i] = p.n0 + n < p.n_end && k0 + k < p.k_end ? p.b(p.n0 + n, k0 + k) : 0.0f;
     }
   };
   load(0);
-  for (int64_t k0 = 0; k0 < p.k_end; k0 += SIMT_K) {
-    const int buffer = (int)(k0 / SIMT_K % 2);
-    float *a = as + buffer * SIMT_K * LDA, *b = bs + buffer * SIMT_K * LDB;
+  for (int64_t k0 = 0; k0 < p.k_end; k0 += BK) {
+    const int buffer = (int)(k0 / BK % 2);
+    float *a = as + buffer * BK * LDA, *b = bs + buffer * BK * LDB;
 #pragma unroll
     for (int i = 0; i < NA; i++) {
       int m, k;
-      simt_place<BM, P::A_K_FAST>(i, &m, &k);
+      simt_place<BM, BK, P::A_K_FAST>(i, &m, &k);
       a[k * LDA + m] = ra[i];
     }
 #pragma unroll
     for (int i = 0; i < NB; i++) {
       int n, k;
-      simt_place<BN, P::B_K_FAST>(i, &n, &k);
+      simt_place<BN, BK, P::B_K_FAST>(i, &n, &k);
       b[k * LDB + n] = rb[i];
     }
     __syncthreads();
-    load(k0 + SIMT_K);
+    load(k0 + BK);
 #pragma unroll
-    for (int k = 0; k < SIMT_K; k++) {
+    for (int k = 0; k < BK; k++) {
       float fa[TM], fb[TN];
 #pragma unroll
       for (int i = 0; i < TM; i++)
@@ -125,7 +125,7 @@ static ks_status simt_launch(ks_ctx *ctx, const char *op, dim3 grid, const typen
 
 template <class T, class Y, bool BACKWARD, int ROWS> struct simt_product {
   typedef linear_product args;
-  enum { BM = ROWS, BN = 64, TM = ROWS / 16, TN = 4 };
+  enum { BM = ROWS, BN = 64, BK = ROWS == 128 ? 8 : 16, TM = ROWS / 16, TN = 4 };
   static constexpr bool A_K_FAST = true, B_K_FAST = !BACKWARD;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -179,7 +179,7 @@ ks_status ks_simt_product(ks_ctx *ctx, const char *op, const linear_product *p) 
 
 template <class T> struct simt_shrink {
   typedef lora_shrink_args args;
-  enum { BM = LORA_TILE_ROWS, BN = 16, TM = 2, TN = 1 };
+  enum { BM = LORA_TILE_ROWS, BN = 16, BK = 16, TM = 2, TN = 1 };
   static constexpr bool A_K_FAST = true, B_K_FAST = true;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -224,7 +224,7 @@ ks_status ks_simt_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p)
 
 template <class T> struct simt_expand {
   typedef lora_expand_args args;
-  enum { BM = LORA_TILE_ROWS, BN = 64, TM = 2, TN = 4 };
+  enum { BM = LORA_TILE_ROWS, BN = 64, BK = 16, TM = 2, TN = 4 };
   static constexpr bool A_K_FAST = true, B_K_FAST = false;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -269,7 +269,7 @@ ks_status ks_simt_expand(ks_ctx *ctx, const char *op, const lora_expand_args *p)
 
 template <class T> struct simt_gradient {
   typedef lora_gradient_args args;
-  enum { BM = 16, BN = 64, TM = 1, TN = 4 };
+  enum { BM = 16, BN = 64, BK = 16, TM = 1, TN = 4 };
   static constexpr bool A_K_FAST = false, B_K_FAST = false;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end, row;
