@@ -33,14 +33,15 @@ typedef enum { BY_BLAS, BY_MMA, BY_SIMT } way;
 
 static way way_of(const ks_ctx *ctx, const char *op, const ks_linear_args *a) {
   const ks_cuda_variant v = ks_cuda_variant_of(ctx, op);
-  const bool bf16 = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
-  if (v == KS_CUDA_linear_forward_simt || v == KS_CUDA_linear_backward_simt || a->w->n_in == 0 ||
-      a->w->n_out == 0)
-    return BY_SIMT;
+  const bool bf16 = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16,
+             bf16_cores = bf16 && ks_cuda_device_of(ctx)->major >= 8;
+  if (v == KS_CUDA_linear_forward_simt || v == KS_CUDA_linear_backward_simt) return BY_SIMT;
+  if (a->w->n_in == 0 || a->w->n_out == 0) return BY_SIMT;
   if (v == KS_CUDA_linear_forward_mma || v == KS_CUDA_linear_backward_mma) return BY_MMA;
-  if (ks_cuda_has_blas(ctx) && !ks_dtype_is_quantized(a->w->dtype) && !(a->generation && bf16))
+  if (ks_cuda_has_blas(ctx) && !ks_dtype_is_quantized(a->w->dtype) &&
+      (!bf16 || (bf16_cores && !a->generation)))
     return BY_BLAS;
-  return bf16 && ks_cuda_device_of(ctx)->major >= 8 ? BY_MMA : BY_SIMT;
+  return bf16_cores ? BY_MMA : BY_SIMT;
 }
 
 static linear_product product_of(const ks_linear_args *a, bool backward) {
