@@ -91,3 +91,7 @@ float *ks_fixture_floats(const ks_fixture *f, const char *name) {
     out[i] = (float)a->values[i];
   return out;
 }
+
+double ks_fixture_ulp(ks_dtype dtype) {
+  return dtype == KS_DTYPE_BF16 ? 0x1p-7 : 0x1p-23;
+}

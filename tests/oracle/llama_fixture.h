@@ -2,6 +2,7 @@
 #ifndef KS_LLAMA_FIXTURE_H
 #define KS_LLAMA_FIXTURE_H
 
+#include "kernels/ops.h"
 #include <stdint.h>
 
 enum { KS_FIXTURE_ARRAYS = 32 };
@@ -18,6 +19,8 @@ typedef struct {
 
 /* The folders under tests/fixtures/llama/; NULL-terminated. */
 extern const char *const ks_llama_cases[];
+/* One unit in the last place of 1, in the type of a run: what an error may be beside twice PyTorch's own. */
+double ks_fixture_ulp(ks_dtype dtype);
 /* Aborts when the fixture cannot be read: it is part of the tree. */
 void ks_fixture_load(ks_fixture *f, const char *source_dir, const char *case_name);
 void ks_fixture_free(ks_fixture *f);
