@@ -51,7 +51,7 @@ static void check_steps(const ks_fixture *f, ks_dtype dtype, const char *name, c
   for (int64_t i = 0; i < n; i++) {
     worst = fmax(worst, torch->values[i]); /* errors of the steps before come along */
     double err = fabs((double)values[i] - reference->values[i]),
-           tol = 2 * worst + 0x1p-23 * fabs(reference->values[i]);
+           tol = 2 * worst + ks_fixture_ulp(dtype) * fabs(reference->values[i]);
     cr_expect(err <= tol, "%s: %s of step %ld is %.9g, not %.9g; PyTorch is off by %g", f->folder, name,
               (long)i, (double)values[i], reference->values[i], worst);
   }
@@ -100,7 +100,7 @@ Test(train, twenty_steps_equal_pytorch) {
       error = hypot(error, (double)s.weights[i] - reference->values[i]);
       scale = hypot(scale, reference->values[i]);
     }
-    cr_expect(error <= 2 * torch + 0x1p-23 * scale, "%s in %s: weights are off by %g; PyTorch by %g",
+    cr_expect(error <= 2 * torch + ks_fixture_ulp(dtype) * scale, "%s in %s: weights are off by %g; PyTorch by %g",
               ks_llama_cases[c / 2], ks_dtype_name(dtype), error, torch);
     cr_expect_eq(a->step, 20);
     free_state(&s);

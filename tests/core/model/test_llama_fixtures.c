@@ -1,6 +1,6 @@
 /* Whole models against PyTorch, transformers and PEFT: tests/fixtures/make_llama_fixtures.py. An error may be
  * at most twice the one that PyTorch itself makes in the same type (float32, bf16), and one unit in the last
- * place of the array's scale. */
+ * place of that type at the array's scale. */
 #include "core/model/forward.h"
 #include "tests/oracle/llama_fixture.h"
 #include "tests/oracle/model_twin.h"
@@ -77,7 +77,7 @@ static void check(const loaded *x, const char *what, const float *values, const 
     if (!isfinite(values[i])) error = NAN;
     if (!isfinite(error)) break;
   }
-  cr_expect(error <= 2 * torch + 0x1p-23 * scale, "%s: %s in %s is off by %g; PyTorch by %g, scale %g",
+  cr_expect(error <= 2 * torch + ks_fixture_ulp(x->dtype) * scale, "%s: %s in %s is off by %g; PyTorch by %g, scale %g",
             strrchr(x->f.folder, '/') + 1, what, ks_dtype_name(x->dtype), error, torch, scale);
 }
 
