@@ -1,6 +1,15 @@
 /* Whether the passes of a run fit the device's memory: asked before the first one. */
 #include "experiments/sim.h"
 
+#include <math.h>
+
+/* What a backend takes beside arenas and caches: workspaces of products, attention and adapters, staged
+ * arrays, recorded steps. An allowance: they grow with the rows of a pass, and are at most a few percent of
+ * its arena. */
+static size_t allowance(size_t arena) {
+  return ((size_t)256 << 20) + arena / 16;
+}
+
 /* Rows of the largest training pass that these cells can ask for. */
 static int64_t train_rows(const ks_world *w, int64_t n_trials) {
   const ks_config *c = w->config;
@@ -9,9 +18,14 @@ static int64_t train_rows(const ks_world *w, int64_t n_trials) {
   return ks_max_i64(c->train.max_tokens, ks_min_i64(bound, all));
 }
 
-static ks_run_params train_run(const ks_world *w, int64_t n_rows) {
-  return (ks_run_params){
+/* Bytes of a training run of n_rows, allowance included; SIZE_MAX when there is no counting it. */
+static size_t train_bytes(const ks_world *w, int64_t n_rows) {
+  const ks_run_params p = {
       .max_rows = n_rows, .max_seqs = n_rows, .max_rank = (int32_t)w->config->lora.rank, .backward = true};
+  size_t arena, all;
+  if (ks_run_bytes(w->model, &p, &arena) != KS_OK || !ks_add_size(arena, allowance(arena), &all))
+    return SIZE_MAX;
+  return all;
 }
 
 /* The most rows of a training pass that fit, from 0 on. */
@@ -19,9 +33,7 @@ static int64_t rows_that_fit(const ks_world *w, int64_t n_rows, size_t available
   int64_t fit = 0, too_many = n_rows;
   while (too_many - fit > 1) {
     int64_t middle = fit + (too_many - fit) / 2;
-    ks_run_params p = train_run(w, middle);
-    size_t bytes;
-    if (ks_run_bytes(w->model, &p, &bytes) == KS_OK && bytes <= available)
+    if (train_bytes(w, middle) <= available)
       fit = middle;
     else
       too_many = middle;
@@ -29,26 +41,46 @@ static int64_t rows_that_fit(const ks_world *w, int64_t n_rows, size_t available
   return fit;
 }
 
+/* Bytes of the largest generation: its cache (what is needed, within its bound), logits and activations. */
+static size_t generate_bytes(const ks_world *w, int64_t n_trials) {
+  const ks_model_config *m = &w->model->config;
+  const ks_generate_params p = ks_world_generate_params(w);
+  const int64_t at_a_time = ks_min_i64(p.max_batch > 0 ? p.max_batch : 64, n_trials * w->data->n_eval);
+  const double page = 2.0 * (double)ks_ctx_act_size(w->ctx) * (double)m->n_layers *
+                      (double)(m->n_kv_heads * m->head_dim) * KS_ATTENTION_PAGE_UNIT;
+  const double pages = (double)at_a_time * (double)(m->max_seq_len / KS_ATTENTION_PAGE_UNIT + 1);
+  const double bound = p.cache_bytes > 0 ? (double)p.cache_bytes : 512.0 * (1 << 20);
+  const double largest = (double)(m->max_seq_len / KS_ATTENTION_PAGE_UNIT + 1); /* one request always fits */
+  const double cache = page * fmax(largest, fmin(pages, floor(bound / page)));
+  const ks_run_params run = {.max_rows = 512 + at_a_time,
+                             .max_seqs = at_a_time + 1,
+                             .max_rank = (int32_t)w->config->lora.rank,
+                             .no_loss = true};
+  size_t arena;
+  if (ks_run_bytes(w->model, &run, &arena) != KS_OK) return SIZE_MAX;
+  return (size_t)cache + (size_t)(at_a_time * m->vocab_size) * sizeof(float) + arena + allowance(arena);
+}
+
 ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
   const size_t available = ks_mem_available(w->ctx);
   if (available == SIZE_MAX || n_trials == 0) return KS_OK;
   const int64_t n_rows = train_rows(w, n_trials);
-  const ks_run_params p = train_run(w, n_rows);
-  size_t train, cache = (size_t)ks_world_generate_params(w).cache_bytes;
-  KS_TRY(ks_run_bytes(w->model, &p, &train));
+  const size_t train = train_bytes(w, n_rows), generate = generate_bytes(w, n_trials);
+  const char *smaller =
+      w->config->model.dtype <= KS_DTYPE_BF16 ? ", or model.dtype to q8_0, q4_0 or nf4" : "";
   if (train > available)
     return KS_FAIL(
         KS_ENOMEM,
         "a training pass of %lld tokens needs %.2f GB; the device has %.2f GB left beside model, embeddings "
-        "and "
-        "the adapters of %lld cells (%.2f GB): at most %lld tokens fit; set run.max_rows to that or less%s",
+        "and the "
+        "adapters of %lld cells (%.2f GB): at most %lld tokens fit; set run.max_rows to that or less%s",
         (long long)n_rows, (double)train / 1e9, (double)available / 1e9, (long long)n_trials,
-        (double)ks_mem_used(w->ctx) / 1e9, (long long)rows_that_fit(w, n_rows, available),
-        w->config->model.dtype <= KS_DTYPE_BF16 ? ", or model.dtype to q8_0, q4_0 or nf4" : "");
-  if (cache > available)
-    return KS_FAIL(KS_ENOMEM,
-                   "a key-value cache of %.2f GB does not fit the %.2f GB that the device has left; set "
-                   "run.cache_mb lower",
-                   (double)cache / 1e9, (double)available / 1e9);
+        (double)ks_mem_used(w->ctx) / 1e9, (long long)rows_that_fit(w, n_rows, available), smaller);
+  if (generate > available)
+    return KS_FAIL(
+        KS_ENOMEM,
+        "generating answers needs %.2f GB; the device has %.2f GB left beside model, embeddings and adapters "
+        "(%.2f GB); set run.cache_mb or run.generate_batch lower%s",
+        (double)generate / 1e9, (double)available / 1e9, (double)ks_mem_used(w->ctx) / 1e9, smaller);
   return KS_OK;
 }

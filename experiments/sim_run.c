@@ -1,4 +1,5 @@
 #include "experiments/sim.h"
+#include "kernels/backend.h"
 
 #include <stdio.h>
 
@@ -152,6 +153,17 @@ static ks_status run_cohorts(const ks_matrix *m, const ks_experiment_options *op
   return status;
 }
 
+/* What computes; with "auto" on the CPU also why no other backend of this build does. */
+static void say_device(const ks_config *c, const ks_ctx *ctx) {
+  for (int i = 0; strcmp(c->run.backend, "auto") == 0 && ks_backends[i]; i++) {
+    if (strcmp(ks_backends[i]->name, ks_ctx_backend_name(ctx)) == 0) break;
+    if (ks_backends[i]->probe() != KS_OK)
+      ks_log(KS_LOG_INFO, "run", "not on %s: %s", ks_backends[i]->name, ks_error_message());
+    ks_error_clear();
+  }
+  ks_log(KS_LOG_INFO, "run", "on %s: %s", ks_ctx_backend_name(ctx), ks_ctx_device_name(ctx));
+}
+
 ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *options) {
   const ks_config *config = &m->cells[0].config;
   ks_ctx *ctx = NULL;
@@ -161,6 +173,7 @@ ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *opt
   KS_TRY_OUT(ks_dir_make(cells));
   ks_ctx_params params = ks_config_ctx_params(config);
   KS_TRY_OUT(ks_ctx_create(&ctx, &params));
+  say_device(config, ctx);
   KS_TRY_OUT(write_index(m)); /* every shard writes the same one */
   status = run_cohorts(m, options, ctx);
 out:

@@ -21,7 +21,7 @@ static ks_status find_backend(const char *name, const ks_backend **out) {
         "this build has no CUDA backend: there was no GPU or no nvcc 12 where it was built, or KS_CUDA=OFF; "
         "build it "
         "again on a machine with both, or anywhere with nvcc and KS_CUDA=ON; or use \"cpu\" or \"auto\"");
-  return KS_FAIL(KS_EENV, "there is no backend '%s'; use \"cpu\" or \"auto\"", name);
+  return KS_FAIL(KS_EENV, "there is no backend '%s'; use \"cpu\", \"cuda\" or \"auto\"", name);
 }
 
 ks_status ks_ctx_create(ks_ctx **out, const ks_ctx_params *params) {
