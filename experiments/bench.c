@@ -231,7 +231,8 @@ ks_status ks_bench_add(ks_bench *b, const char *name, const char *shape, ks_samp
   r->gflops = load->flops / seconds / 1e9;
   r->gbytes = load->bytes / seconds / 1e9;
   if (b->info.has_timer) {
-    const bool bf16 = !load->f32 && ks_ctx_act_dtype(b->ctx) == KS_DTYPE_BF16;
+    const bool bf16 = load->products == KS_PRODUCTS_OF_ACTS ? ks_ctx_act_dtype(b->ctx) == KS_DTYPE_BF16
+                                                            : load->products == KS_PRODUCTS_BF16;
     r->peak_share = share(r->gflops, bf16 ? b->rates.matrix_bf16 : b->rates.matrix_f32);
     r->read_share = share(r->gbytes, b->rates.read);
     r->copy_share = share(r->gbytes, b->rates.copy);

@@ -143,7 +143,7 @@ void ks_samples_free(ks_samples *s);
 typedef struct {
   double work, flops, bytes;
   size_t working_set;
-  bool f32; /* products of float32 whatever the activations */
+  enum { KS_PRODUCTS_OF_ACTS, KS_PRODUCTS_F32, KS_PRODUCTS_BF16 } products; /* whose ceiling flops have */
 } ks_bench_load;
 /* A CPU's ceilings for such a load, measured now; nothing on a GPU. */
 typedef struct {

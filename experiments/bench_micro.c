@@ -157,7 +157,7 @@ static ks_status bench_search(ks_bench *b, int64_t n_q, int64_t n_k, int64_t n_c
                               .flops = 2.0 * (double)n_q * (double)n_k * (double)n_cols,
                               .bytes = n_q < 8 ? (double)bytes : 0,
                               .working_set = n_q < 8 ? bytes : 0,
-                              .f32 = true};
+                              .products = KS_PRODUCTS_F32};
   KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(sample(b, search_once, &s, true, &samples));
   snprintf(shape, sizeof shape, "%lld queries, %lld keys of %lld, top %d", (long long)n_q, (long long)n_k,

@@ -226,8 +226,9 @@ static ks_status measure(ks_bench *b, const op_case *k, ks_bench_op *o, void *be
                         .flops =
                             k->d.stored == KS_DTYPE_I8 ? 0 : cost.flops, /* no ceiling of whole numbers */
                         .bytes = cost.bytes,
-                        .working_set = (size_t)fmax(cost.bytes, COLD_BYTES),
-                        .f32 = strncmp(k->op, "similarity", 10) == 0 && k->d.stored == KS_DTYPE_F32};
+                        .working_set = (size_t)fmax(cost.bytes, COLD_BYTES)};
+  if (strncmp(k->op, "similarity", 10) == 0)
+    load.products = k->d.stored == KS_DTYPE_F32 ? KS_PRODUCTS_F32 : KS_PRODUCTS_BF16;
   ks_status status;
   KS_TRY_OUT(ks_bench_ceilings(b, &load, &ceilings));
   KS_TRY_OUT(ks_bench_sample_cold(b, run_op, o, o->waits, &samples));

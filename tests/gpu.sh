@@ -105,11 +105,25 @@ note() { # passed|failed|skipped|unfinished what
   printf '%-10s %s\n' "$1" "$2" | tee -a "$out/results.txt"
 }
 
+# What is left of a session: children of a program that was stopped would go on using the GPU.
+end_session() { # LEADER
+  for stat in /proc/[0-9]*/stat; do
+    session=$(sed 's/.*) //' "$stat" 2>/dev/null | cut -d' ' -f4)
+    process=${stat#/proc/}
+    [ "$session" = "$1" ] && kill -KILL "${process%/stat}" 2>/dev/null
+  done
+  return 0
+}
+
 # Runs a command into OUT/logs/NAME.log, within the limit. Status 124: out of time.
 logged() { # NAME command...
   name=$1
   shift
-  timeout -k 20 "$limit" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
+  # shellcheck disable=SC2016  # the inner shell's own number
+  setsid -w sh -c 'echo $$ >"$0"; exec timeout -k 20 "$@"' "$out/session" "$limit" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
+  result=$?
+  end_session "$(cat "$out/session")"
+  return $result
 }
 
 manifest() { sed -n "s/^$1=//p" "$dir/MANIFEST"; }
@@ -254,7 +268,7 @@ run_bench() {
     return
   fi
   bench_once bench --shape 135m,1b,3b --dtype f32,bf16 lora_step prefill decode embed ops
-  bench_once bench_blocks --shape 3b --dtype q8_0,q4_0,nf4 lora_step decode ops
+  bench_once bench_blocks --shape 1b --dtype q8_0,q4_0,nf4 lora_step decode ops
   bench_once bench_variants --shape 1b --dtype f32,bf16 --variants all ops
 }
 

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { ROUNDS = 7, MATRIX_ROUNDS = 5 };
+enum { ROUNDS = 20, MATRIX_ROUNDS = 5 };
 #ifdef KS_CUDA_ON_CPU
 static const bool is_shim = true;
 static const size_t largest_array = (size_t)1 << 16;
