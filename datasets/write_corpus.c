@@ -2,8 +2,7 @@
  *
  *   ks-corpus population OUT.jsonl POPULATION_SEED SEED N_LINES
  *   ks-corpus lexicons OUT.tsv POPULATION_SEED
- *   ks-corpus user OUT.jsonl POPULATION_SEED USER STREAM_SIZE EVAL_SIZE    (one user's sets with the
- * generator's other defaults)
+ *   ks-corpus user OUT.jsonl POPULATION_SEED USER STREAM_SIZE EVAL_SIZE    (one user's sets with the generator's other defaults)
  */
 #include "core/data/persona.h"
 

@@ -1,13 +1,17 @@
 /* The command line: verbs, their options, messages and exit codes.
  *
- *   static const ks_option options[] = {{"set", "KEY=VALUE", "override a key (again for more)"}, {"dry-run",
- * NULL, "only say what"}, {0}}; static const ks_command command = {"run", "CONFIG", "run an experiment",
- * options, 1, 1, "Ctrl-C ends cleanly; the same command goes on."}; int ks_verb_run(int argc, char **argv) {
+ *   static const ks_option options[] = {{"set", "KEY=VALUE", "override a key (again for more)"},
+ *                                       {"dry-run", NULL, "only say what"},
+ *                                       {0}};
+ *   static const ks_command command = {"run", "CONFIG", "run an experiment", options, 1, 1,
+ *                                      "Ctrl-C ends cleanly; the same command goes on."};
+ *   int ks_verb_run(int argc, char **argv) {
  *     ks_args args;
- *     if (!ks_args_parse(&command, argc, argv, &args)) return args.exit_code;   // --help, or a usage error
- * that has been printed const char *shard = ks_args_value(&args, "shard");                        // NULL:
- * not given ks_status s = run(args.operands[0], args.sets, args.n_sets); ks_args_free(&args); return
- * ks_cli_finish(s);                                                  // prints the error, gives the exit code
+ *     if (!ks_args_parse(&command, argc, argv, &args)) return args.exit_code;   // --help, or a usage error that was printed
+ *     const char *shard = ks_args_value(&args, "shard");                        // NULL: not given
+ *     ks_status s = run(args.operands[0], args.sets, args.n_sets);
+ *     ks_args_free(&args);
+ *     return ks_cli_finish(s);                                                  // prints the error, gives the exit code
  *   }
  *
  * stdout carries results alone; the log, errors and progress go to stderr. Exit codes: 0 ok, 1 incorrect

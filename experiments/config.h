@@ -1,8 +1,8 @@
 /* Configurations: from libconfig files and --set to the matrix of cells.
  *
  *   ks_matrix *m;
- *   KS_TRY(ks_config_load("configs/quickstart.cfg", sets, n_sets, &m));   // sets: {"seed=1,2",
- * "data.path=FILE"} for (int64_t i = 0; i < m->n_cells; i++) run(m->cells[i].name, &m->cells[i].config);
+ *   KS_TRY(ks_config_load("configs/quickstart.cfg", sets, n_sets, &m));   // sets: {"seed=1,2", "data.path=FILE"}
+ *   for (int64_t i = 0; i < m->n_cells; i++) run(m->cells[i].name, &m->cells[i].config);
  *   ks_matrix_destroy(m);
  *
  * All keys stand in config_keys.def, and nowhere else: the fields below, defaults, parsing, `keepsake

@@ -1,8 +1,7 @@
 /* The simulator: replays streams of dialogue sets through cells that share a model and a dataset (a cohort),
  * in lockstep.
  *
- *   for each window:  embed (once a cohort) -> score -> offer -> annotate -> synthesize -> fine-tune ->
- * evaluate -> record
+ *   for each window:  embed (once a cohort) -> score -> offer -> annotate -> synthesize -> fine-tune -> evaluate -> record
  *
  * Everything a cell computes depends on its own configuration alone; the cohort only shares passes through
  * the frozen model.

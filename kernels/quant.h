@@ -13,9 +13,10 @@
  * whole blocks (q8_0: a byte each; q4_0, nf4: two a byte, the even one in the lower half), and scales, one a
  * block. A row of codes is a multiple of 16 bytes.
  *
- *   uint8_t *codes = malloc(ks_quant_row_bytes(t, n));  uint16_t *scales = malloc(2 * ks_quant_row_scales(t,
- * n)); KS_TRY(ks_quant_row(t, x, n, codes, scales)); ks_dequant_row(t, codes, scales, n, x);             //
- * what every product sees
+ *   uint8_t *codes = malloc(ks_quant_row_bytes(t, n));
+ *   uint16_t *scales = malloc(2 * ks_quant_row_scales(t, n));
+ *   KS_TRY(ks_quant_row(t, x, n, codes, scales));
+ *   ks_dequant_row(t, codes, scales, n, x);             // what every product sees
  */
 #ifndef KS_QUANT_H
 #define KS_QUANT_H

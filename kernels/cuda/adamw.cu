@@ -15,7 +15,9 @@
  *
  * Geometry: three launches for any number of adapters. Each adapter is cut into chunks of 4096 parameters,
  * counted from its own beginning; a block of 256 threads takes one chunk and finds its adapter by bisection
- * in the staged table. squares   a partial sum a chunk norms     a warp an adapter adds its partial sums
+ * in the staged table.
+ *   squares   a partial sum a chunk
+ *   norms     a warp an adapter adds its partial sums
  *   update    parameters, moments and gradient in one pass, 64 bytes under way a thread
  * Learning rates, steps and addresses are in the table, not in the launches: a recorded step stays valid.
  *
@@ -24,8 +26,8 @@
  * rest is elementwise. Alignment changes nothing.
  *
  * Ladder (times: not measured yet)
- *   v1  three launches an adapter: launch-bound for the 10^5 parameters of a small adapter
- *   v2  this; expected: the card's copy bandwidth from 10^6 parameters in all on, launch time below */
+ *   considered  three launches an adapter: launch-bound for the 10^5 parameters of a small adapter
+ *   v1          this; expected: the card's copy bandwidth from 10^6 parameters in all on, launch time below */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 

@@ -12,9 +12,8 @@
  *
  *   attention_back_dot   D of every (query, head): one warp each.
  *
- *   KEYS = true          dk, dv: a block of threads has a tile of keys and walks over the rows (query, head
- * of the group, see attention.cuh) that see its first key, in rising order. Keys that no query sees get
- * zeros.
+ *   KEYS = true          dk, dv: a block of threads has a tile of keys and walks over the rows (query, head of the group, see
+ *                        attention.cuh) that see its first key, in rising order. Keys that no query sees get zeros.
  *
  *   KEYS = false         dq: a block of threads has a tile of rows and walks over the keys that they see.
  *
@@ -27,10 +26,10 @@
  * Bytes: what streams once for each tile of the other side, from L2 but for the first; A and outputs once.
  *
  * Flops: 14 d for each visible (query, key) and head, and two exponentials. (10 d with one kernel, whose dq
- * needs atomics, or a second pass over n_k / 64 partial float32 copies.) On a H200 (bf16, 790 TFLOP/s,
- * 4.4 TB/s), computed, not measured:
- *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  30 GFLOP 38 us, 143 MB 32 us
- *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:       53 GFLOP 67 us, 315 MB 72 us
+ * needs atomics, or a second pass over n_k / 64 partial float32 copies.) On a H200 (bf16, 801 TFLOP/s,
+ * 4.25 TB/s), computed, not measured:
+ *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  30 GFLOP 37 us, 143 MB 34 us
+ *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:       53 GFLOP 66 us, 315 MB 74 us
  *
  * Serial chain: S, dP: L = d; dk, dv: L = group * n_q; dq: L = n_k; D: L = d / 32 and a tree.
  *
@@ -45,15 +44,16 @@
  * inside a tile take part with p = ds = 0, so a query or key that is not finite makes the rows of its tile
  * NaN, as on the CPU.
  *
- * Ladder (none of it measured yet)
+ * Ladder (H200, bf16, commit f74fb33)
  *
- *   simt  float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared
- * memory.
+ *   simt  float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared memory. Not measured
+ *         yet.
  *
- *   mma   as above. Predicted: bound by reads of shared memory like the forward kernel, 16 rows a warp.
+ *   mma   as above. Predicted: bound by reads of shared memory like the forward kernel, 16 rows a warp. Measured: 8 x 256
+ *         tokens, 32 heads of 64: 97 us, 56 TFLOP/s.
  *
- *   Next, not tried: one kernel with dq in a fixed order through partial sums, for short sequences; clusters
- *   that share a streamed tile by multicast; wgmma with two consumer warp groups as FlashAttention-3. */
+ *   Next, not built: one kernel with dq in a fixed order through partial sums, for short sequences; clusters that share a
+ *   streamed tile by multicast; wgmma with two consumer warp groups as FlashAttention-3. */
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_simt.cuh"
 #include <stdlib.h>

@@ -12,7 +12,7 @@
  * maximum is -inf counts from 0: its exponentials are 0. A NaN anywhere in a row makes its loss and
  * gradient NaN.
  *
- * Variants; d columns, cost of a pair (row, vocabulary entry) at 790 TFLOP/s bf16, 4.4 TB/s (H200):
+ * Variants; d columns, cost of a pair (row, vocabulary entry) at 801 TFLOP/s bf16, 4.25 TB/s (H200, measured):
  *
  *   fused    bf16, d a multiple of 8, sm_80 and later.
  *            1 a 128 x 128 tile of logits on tensor cores, reduced in registers to (m_T, S_T) and the
@@ -21,18 +21,18 @@
  *            3 gradient: e becomes g = s (p - onehot) in place (4 B)
  *            4 dx = g W by the linear layer's input gradient (2 B)
  *            Loss alone: 2 d flops, 8/128 B; no logit reaches device memory: bound by the product.
- *            With gradient: 4 d flops + 8 B: 5.06e-3 d + 1.8 ps.
+ *            With gradient: 4 d flops + 8 B: 4.99e-3 d + 1.9 ps.
  *   chunked  any type and d, block weights. Logits of a block of rows in float32 by the linear layer
  *            (4 B), one kernel for maximum, sum, loss and g (4 B, or 8 B when rows leave the cache, and
- *            2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 5.06e-3 d + 2.7 to 3.6 ps.
+ *            2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 4.99e-3 d + 2.8 to 3.8 ps.
  *
  *   A third way, logits computed again once the row's sum is known, needs no e: 4 B or 0.9 ps less, one
- *   product or 2.53e-3 d ps more. It would pay below d = 360 only, and is not kept.
+ *   product or 2.50e-3 d ps more. It would pay below d = 380 only, and is not kept.
  *
  *   fused costs less for every d when both products run at the same rate, and is the default. Its
- *   logits come by mma.sync, which on Hopper stops at about 60 % of the rate of wgmma: 4.2e-3 d instead
- *   of 2.53e-3 d ps. There chunked should win with gradient from d = 530 (rows in cache) or 1080 on.
- *   To be measured before the default depends on the card.
+ *   logits come by mma.sync, which on Hopper is expected at about 60 % of the rate of wgmma: 4.2e-3 d instead
+ *   of 2.50e-3 d ps. There chunked should win with gradient from d = 560 (rows in cache) or 1130 on.
+ *   Both to be measured before the default depends on the card.
  *
  * Blocks of rows: as many as HEAD_BLOCK_BYTES of logits and g allow, 256 to 2048, so that dx = g W
  * [rows, d] has tiles enough to fill the card (2048 x 2048: 256 of 128 x 128). The workspace holds one.
@@ -44,11 +44,12 @@
  * Determinism: fixed order everywhere; a row's bits depend on d, V and the kernel alone, not on block or
  * batch. L: d / 16 + 8 + 7 within a tile, V / 4096 + 5 between tiles. Roundings to bf16: e, g, dx.
  *
- * Ladder (times: not measured yet)
- *   v1  chunked: the simplest, and the check of the other
- *   v2  fused; expected: the rate of mma.sync, so at most 60 % of 989 TFLOP/s for the loss alone on
- *       Hopper
- *   next, not tried: wgmma and TMA on sm_90, tcgen05 on sm_100; 128 x 256 tiles; exp(m_T - M) / S
+ * Ladder (H200, bf16, commit f74fb33)
+ *   v1  chunked: the simplest, and the check of the other. Not measured yet.
+ *   v2  fused; expected: the rate of mma.sync, so about 60 % of 801 TFLOP/s for the loss alone on
+ *       Hopper. Measured with gradient: 2048 x 128256 x 2048 8.19 ms, 263 TFLOP/s or 31 ps a pair, twice the
+ *       15.6 ps that this makes with dx = g W; which of the four steps is slow is not known yet.
+ *   next, not built: wgmma and TMA on sm_90, tcgen05 on sm_100; 128 x 256 tiles; exp(m_T - M) / S
  *       applied inside the product with W instead of by a pass (4 B less) */
 #include "kernels/cuda/product.cuh"
 

@@ -10,23 +10,29 @@
  * made besides y and dx.
  *
  * Variants
- *   cublaslt  the product by cuBLASLt, then expand adds the adapters' term: one more pass over y. Block
- * weights, and machines without cuBLASLt, take mma (bf16) or simt (float32; bf16 before sm_80, which has no
- * such tensor cores). mma       product and adapters' term in one kernel (linear_mma.cu): no extra pass. bf16
- * only. simt      plain fma throughout (linear_simt.cu). Generation passes in bf16 take linear_decode.cu for
- * few rows and a form of linear_mma.cu with the same sums for many, whatever the variant but simt.
+ *   cublaslt  the product by cuBLASLt, then expand adds the adapters' term: one more pass over y
+ *   mma       product and adapters' term in one kernel (linear_mma.cu): no extra pass; bf16 only
+ *   simt      plain fma throughout (linear_simt.cu)
  *
- * FLOPs: 2 rows n_in n_out + 2 rank rows (n_in + n_out) forward; twice the second term more backward. Bytes:
- * W once, x and y (and dy, dx) once, A, B and their gradients once. H200 at 790 TFLOP/s and 4.4 TB/s:
- * compute-bound above about 180 rows of a large layer; Orin Nano Super (16.7 TFLOP/s, 102 GB/s): above about
- * 160.
+ * Block weights, machines without cuBLASLt and shapes that it has no algorithm for take mma (bf16) or simt (float32; bf16
+ * before sm_80, which has no such tensor cores). Generation passes in bf16 take linear_decode.cu for few rows and a form of
+ * linear_mma.cu with the same sums for many, whatever the variant but simt.
  *
- * Ladder (nothing measured yet)
- *   cublaslt + shrink + expand: expand's pass costs 4 bytes an element of y: at 4096 x 2048, 7.6 us beside 43
- * us of product. mma: no pass, but mma.sync reaches about 60 % of what wgmma does on Hopper; on Ampere and
- * Orin it is the hardware's own path. Next: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and
- * u in one array. Not tried. Next: one shrink for q, k, v (gate, up), which share x: a third of its reads of
- * x. Needs them in one call. Not tried. Next: wgmma and TMA for sm_90. Not tried. */
+ * FLOPs: 2 rows n_in n_out + 2 rank rows (n_in + n_out) forward; twice the second term more backward.
+ * Bytes: W once, x and y (and dy, dx) once, A, B and their gradients once.
+ * H200 at 801 TFLOP/s and 4.25 TB/s (cuBLASLt and a copy, measured): compute-bound above about 190 rows of a large layer;
+ * Orin Nano Super (16.7 TFLOP/s, 102 GB/s): above about 160.
+ *
+ * Ladder (H200, bf16, commit f74fb33, rows x n_out x n_in; one adapter of rank 8)
+ *   cublaslt + shrink + expand
+ *       2048 x 8192 x 2048   product 98 us, with adapter 184 us;   backward 90 and 196 us
+ *       2048 x 2048 x 8192   product 90 us, with adapter 247 us;   backward 97 and 246 us
+ *       Computed for expand's pass over y: 16 and 4 us. The adapters cost ten times what their bytes do: lora_mma.cu.
+ *   mma       no pass, but expected at about 60 % of wgmma's rate on Hopper; on Ampere and Orin mma.sync is the hardware's
+ *             own path. Not measured yet.
+ *   Next, not built: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and u in one array.
+ *   Next, not built: one shrink for q, k, v (gate, up), which share x: a third of its reads of x; needs them in one call.
+ *   Next, not built: wgmma and TMA for sm_90. */
 #include "kernels/cuda/linear.cuh"
 
 typedef enum { BY_BLAS, BY_MMA, BY_SIMT } way;

@@ -5,8 +5,8 @@
  *   lora.cu            the description of a batch's adapters, dropout masks, sums of partial gradients
  *   lora_mma.cu        shrink, expand and gradients on tensor cores (bf16)
  *   linear_simt.cu     every part of the layer in plain fma, any type
- *   linear_mma.cu      product and adapters in one kernel on tensor cores (bf16 activations; bf16 or block
- * weights) linear_decode.cu   the same for few rows
+ *   linear_mma.cu      product and adapters in one kernel on tensor cores (bf16 activations; bf16 or block weights)
+ *   linear_decode.cu   the same for few rows
  */
 #ifndef KS_CUDA_LINEAR_CUH
 #define KS_CUDA_LINEAR_CUH

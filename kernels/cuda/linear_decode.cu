@@ -1,22 +1,26 @@
-/* Linear layers of few rows (decoding), bf16 activations, bf16 or block weights, adapters included:
- *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] (+ y[i, o]),   up to 64 rows at a
- * time.
+/* Linear layers of few rows (decoding), bf16 activations, bf16 or block weights, adapters included, up to 64 rows at a time:
  *
- * Bytes: W once (2, 1.06, 0.56 or 0.53 bytes an element), x from the L2, y. FLOPs: 2 rows a weight.
- * Memory-bound: 2048 x 2048 bf16 is 8.4 MB, 1.9 us at 4.4 TB/s (H200), 82 us at 102 GB/s (Orin Nano Super).
- * Geometry: a block does 16 outputs, its 8 warps one run of k each; four steps of 32 k of W are on their way
- * in registers (32 KB a block), two of x. A lane reads 16 bytes of a row of W (8 codes of a block); lanes of
- * four then exchange words, so that the operands of the mma hold k in its natural order. Sums of the runs
- * meet in shared memory. A warp makes the adapters' term of every eighth segment of the rows, while the first
- * steps of W are under way. Same bits as linear_mma.cu in its generation form: the same mma in the same order
- * of k within a run, runs added in rising order, the adapters' ranks in the same groups, the same last
- * additions. Rows are the mma's own rows: none sees another. Serial chain L = n_in / 128 mma + 8. Alignment:
- * n_in a multiple of 8 and pointers of 16 bytes for vector reads, else element by element.
+ *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] (+ y[i, o])
  *
- * Ladder
- *   16 outputs a block, 8 runs, operands through registers. Not measured yet.
- *   Next: 16 bytes of codes a lane for 4-bit blocks (now 4 bytes: 128 bytes a request); several layers in one
- * launch. Not tried. */
+ * Bytes: W once (2, 1.06, 0.56 or 0.53 bytes an element), x from the L2, y. FLOPs: 2 rows a weight. Memory-bound: 2048 x 2048
+ * bf16 is 8.4 MB, 2.0 us at 4.25 TB/s (H200), 82 us at 102 GB/s (Orin Nano Super).
+ *
+ * Geometry: a block does 16 outputs, its 8 warps one run of k each; four steps of 32 k of W are on their way in registers
+ * (32 KB a block), two of x. A lane reads 16 bytes of a row of W (8 codes of a block); lanes of four then exchange words, so
+ * that the operands of the mma hold k in its natural order. Sums of the runs meet in shared memory. A warp makes the
+ * adapters' term of every eighth segment of the rows, while the first steps of W are under way.
+ *
+ * Determinism: the same bits as linear_mma.cu in its generation form: the same mma in the same order of k within a run, runs
+ * added in rising order, the adapters' ranks in the same groups, the same last additions. Rows are the mma's own rows: none
+ * sees another. Serial chain L = n_in / 128 mma + 8. Alignment: n_in a multiple of 8 and pointers of 16 bytes for vector
+ * reads, else element by element.
+ *
+ * Ladder (H200, bf16, commit f74fb33, one row, weights not in cache; the measurement itself costs about 3 us)
+ *   16 outputs a block, 8 runs, operands through registers: n_out x n_in 2048 x 2048 11 us (computed 2), 8192 x 2048 25 us,
+ *       2048 x 8192 36 us (computed 8): 31 and 22 % of the rate of a copy. 128 blocks for 2048 outputs leave each SM 32 KB
+ *       under way: suspected to be too little.
+ *   Next, not built: 16 bytes of codes a lane for 4-bit blocks (now 4 bytes: 128 bytes a request); several layers in one
+ *       launch. */
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/tile.cuh"
 

@@ -1,31 +1,33 @@
 /* Linear layers on tensor cores, product and adapters in one kernel; bf16 activations, bf16 or block weights.
  *
- *   forward   y[i, o] = sum_j x[i, j] W[o, j]  + sum_r u[i, r] (scale B[o, r])        + bias[o] (+ y[i, o])
- *   backward  dx[i, j] = sum_o dy[i, o] W[o, j] + keep[i, j] sum_r v[i, r] (f A[r, j])           (+ dx[i,
- * j]),  f = 1 / (1 - p) The adapters' sum is a few more k-steps on the tile that is already in registers: u
- * (or v) and the segment's rows of B^T (or A) come into the buffers that x and W had, sums go to four
- * registers at a time and from there, if the row belongs to the segment (and the mask keeps the element), to
- * the tile's. No other pass over y.
+ *   forward   y[i, o]  = sum_j x[i, j] W[o, j]  + sum_r u[i, r] (scale B[o, r])       + bias[o] (+ y[i, o])
+ *   backward  dx[i, j] = sum_o dy[i, o] W[o, j] + keep[i, j] sum_r v[i, r] (f A[r, j])  (+ dx[i, j]),   f = 1 / (1 - p)
  *
- * FLOPs: 2 rows n_in n_out + 2 rows rank n_out. Bytes from memory: W once a column of tiles that run
- * together, x once a row of them, y once. Compute-bound above some 200 rows: mma.sync m16n8k16; H200: 989
- * TFLOP/s dense by wgmma, mma.sync has been seen at 60 to 65 % of it; Orin and Ampere: the hardware's full
- * rate (Orin Nano Super 16.7 TFLOP/s). Geometry: 8 warps (2 x 4), tile 128 (64) rows x 128 columns; k in
- * steps of 32 through three buffers (48 KB: two blocks an SM on sm_86 and up): one barrier a step, two steps
- * on their way by cp.async. W is read as it lies, [n_out, n_in]: forward by ldmatrix, backward by
- * ldmatrix.trans. Blocks of weights: a thread loads the sixteen codes and the scale of the step after next
- * into registers, unpacks those of the next step into its buffer, then multiplies this one's. Shared memory:
- * pieces of 16 bytes, permuted: no bank conflicts in any ldmatrix (tile.cuh). Tile height: 128 rows where
- * that fills the device, else 64; both make the same sums. Serial chain L = n_in / 16 mma (then rank / 16), k
- * rising; generation: eight runs of k, added in rising order. Determinism: a row's result depends on nothing
- * but its own inputs and the shape of W. NaN in one segment's adapter stays in its rows. Alignment: n_in and
- * n_out multiples of 8, pointers of 16 bytes; other shapes are loaded element by element into the same
- * buffers.
+ * The adapters' sum is a few more k-steps on the tile that is already in registers: u (or v) and the segment's rows of B^T
+ * (or A) come into the buffers that x and W had, sums go to four registers at a time and from there, if the row belongs to
+ * the segment (and the mask keeps the element), to the tile's. No other pass over y.
+ *
+ * FLOPs: 2 rows n_in n_out + 2 rows rank n_out. Bytes from memory: W once a column of tiles that run together, x once a row
+ * of them, y once. Compute-bound above some 200 rows, by mma.sync m16n8k16: on Hopper expected at about 60 % of what wgmma
+ * reaches (801 TFLOP/s measured with cuBLASLt on an H200), on Orin and Ampere the hardware's full rate (Orin Nano Super
+ * 16.7 TFLOP/s).
+ *
+ * Geometry: 8 warps (2 x 4), tile 128 (64) rows x 128 columns; k in steps of 32 through three buffers (48 KB; two blocks an
+ * SM where it has 96 KB for them and more: sm_80 and later), one barrier a step, two steps on their way by cp.async. W is
+ * read as it lies, [n_out, n_in]: forward by ldmatrix, backward by ldmatrix.trans. Blocks of weights: a thread loads the
+ * sixteen codes and the scale of the step after next into registers, unpacks those of the next step into its buffer, then
+ * multiplies this one's. Shared memory: pieces of 16 bytes, permuted: no bank conflicts in any ldmatrix (tile.cuh). Tile
+ * height: 128 rows where that fills the device, else 64; both make the same sums.
+ *
+ * Serial chain L = n_in / 16 mma (then rank / 16), k rising; generation: eight runs of k, added in rising order.
+ * Determinism: a row's result depends on nothing but its own inputs and the shape of W. NaN in one segment's adapter stays
+ * in its rows. Alignment: n_in and n_out multiples of 8, pointers of 16 bytes; other shapes are loaded element by element
+ * into the same buffers.
  *
  * Ladder
  *   128 x 128 x 32, three buffers, warps of 64 x 32. Not measured yet.
- *   Next: warps of 64 x 64 (four of them): 8 ldmatrix for 32 mma instead of 6 for 16, at 128 sums a thread.
- * Not tried. Next: wgmma with TMA on sm_90. Not tried. */
+ *   Next, not built: warps of 64 x 64 (four of them): 8 ldmatrix for 32 mma instead of 6 for 16, at 128 sums a thread.
+ *   Next, not built: wgmma with TMA on sm_90. */
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/tile.cuh"
 

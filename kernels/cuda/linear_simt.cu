@@ -7,19 +7,21 @@
  *     shrink     A = z [rows of a tile, n], B = R     expand           A = u [rows of a tile, rank], B = R^T
  *     gradient   A = u^T [rank, rows of a chunk], B = z^T, with the mask
  *
- * FLOPs: 2 M N K. Bytes from memory: A times N / BN plus B times M / BM (the L2 serves most of it) plus C.
- * Bound by the fma units (67 TFLOP/s on an H200) once K is some hundreds: 128 x 64 tiles do 32 fma on 3
- * vector loads from shared memory a thread and k. Geometry: 256 threads; tile BM x BN; k in steps of 16
- * through two buffers in shared memory, the next step's elements on their way in registers while this one's
- * are multiplied: one barrier a step. Loads run along the direction in which the matrix is contiguous. Every
- * size works: what lies outside is zero. Serial chain L = K, one fma a k in rising order from 0; then bias,
- * then the old value. An element's result therefore depends on neither the tile nor the rows around it. No
- * atomics.
+ * FLOPs: 2 M N K. Bytes from memory: A times N / BN plus B times M / BM (the L2 serves most of it) plus C. Bound by the fma
+ * units (67 TFLOP/s on an H200 by its data sheet; cuBLASLt reaches 51) once K is some hundreds: 128 x 64 tiles do 32 fma on 3
+ * vector loads from shared memory a thread and k.
  *
- * Ladder
- *   128 x 64 x 8, 8 x 4 a thread (products; 64 rows where 128 would leave SMs idle); 32 x 16, 32 x 64
- * and 16 x 64 (adapters). Not measured yet. Next: vectors of 16 bytes where rows are aligned; TF32 is no
- * alternative, as this is the path that others are checked by. Not tried. */
+ * Geometry: 256 threads; tile BM x BN; k in steps of 8 (products of 128 rows) or 16 through two buffers in shared memory, the
+ * next step's elements on their way in registers while this one's are multiplied: one barrier a step. Loads run along the
+ * direction in which the matrix is contiguous. Every size works: what lies outside is zero.
+ *
+ * Serial chain L = K, one fma a k in rising order from 0; then bias, then the old value. An element's result therefore depends
+ * on neither the tile nor the rows around it. No atomics.
+ *
+ * Ladder (times: not measured yet)
+ *   128 x 64 x 8, 8 x 4 a thread (products; 64 rows where 128 would leave SMs idle); 32 x 16, 32 x 64 and 16 x 64 (adapters).
+ *   Next, not built: vectors of 16 bytes where rows are aligned. TF32 is no alternative, as this is the path that others are
+ *       checked by. */
 #include "kernels/cuda/linear.cuh"
 
 enum { SIMT_THREADS = 256 };

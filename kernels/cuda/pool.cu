@@ -16,8 +16,8 @@
  * Determinism: the order of a sum depends on the sequence's own number of rows only.
  *
  * Ladder (times: not measured yet)
- *   v1  a thread a column over all rows, in double: one load under way, and double's rate on small cards
- *   v2  this; expected: the card's read bandwidth once there are a few hundred blocks */
+ *   considered  a thread a column over all rows, in double: one load under way, and double's rate on small cards
+ *   v1          this; expected: the card's read bandwidth once there are a few hundred blocks */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 

@@ -19,9 +19,10 @@
  *
  * Determinism: elementwise.
  *
- * Ladder (times: not measured yet)
- *   v1  a table of cosines made on the host for every step: 4 MB to make and to copy for 8192 positions of
- * 128 v2  this; expected: the card's copy bandwidth from a few MB on, launch time for a decoding step */
+ * Ladder (H200, bf16, commit f74fb33; an empty kernel measures 3 us)
+ *   considered  a table of cosines made on the host for every step: 4 MB to make and to copy for 8192 positions of 128
+ *   v1          this; expected: the card's copy bandwidth from a few MB on, launch time for a decoding step. Measured: 2048
+ *               rows of 32 heads of 64: 19 us, 0.88 TB/s, 21 % of a copy; hot, in a recorded step, 4.7 us */
 #include "kernels/cuda/launch.cuh"
 
 enum { ROPE_THREADS = 256, ROPE_MAX_COLUMNS = 512 };

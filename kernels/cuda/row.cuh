@@ -1,8 +1,9 @@
 /* Rows in 16-byte pieces, for kernels that pass over memory once: held in registers as they lie in memory (a
  * bf16 row takes half the registers of its floats), unpacked where they are used.
  *
- *   ks_piece<T> p = ks_piece_load(row + i * ks_piece<T>::N, n_cols - i * ks_piece<T>::N, aligned);   //
- * beyond the end: zeros float x[ks_piece<T>::N]; ks_piece_unpack(x, p);
+ *   ks_piece<T> p = ks_piece_load(row + i * ks_piece<T>::N, n_cols - i * ks_piece<T>::N, aligned);   // beyond the end: zeros
+ *   float x[ks_piece<T>::N];
+ *   ks_piece_unpack(x, p);
  *   ...
  *   ks_piece_store(row + i * ks_piece<T>::N, ks_piece_pack<T>(x), n_left, aligned);
  *

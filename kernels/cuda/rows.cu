@@ -12,8 +12,9 @@
  *
  * Determinism: copies.
  *
- * Ladder (times: not measured yet)
- *   v1  this; expected: the card's copy bandwidth for rows of 128 bytes and more */
+ * Ladder (H200, bf16, commit f74fb33; an empty kernel measures 3 us)
+ *   v1  this; expected: the card's copy bandwidth for rows of 128 bytes and more. Measured, 2048 of rows of 2048: gather 24 us
+ *       (16 % of a copy), scatter 17 us (24 %), from a table that is not in cache; hot, in a recorded step, 4.2 us */
 #include "kernels/cuda/launch.cuh"
 
 enum { ROWS_THREADS = 256, ROWS_UNROLL = 4 };

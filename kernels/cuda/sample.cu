@@ -27,8 +27,8 @@
  * Determinism: integers; the order of atomic additions cannot matter. A row depends on nothing else.
  *
  * Ladder (times: not measured yet)
- *   v1  a sort of the row by blocks: some 20 passes
- *   v2  this
+ *   considered  a sort of the row by blocks: some 20 passes
+ *   v1          this
  *   next, where the benchmark asks for it: several blocks a row with the histograms added up between */
 #include "kernels/base/rng.h"
 #include "kernels/cuda/launch.cuh"

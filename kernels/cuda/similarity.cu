@@ -14,7 +14,7 @@
  *
  * Three shapes of tile, keys x queries, variants of "similarity". Same bits: see Determinism.
  *   few  64 x 8     up to 8 queries: each stored row is read once, 16 bytes an access, 5 stages of 8 KiB
- *                   ahead and 4 blocks an SM (160 KiB under way; 4.4 TB/s times 0.7 us wants 23), norms
+ *                   ahead and 4 blocks an SM (160 KiB under way; 4.25 TB/s times 0.7 us wants 23), norms
  *                   in the same pass. With one query seven of eight columns idle: tensor cores have 40
  *                   times what memory can feed here, plain fma skips them.
  *   mid  128 x 32   more queries; norms in the same pass; one launch for a whole buffer
@@ -22,11 +22,12 @@
  *                   before, which reads k once more: 2 B beside 2 n_q flops an element, 17 % at 1024
  *
  * Bytes: n_k d e (e: bytes of an element), once for every 8, 32 or 128 queries and then from L2 where it
- * fits; flops: 2 n_q n_k d. H200 (790 TFLOP/s, 4.4 TB/s): bound by memory below 180 queries.
- *   1 x 1 M x 3200 bf16      6.4 GB: 1.45 ms; goal, 85 %: 1.71 ms
- *   1024 x 100 k x 768 bf16  157 GFLOP: 199 us, by mma.sync at 60 % on Hopper 332; the goal of 75 %, 265 us,
+ * fits; flops: 2 n_q n_k d. H200 (801 TFLOP/s, 4.25 TB/s, measured), all else computed:
+ * bound by memory below 190 queries.
+ *   1 x 1 M x 3200 bf16      6.4 GB: 1.51 ms; goal, 85 %: 1.77 ms
+ *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync, expected at 60 % of that on Hopper, 327; the goal of 75 %, 261 us,
  *                            wants wgmma there
- *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us at 5.5 TB/s,
+ *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives 5.5 TB/s (assumed),
  *                            and the merge; goal 10 us
  *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters
  *
@@ -54,9 +55,9 @@
  * on no shape, part or batch. L: d / 16 (tensor cores) or d.
  *
  * Ladder (times: not measured yet)
- *   v1  scores through shared memory for every tile
- *   v2  this: nothing leaves the registers when no score passes
- *   next, not tried: wgmma with TMA; stages carried over from tile to tile; a first worst from a sample of
+ *   considered  scores through shared memory for every tile
+ *   v1          this: nothing leaves the registers when no score passes
+ *   next, not built: wgmma with TMA; stages carried over from tile to tile; a first worst from a sample of
  *       keys (there are 150 to 200 insertions a query and part at k = 32); clusters with multicast for
  *       one buffer's size; int8 tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"

@@ -3,7 +3,8 @@
  *
  * A block has one tile of queries (SIM_NEAREST: all, one after another) and a part of the keys, tile by tile.
  * Keys are A and queries B of each product, whatever the shape of the tile, so that a score's bits depend on
- * its two rows alone. Scores go through shared memory to warps that have a query each. */
+ * its two rows alone. Best k: scores stay in registers, unless one of a tile passes; then the tile's
+ * go through shared memory to warps that have a query each. */
 #ifndef KS_CUDA_SIMILARITY_KERNEL_CUH
 #define KS_CUDA_SIMILARITY_KERNEL_CUH
 

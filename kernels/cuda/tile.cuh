@@ -2,8 +2,8 @@
  * pieces, permuted so that the eight rows that a ldmatrix reads lie in different banks.
  *
  *   ks_bf16 *tile = ks_smem_take<ks_bf16>(&smem, ROWS * 8 * PIECES);
- *   tile_load_8(tile_at<PIECES>(tile, row, piece), x + row * n, col, n, row < n_rows, aligned);    //
- * cp.async where it can tile_frag_a<PIECES>(a, tile, m, k); // 16 x 16 of [m][k]
+ *   tile_load_8(tile_at<PIECES>(tile, row, piece), x + row * n, col, n, row < n_rows, aligned);    // cp.async where it can
+ *   tile_frag_a<PIECES>(a, tile, m, k);                                                            // 16 x 16 of [m][k]
  */
 #ifndef KS_CUDA_TILE_CUH
 #define KS_CUDA_TILE_CUH

@@ -1,11 +1,10 @@
 /* Controls of the shim that runs CUDA kernels on the CPU (README.md of the folder above). C and C++. One
  * thread at a time.
  *
- *   ks_shim_set_order(1);                                   // threads, warps and blocks from the last to the
- * first ks_shim_set_memory(64 << 20);                           // a device of 64 MiB
+ *   ks_shim_set_order(1);                                   // threads, warps and blocks from the last to the first
+ *   ks_shim_set_memory(64 << 20);                           // a device of 64 MiB
  *   ... what the backend does ...
- *   if (cudaStreamSynchronize(s)) puts(ks_shim_report());   // which kernel, block, threads, and what each
- * waits for
+ *   if (cudaStreamSynchronize(s)) puts(ks_shim_report());   // which kernel, block, threads, and what each waits for
  */
 #ifndef KS_SHIM_H
 #define KS_SHIM_H
