@@ -1,24 +1,31 @@
-/* The adapters' products on tensor cores, bf16 activations: each launch serves all segments of a batch, a
- * piece of one a block (lora_batch). A and B are float32 and rounded to bf16 on the way; sums are float32; u
- * and v are stored as bf16.
+/* The adapters' products on tensor cores, bf16 activations: each launch serves all segments of a batch, a piece of one a
+ * block (lora_batch). A and B are float32 and rounded to bf16 on the way; sums are float32; u and v are stored as bf16.
  *
  * shrink     u = drop(x) A^T, v = scale dy B:  out[i, r] = factor sum_c z[i, c] R[r, c]
- *   Reads z once: 2 n_cols bytes a row, and R 4 rank n_cols bytes a tile of 32 rows from the L2. FLOPs: 2
- * rank n_cols a row. Memory-bound for rank <= 64 (FLOPs a byte of z = rank): 4096 x 2048 takes 16.8 MB / 4.4
- * TB/s = 3.8 us on an H200. Geometry: 8 warps a tile; warp w takes columns 32 (w + 8 j): operands go from
- * global memory straight to registers, 16 bytes a load, since the order of k within a 32-wide step is free as
- * long as both operands have the same. The warps' sums are added in a tree.   L = n_cols / 256 * 2 mma + 3.
- * expand     y += scale u B^T, dx += drop'(v A):  y[i, c] += factor sum_r u[i, r] R[r, c]
- *   Reads and writes y: 4 bytes an element; R from the L2: 4 rank / 32 bytes an element. Columns are dealt
- * out so that a lane holds eight neighbours: 16-byte accesses.   L = rank / 16 mma. gradient   grad[r, c] +=
- * factor sum_i u[i, r] z[i, c] over a chunk of 256 rows Reads z once. 128 columns a block through three
- * buffers of 32 rows (cp.async); a warp does 32 columns. L = 16 mma a chunk, then the chunks in their order
- * (lora.cu). Determinism: every sum's order is fixed by the shape of the segment; a row's u does not depend
- * on its tile. Alignment: rows of z and y that are not multiples of 16 bytes are read element by element.
+ *   Reads z once: 2 n_cols bytes a row, and R 4 rank n_cols bytes a tile of 32 rows from the L2. FLOPs: 2 rank n_cols a row.
+ *   Memory-bound for rank <= 64 (FLOPs a byte of z = rank): computed for 4096 x 2048: 16.8 MB / 4.25 TB/s = 3.9 us on an H200.
+ *   Geometry: 8 warps a tile; warp w takes columns 32 (w + 8 j): operands go from global memory straight to registers, 16
+ *   bytes a load, since the order of k within a 32-wide step is free as long as both operands have the same. Two or four
+ *   steps are under way, 16 KB a step and block. The warps' sums are added in a tree.   L = n_cols / 256 * 2 mma + 3.
  *
- * Ladder
- *   as above. Not measured yet.
- *   Next: two tiles a block in shrink, which halves the reads of R. Not tried. */
+ * expand     y += scale u B^T, dx += drop'(v A):  y[i, c] += factor sum_r u[i, r] R[r, c]
+ *   Reads and writes y: 4 bytes an element; R from the L2: 4 rank / 32 bytes an element. Columns are dealt out so that a lane
+ *   holds eight neighbours: 16-byte accesses, all of a lane under way before the product.   L = rank / 16 mma.
+ *
+ * gradient   grad[r, c] += factor sum_i u[i, r] z[i, c] over a chunk of 256 rows
+ *   Reads z once. 128 columns a block through three buffers of 32 rows (cp.async); a warp does 32 columns. L = 16 mma a
+ *   chunk, then the chunks in their order (lora.cu).
+ *
+ * Determinism: every sum's order is fixed by the shape of the segment; a row's u does not depend on its tile.
+ * Alignment: rows of z and y that are not multiples of 16 bytes are read element by element.
+ *
+ * Ladder (H200, commit f74fb33, rank 8, dropout 0.05; what an adapter adds to the product: all three kernels and the mask)
+ *   v1  masks applied as they came, R read in its own step, y read row after row: each waits for memory by itself.
+ *       2048 x 8192 x 2048 (rows x n_out x n_in): forward 86 us, backward 106; 2048 x 2048 x 8192: 157 and 149 us; some ten
+ *       times what the bytes take.
+ *   v2  this: the same sums; all of a step's loads are issued before any is used, up to four steps ahead. Not measured yet.
+ *   Next, not built: tiles of 16 rows, or a cluster a tile, for shrink: 2048 rows are 64 blocks, half of an H200's SMs.
+ *   Next, not built: two tiles a block in shrink where rows are many, which halves the reads of R. */
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/tile.cuh"
 
@@ -35,11 +42,13 @@ enum {
 
 /* ---------------------------------------------------------------- masks of eight columns */
 
-/* The mask of columns [col, col + 8) (col a multiple of 8): bit 0 of each byte. */
-KS_DEVICE uint2 mask_8(const uint8_t *row, int64_t col) {
-  const uint2 m = *(const uint2 *)(const void *)(row + col / 128 * 16 + col % 16);
+/* The mask of columns [col, col + 8) (col a multiple of 8): bytes of eight columns each, and bit 0 of each made theirs. */
+KS_DEVICE uint2 mask_bytes(const uint8_t *row, int64_t col) {
+  return *(const uint2 *)(const void *)(row + col / 128 * 16 + col % 16);
+}
+KS_DEVICE uint2 mask_of(uint2 bytes, int64_t col) {
   const int q = (int)(col / 16 % 8);
-  return make_uint2(m.x >> q & 0x01010101u, m.y >> q & 0x01010101u);
+  return make_uint2(bytes.x >> q & 0x01010101u, bytes.y >> q & 0x01010101u);
 }
 KS_DEVICE uint4 drop_8(uint4 x, uint2 m) {
   return make_uint4(x.x & tile_select(m.x, m.x >> 8), x.y & tile_select(m.x >> 16, m.x >> 24),
@@ -65,8 +74,59 @@ template <int N> KS_DEVICE void shrink_reduce(float (&acc)[N], float *room, int 
   }
 }
 
-/* NT: eights of ranks. */
+/* What a lane reads for one step: rows g, g + 8, g + 16, g + 24 of z (beyond the tile: its last row, whose result nobody
+ * stores), their masks, and ranks g, g + 8, ... of R. Nothing is computed with it before the step's turn comes, so
+ * that all of it is under way at once. */
+template <int NT> struct shrink_step {
+  uint4 z[4];
+  uint2 keep[4];
+  float4 r[NT][2];
+};
+struct shrink_place {
+  const ks_bf16 *z[4];
+  const uint8_t *mask[4]; /* [0] NULL: none */
+  const float *r;         /* row g of the ranks */
+  int64_t n_cols;
+  int n_ranks; /* from rank g on */
+  bool z_aligned, r_aligned;
+};
+
+template <int NT> KS_DEVICE void shrink_load(shrink_step<NT> *s, const shrink_place &at, int64_t col) {
+  const bool there = col < at.n_cols;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    s->z[i] = tile_read_8(at.z[i], col, at.n_cols, at.z_aligned);
+  if (at.mask[0])
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      s->keep[i] = there ? mask_bytes(at.mask[i], col) : make_uint2(0, 0);
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+    tile_fetch_8(s->r[n], at.r + 8 * n * at.n_cols, col, 8 * n < at.n_ranks ? at.n_cols : 0, at.r_aligned);
+}
+
 template <int NT>
+KS_DEVICE void shrink_multiply(float *acc, const shrink_step<NT> &s, bool masked, int64_t col) {
+  uint4 z[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    z[i] = masked ? drop_8(s.z[i], mask_of(s.keep[i], col)) : s.z[i];
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const uint4 b = tile_round_8(s.r[n], 1.0f);
+    const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      const uint32_t a0[4] = {z[2 * m].x, z[2 * m + 1].x, z[2 * m].y, z[2 * m + 1].y},
+                     a1[4] = {z[2 * m].z, z[2 * m + 1].z, z[2 * m].w, z[2 * m + 1].w};
+      ks_mma_bf16(acc + (m * NT + n) * 4, a0, b0);
+      ks_mma_bf16(acc + (m * NT + n) * 4, a1, b1);
+    }
+  }
+}
+
+/* NT: eights of ranks; AHEAD: steps under way. */
+template <int NT, int AHEAD>
 __global__ void __launch_bounds__(SHRINK_WARPS *KS_WARP)
     lora_shrink_mma_kernel(const __grid_constant__ lora_shrink_args p) {
   ks_smem smem;
@@ -77,51 +137,36 @@ __global__ void __launch_bounds__(SHRINK_WARPS *KS_WARP)
   if (tile.n_rows == 0 || rank0 >= rank) return;
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
   const float *r = lora_reads(seg, p.backward);
-  const ks_bf16 *z = (const ks_bf16 *)p.z + tile.row * p.n_cols;
-  const uint8_t *mask = p.backward || !p.batch.mask ? NULL : p.batch.mask + tile.row * p.batch.mask_stride;
-  const bool aligned = ks_is_vector_aligned((const ks_bf16 *)p.z, p.n_cols),
-             r_aligned = aligned && ((uintptr_t)r & 15) == 0;
+  const bool masked = !p.backward && p.batch.mask;
+  shrink_place at;
+  at.n_cols = p.n_cols;
+  at.r = r + (rank0 + g) * p.n_cols;
+  at.n_ranks = rank - rank0 - g;
+  at.z_aligned = ks_is_vector_aligned((const ks_bf16 *)p.z, p.n_cols);
+  at.r_aligned = at.z_aligned && ((uintptr_t)r & 15) == 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int64_t row = tile.row + (g + 8 * i < tile.n_rows ? g + 8 * i : tile.n_rows - 1);
+    at.z[i] = (const ks_bf16 *)p.z + row * p.n_cols;
+    at.mask[i] = masked ? p.batch.mask + row * p.batch.mask_stride : NULL;
+  }
   float acc[8 * NT] = {};
-
-  uint4 x[4];
-  auto load_x = [&](int64_t col) { /* rows g, g + 8, g + 16, g + 24 */
+  const int64_t step = SHRINK_WARPS * SHRINK_K, first = warp * SHRINK_K + 8 * t;
+  shrink_step<NT> steps[AHEAD];
 #pragma unroll
-                                   for (int i = 0; i < 4; i++) {
-                                     const int row = g + 8 * i;
-                                     x[i] = row < tile.n_rows
-                                                ? tile_read_8(z + row * p.n_cols, col, p.n_cols, aligned)
-                                                : make_uint4(0, 0, 0, 0);
-                                     if (mask && row < tile.n_rows && col < p.n_cols)
-                                       x[i] = drop_8(x[i], mask_8(mask + row * p.batch.mask_stride, col));
-                                   }
-  };
-  const int64_t step = SHRINK_WARPS * SHRINK_K;
-  load_x(warp * SHRINK_K + 8 * t);
-  for (int64_t col0 = warp * SHRINK_K; col0 < p.n_cols; col0 += step) {
-    const int64_t col = col0 + 8 * t;
-    uint4 now[4];
+  for (int s = 0; s < AHEAD; s++)
+    shrink_load(&steps[s], at, first + s * step);
+  for (int64_t col0 = 0; col0 + warp * SHRINK_K < p.n_cols; col0 += AHEAD * step) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      now[i] = x[i];
-    load_x(col + step);
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      const int64_t ri = rank0 + 8 * n + g;
-      const uint4 b = ri < rank ? tile_read_8_rounded(r + ri * p.n_cols, col, p.n_cols, r_aligned)
-                                : make_uint4(0, 0, 0, 0);
-      const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-        const uint32_t a0[4] = {now[2 * m].x, now[2 * m + 1].x, now[2 * m].y, now[2 * m + 1].y},
-                       a1[4] = {now[2 * m].z, now[2 * m + 1].z, now[2 * m].w, now[2 * m + 1].w};
-        ks_mma_bf16(acc + (m * NT + n) * 4, a0, b0);
-        ks_mma_bf16(acc + (m * NT + n) * 4, a1, b1);
-      }
+    for (int s = 0; s < AHEAD; s++) {
+      const int64_t col = first + col0 + s * step;
+      shrink_multiply(acc, steps[s], masked, col);
+      shrink_load(&steps[s], at, col + AHEAD * step);
     }
   }
   shrink_reduce(acc, room, warp, lane);
   if (warp > 0) return;
-  const float factor = p.backward ? seg.scale : mask ? p.batch.keep : 1.0f;
+  const float factor = p.backward ? seg.scale : masked ? p.batch.keep : 1.0f;
 #pragma unroll
   for (int i = 0; i < 8 * NT; i++) {
     const int m = i / (4 * NT), n = i / 4 % NT, row = m * 16 + g + i % 4 / 2 * 8,
@@ -131,32 +176,35 @@ __global__ void __launch_bounds__(SHRINK_WARPS *KS_WARP)
   }
 }
 
-template <int NT> static ks_status launch_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
+template <int NT, int AHEAD>
+static ks_status launch_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
   const dim3 grid((unsigned)p->batch.n_tiles, ks_blocks_for(p->batch.max_rank, 8 * NT));
-  return ks_launch(ctx, op, lora_shrink_mma_kernel<NT>, grid, dim3(SHRINK_WARPS * KS_WARP),
+  return ks_launch(ctx, op, lora_shrink_mma_kernel<NT, AHEAD>, grid, dim3(SHRINK_WARPS * KS_WARP),
                    ks_smem_bytes<float>(SHRINK_WARPS / 2 * 8 * NT * KS_WARP), *p);
 }
 
 ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
-  if (p->batch.max_rank <= 16) return launch_shrink<2>(ctx, op, p);
-  return p->batch.max_rank <= 32 ? launch_shrink<4>(ctx, op, p) : launch_shrink<8>(ctx, op, p);
+  if (p->batch.max_rank <= 8) return launch_shrink<1, 4>(ctx, op, p);
+  return p->batch.max_rank <= 16 ? launch_shrink<2, 4>(ctx, op, p) : launch_shrink<4, 2>(ctx, op, p);
 }
 
 /* ---------------------------------------------------------------- expand */
 
-KS_DEVICE void add_8(ks_bf16 *y, int64_t n_left, bool aligned, const float x[8]) {
-  if (aligned) {
-    ks_vec<ks_bf16> v;
-    ks_load_vec(&v, y);
+/* y += x; old: what y holds. */
+KS_DEVICE void add_8(ks_bf16 *y, uint4 old, int64_t n_left, bool aligned, const float x[8]) {
+  const uint32_t words[4] = {old.x, old.y, old.z, old.w};
+  float sum[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      v.x[i] += x[i];
-    ks_store_vec(y, &v);
+  for (int i = 0; i < 8; i++)
+    sum[i] = ks_bits_to_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16) + x[i];
+  if (aligned) {
+    *(uint4 *)(void *)y = make_uint4(ks_pack_bf16(sum[0], sum[1]), ks_pack_bf16(sum[2], sum[3]),
+                                     ks_pack_bf16(sum[4], sum[5]), ks_pack_bf16(sum[6], sum[7]));
     return;
   }
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    if (i < n_left) y[i] = ks_from_float<ks_bf16>(ks_to_float(y[i]) + x[i]);
+    if (i < n_left) y[i] = ks_from_float<ks_bf16>(sum[i]);
 }
 
 static __global__ void __launch_bounds__(EXPAND_WARPS *KS_WARP)
@@ -169,6 +217,18 @@ static __global__ void __launch_bounds__(EXPAND_WARPS *KS_WARP)
   if (tile.n_rows == 0 || col0 >= p.n_cols) return; /* whole warps; no barrier below */
   const float *r = lora_writes(seg, p.backward);
   const ks_bf16 *u = (const ks_bf16 *)p.u + tile.row * p.batch.u_stride;
+  const uint8_t *mask = p.backward ? p.batch.mask : NULL;
+  const bool aligned = ks_is_vector_aligned((const ks_bf16 *)p.y, p.n_cols);
+  const int64_t col = col0 + 8 * t;
+  uint4 old[4]; /* and keep: rows g, g + 8, g + 16, g + 24, on their way during the product */
+  uint2 keep[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int64_t row = tile.row + (g + 8 * i < tile.n_rows ? g + 8 * i : tile.n_rows - 1);
+    old[i] = tile_read_8((const ks_bf16 *)p.y + row * p.n_cols, col, p.n_cols, aligned);
+    keep[i] =
+        mask && col < p.n_cols ? mask_bytes(mask + row * p.batch.mask_stride, col) : make_uint2(~0u, ~0u);
+  }
   float acc[2][4][4] = {};
   for (int k = 0; k < rank; k += 16) {
     uint32_t a[2][4];
@@ -181,31 +241,27 @@ static __global__ void __launch_bounds__(EXPAND_WARPS *KS_WARP)
     }
 #pragma unroll
     for (int n = 0; n < 4; n++) { /* column 2t + i of tile n is column 8t + 2n + i of the warp */
-      const int64_t col = col0 + g / 2 * 8 + 2 * n + g % 2;
-      const uint32_t b[2] = {tile_read_column(r, p.n_cols, k + 2 * t, rank, col, 1.0f),
-                             tile_read_column(r, p.n_cols, k + 2 * t + 8, rank, col, 1.0f)};
+      const int64_t c = col0 + g / 2 * 8 + 2 * n + g % 2;
+      const uint32_t b[2] = {tile_read_column(r, p.n_cols, k + 2 * t, rank, c, 1.0f),
+                             tile_read_column(r, p.n_cols, k + 2 * t + 8, rank, c, 1.0f)};
 #pragma unroll
       for (int m = 0; m < 2; m++)
         ks_mma_bf16(acc[m][n], a[m], b);
     }
   }
-  const uint8_t *mask = p.backward ? p.batch.mask : NULL;
   const float factor = !p.backward ? seg.scale : mask ? p.batch.keep : 1.0f;
-  const bool aligned = ks_is_vector_aligned((const ks_bf16 *)p.y, p.n_cols);
-  const int64_t col = col0 + 8 * t;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = g + 8 * i;
     if (row >= tile.n_rows || col >= p.n_cols) continue;
-    const uint2 keep = mask ? mask_8(mask + (tile.row + row) * p.batch.mask_stride, col)
-                            : make_uint2(0x01010101u, 0x01010101u);
+    const uint2 bits = mask_of(keep[i], col);
     float x[8];
 #pragma unroll
     for (int j = 0; j < 8; j++)
-      x[j] = (j < 4 ? keep.x >> 8 * j : keep.y >> 8 * (j - 4)) & 1u
+      x[j] = (j < 4 ? bits.x >> 8 * j : bits.y >> 8 * (j - 4)) & 1u
                  ? acc[i / 2][j / 2][i % 2 * 2 + j % 2] * factor
                  : 0.0f;
-    add_8((ks_bf16 *)p.y + (tile.row + row) * p.n_cols + col, p.n_cols - col, aligned, x);
+    add_8((ks_bf16 *)p.y + (tile.row + row) * p.n_cols + col, old[i], p.n_cols - col, aligned, x);
   }
 }
 

@@ -76,24 +76,33 @@ KS_DEVICE uint4 tile_read_8(const ks_bf16 *row, int64_t col, int64_t n, bool ali
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-/* The same of float32 times factor, rounded. aligned: to 16 bytes. */
-KS_DEVICE uint4 tile_read_8_rounded(const float *row, int64_t col, int64_t n, bool aligned,
-                                    float factor = 1.0f) {
-  float x[8];
-  if (aligned && col < n) {
-    const float4 lo = *(const float4 *)(const void *)(row + col),
-                 hi = *(const float4 *)(const void *)(row + col + 4);
-    x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w, x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
-  } else {
+/* The same of float32. aligned: to 16 bytes. */
+KS_DEVICE void tile_fetch_8(float4 x[2], const float *row, int64_t col, int64_t n, bool aligned) {
+  if (aligned) {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      x[i] = col + i < n ? row[col + i] : 0.0f;
+    for (int i = 0; i < 2; i++)
+      x[i] = col < n ? *(const float4 *)(const void *)(row + col + 4 * i) : make_float4(0, 0, 0, 0);
+    return;
   }
-  uint32_t w[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    w[i] = ks_pack_bf16(x[2 * i] * factor, x[2 * i + 1] * factor);
-  return make_uint4(w[0], w[1], w[2], w[3]);
+  for (int i = 0; i < 2; i++) {
+    float part[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      part[j] = col + 4 * i + j < n ? row[col + 4 * i + j] : 0.0f;
+    x[i] = make_float4(part[0], part[1], part[2], part[3]);
+  }
+}
+/* Eight float32, times factor, as bf16. */
+KS_DEVICE uint4 tile_round_8(const float4 x[2], float factor) {
+  return make_uint4(
+      ks_pack_bf16(x[0].x * factor, x[0].y * factor), ks_pack_bf16(x[0].z * factor, x[0].w * factor),
+      ks_pack_bf16(x[1].x * factor, x[1].y * factor), ks_pack_bf16(x[1].z * factor, x[1].w * factor));
+}
+KS_DEVICE uint4 tile_read_8_rounded(const float *row, int64_t col, int64_t n, bool aligned, float factor) {
+  float4 x[2];
+  tile_fetch_8(x, row, col, n, aligned);
+  return tile_round_8(x, factor);
 }
 
 /* Elements i and i + 1 of a row of n. */
