@@ -197,12 +197,6 @@ KS_DEVICE void ks_ldmatrix_x2(uint32_t r[2], const void *row) {
                : "r"(ks_smem_address(row))
                : "memory");
 }
-KS_DEVICE void ks_ldmatrix_x2_trans(uint32_t r[2], const void *row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(ks_smem_address(row))
-               : "memory");
-}
 
 /* d += a b, a: 16 x 16 (rows of a), b: 16 x 8 (columns of b), bf16 in, float32 out (mma.m16n8k16). With g = lane / 4, t = lane % 4:
  *   a[0]: (g, 2t..), a[1]: (g + 8, 2t..), a[2]: (g, 2t + 8..), a[3]: (g + 8, 2t + 8..);   b[0]: (2t.., g), b[1]: (2t + 8.., g);

@@ -2,7 +2,7 @@
  *
  *   ks_weight_view w = ks_weight_view_of(a->w);            // host; goes to a kernel by value
  *   float x = ks_weight_at<T>(w, row, col);                // one element, rounded to activations of type T
- *   ks_unpack_16<T>(&w, lut, codes, scale, out);           // sixteen consecutive ones of a block
+ *   ks_unpack_8(w.dtype, lut, codes, scale, out);          // eight consecutive ones of a block, as bf16
  */
 #ifndef KS_CUDA_WEIGHT_CUH
 #define KS_CUDA_WEIGHT_CUH
@@ -82,11 +82,4 @@ KS_DEVICE void ks_unpack_8(int dtype, const float *lut, uint2 c, float d, uint32
     out[i] = ks_pack_bf16(lo * d, hi * d);
   }
 }
-/* Of sixteen codes (ks_load_codes_16). */
-KS_DEVICE void ks_unpack_16(int dtype, const float *lut, uint4 c, float d, uint32_t out[8]) {
-  const bool bytes = dtype == KS_DTYPE_Q8_0;
-  ks_unpack_8(dtype, lut, make_uint2(c.x, c.y), d, out);
-  ks_unpack_8(dtype, lut, bytes ? make_uint2(c.z, c.w) : make_uint2(c.y, 0), d, out + 4);
-}
-
 #endif

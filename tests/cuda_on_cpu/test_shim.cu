@@ -206,16 +206,13 @@ static __global__ void mma_kernel(const uint16_t *a, const uint16_t *b, float *d
   else
     ks_ldmatrix_x4(fa, sa + (l % 8 + 8 * (l / 8 % 2)) * PITCH + 8 * (l / 16));
   if (way & 2)
-    ks_ldmatrix_x2_trans(fb, sb + l % 16 * PITCH);
+    ks_ldmatrix_x4_trans(fb4, sb + l % 16 * PITCH);
+  else
+    ks_ldmatrix_x4(fb4, sb + l % 8 * PITCH + 8 * (l / 8 % 2));
+  if (way & 6) /* the upper half of a load of four has the lower half's rows here */
+    fb[0] = fb4[way / 2 & 2], fb[1] = fb4[(way / 2 & 2) + 1];
   else
     ks_ldmatrix_x2(fb, sb + l % 8 * PITCH + 8 * (l / 8 % 2));
-  if (way & 4) { /* the same registers from a load of four */
-    if (way & 2)
-      ks_ldmatrix_x4_trans(fb4, sb + l % 16 * PITCH);
-    else
-      ks_ldmatrix_x4(fb4, sb + l % 8 * PITCH + 8 * (l / 8 % 2));
-    fb[0] = fb4[2], fb[1] = fb4[3];
-  }
   const int g = l / 4, t = l % 4;
   float sum[4] = {d[g * COLS + 2 * t], d[g * COLS + 2 * t + 1], d[(g + 8) * COLS + 2 * t],
                   d[(g + 8) * COLS + 2 * t + 1]};

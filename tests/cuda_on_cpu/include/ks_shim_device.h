@@ -44,9 +44,6 @@ KS_SHIM_WAITS void ks_ldmatrix_x4_trans(uint32_t r[4], const void *row) {
 KS_SHIM_WAITS void ks_ldmatrix_x2(uint32_t r[2], const void *row) {
   ks_shim_ldmatrix_row(r, 2, 0, row);
 }
-KS_SHIM_WAITS void ks_ldmatrix_x2_trans(uint32_t r[2], const void *row) {
-  ks_shim_ldmatrix_row(r, 2, 1, row);
-}
 
 KS_SHIM_WAITS void ks_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
   ks_shim_mma(d, a, b);
