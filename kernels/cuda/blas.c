@@ -9,7 +9,8 @@
  * over k, in an order that belongs to the algorithm, and rows do not meet. Pointers are promised the
  * alignment of a row (at most 16 bytes), which is a property of the shape too. Before an algorithm runs with
  * a row count for the first time cuBLASLt is asked whether it may; where it may not, another is chosen for
- * that row count and counted (ks_cuda_counts.blas_exceptions). */
+ * that row count and counted (ks_cuda_counts.blas_exceptions). Where there is none that is remembered too, and
+ * ks_cuda_blas_takes says so. */
 #include "kernels/cuda/cuda_impl.h"
 
 #ifdef KS_CUDA_HAS_CUBLASLT
@@ -19,7 +20,8 @@
 
 enum { NOMINAL_ROWS = 2048, N_CANDIDATES = 16, MAX_ALIGN = 16 };
 #ifdef KS_CUDA_ON_CPU
-static const size_t workspace_bytes = 64 << 10; /* there allocations are filled, which takes longer than the products */
+static const size_t workspace_bytes =
+    64 << 10; /* there allocations are filled, which takes longer than the products */
 #else
 static const size_t workspace_bytes = (size_t)32 << 20;
 #endif
@@ -29,6 +31,7 @@ static const size_t workspace_bytes = (size_t)32 << 20;
 #define FUNCTIONS(X)                                                                                         \
   X(cublasLtCreate)                                                                                          \
   X(cublasLtDestroy)                                                                                         \
+  X(cublasLtGetVersion)                                                                                      \
   X(cublasLtMatmul)                                                                                          \
   X(cublasLtMatmulDescCreate)                                                                                \
   X(cublasLtMatmulDescDestroy)                                                                               \
@@ -52,11 +55,13 @@ typedef struct {
   cublasLtMatmulDesc_t desc;
   cublasLtMatrixLayout_t a, b, d;
   cublasLtMatmulPreference_t preference;
+  bool has_algo;
   cublasLtMatmulAlgo_t algo;
   int64_t *checked; /* row counts that it may run with */
   size_t n_checked, cap_checked;
   struct exception {
     int64_t n_rows;
+    bool has_algo;
     cublasLtMatmulAlgo_t algo;
   } * exceptions;
   size_t n_exceptions, cap_exceptions;
@@ -141,6 +146,13 @@ bool ks_cuda_has_blas(const ks_ctx *ctx) {
 }
 const char *ks_cuda_blas_missing(const ks_ctx *ctx) {
   return ks_cuda_of(ctx)->blas->missing;
+}
+const char *ks_cuda_blas_name(const ks_ctx *ctx, char text[32]) {
+  const ks_cuda_blas *blas = ks_cuda_of(ctx)->blas;
+  const size_t v = ks_cuda_has_blas(ctx) ? blas->cublasLtGetVersion() : 0;
+  if (v == 0) return "no cuBLASLt";
+  snprintf(text, 32, "cuBLASLt %d.%d.%d", (int)(v / 10000), (int)(v / 100 % 100), (int)(v % 100));
+  return text;
 }
 size_t ks_cuda_blas_pending_bytes(const ks_ctx *ctx) {
   return ks_cuda_has_blas(ctx) && !ks_cuda_of(ctx)->blas->workspace ? workspace_bytes : 0;
@@ -277,18 +289,20 @@ static ks_status set_rows(const ks_cuda_blas *blas, const plan *e, const ks_cuda
 
 /* For the row count that the layouts have now. */
 static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_matmul_params *p,
-                        cublasLtMatmulAlgo_t *out) {
+                        cublasLtMatmulAlgo_t *out, bool *has_algo) {
   cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
   int n = 0;
-  BLAS_TRY(p, blas->cublasLtMatmulAlgoGetHeuristic(blas->handle, e->desc, e->a, e->b, e->d, e->d,
-                                                   e->preference, N_CANDIDATES, found, &n));
-  for (int i = 0; i < n; i++) {
+  *has_algo = false;
+  const cublasStatus_t status = blas->cublasLtMatmulAlgoGetHeuristic(
+      blas->handle, e->desc, e->a, e->b, e->d, e->d, e->preference, N_CANDIDATES, found, &n);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return KS_OK;
+  BLAS_TRY(p, status);
+  for (int i = 0; i < n && !*has_algo; i++) {
     if (found[i].state != CUBLAS_STATUS_SUCCESS || !is_one_chain(blas, &found[i].algo)) continue;
     *out = found[i].algo;
-    return KS_OK;
+    *has_algo = true;
   }
-  return blas_failed("a search for an algorithm that does not split its sums", p,
-                     CUBLAS_STATUS_NOT_SUPPORTED);
+  return KS_OK;
 }
 
 static bool same_plan(const plan *a, const plan *b) {
@@ -311,7 +325,7 @@ static ks_status find_plan(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, p
   ks_status status = make_desc(blas, &made);
   if (status == KS_OK) status = make_layouts(blas, &made);
   if (status == KS_OK) status = make_preference(blas, &made);
-  if (status == KS_OK) status = choose(blas, &made, p, &made.algo);
+  if (status == KS_OK) status = choose(blas, &made, p, &made.algo, &made.has_algo);
   if (status != KS_OK) {
     plan_free(blas, &made);
     return status;
@@ -321,17 +335,17 @@ static ks_status find_plan(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, p
   return KS_OK;
 }
 
-/* The plan's algorithm, or the exception for this row count. The layouts have it already. */
-static ks_status algo_for(ks_cuda *cuda, plan *e, const ks_cuda_matmul_params *p,
+/* The plan's algorithm, or the exception for this row count; NULL: there is none. The layouts have the row
+ * count already. */
+static ks_status algo_for(const ks_cuda_blas *blas, plan *e, const ks_cuda_matmul_params *p,
                           const cublasLtMatmulAlgo_t **out) {
-  const ks_cuda_blas *blas = cuda->blas;
-  *out = &e->algo;
+  *out = e->has_algo ? &e->algo : NULL;
+  if (!e->has_algo) return KS_OK;
   for (size_t i = 0; i < e->n_checked; i++)
     if (e->checked[i] == p->n_rows) return KS_OK;
   for (size_t i = 0; i < e->n_exceptions; i++) {
     if (e->exceptions[i].n_rows != p->n_rows) continue;
-    *out = &e->exceptions[i].algo;
-    cuda->counts.blas_exceptions++;
+    *out = e->exceptions[i].has_algo ? &e->exceptions[i].algo : NULL;
     return KS_OK;
   }
   cublasLtMatmulHeuristicResult_t result;
@@ -346,10 +360,26 @@ static ks_status algo_for(ks_cuda *cuda, plan *e, const ks_cuda_matmul_params *p
       ks_cuda_grow(&e->exceptions, &e->cap_exceptions, e->n_exceptions + 1, sizeof *e->exceptions, "matmul"));
   struct exception *x = &e->exceptions[e->n_exceptions];
   x->n_rows = p->n_rows;
-  KS_TRY(choose(blas, e, p, &x->algo));
+  KS_TRY(choose(blas, e, p, &x->algo, &x->has_algo));
   e->n_exceptions++;
-  cuda->counts.blas_exceptions++;
-  *out = &x->algo;
+  *out = x->has_algo ? &x->algo : NULL;
+  return KS_OK;
+}
+
+static ks_status find_algo(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, plan **e,
+                           const cublasLtMatmulAlgo_t **algo) {
+  KS_TRY(find_plan(blas, p, e));
+  KS_TRY(set_rows(blas, *e, p, p->n_rows));
+  return algo_for(blas, *e, p, algo);
+}
+
+ks_status ks_cuda_blas_takes(ks_ctx *ctx, const ks_cuda_matmul_params *p, bool *out) {
+  const cublasLtMatmulAlgo_t *algo = NULL;
+  plan *e;
+  *out = false;
+  if (!ks_cuda_has_blas(ctx)) return KS_OK;
+  KS_TRY(find_algo(ks_cuda_of(ctx)->blas, p, &e, &algo));
+  *out = algo != NULL;
   return KS_OK;
 }
 
@@ -365,14 +395,15 @@ ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
     KS_TRY(ks_cuda_alloc(ctx, "matmul workspace", workspace_bytes, &blas->workspace));
     ks_mem_account(ctx, workspace_bytes, 0);
   }
-  KS_TRY(find_plan(blas, p, &e));
-  KS_TRY(set_rows(blas, e, p, p->n_rows));
-  KS_TRY(algo_for(cuda, e, p, &algo));
+  KS_TRY(find_algo(blas, p, &e, &algo));
+  if (!algo)
+    return blas_failed("a search for an algorithm that does not split its sums", p,
+                       CUBLAS_STATUS_NOT_SUPPORTED);
   if (p->bias)
     BLAS_TRY(p, blas->cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias,
                                                      sizeof p->bias));
   cuda->counts.matmuls++;
-  cuda->counts.blas_exceptions += e->is_exception;
+  cuda->counts.blas_exceptions += e->is_exception + (algo != &e->algo);
   BLAS_TRY(p, blas->cublasLtMatmul(blas->handle, e->desc, &one, p->w, e->a, p->x, e->b, &beta, p->y, e->d,
                                    p->y, e->d, algo, blas->workspace, workspace_bytes, cuda->stream));
   if (cuda->sync_launches) KS_CUDA_TRY(ctx, "matmul", cudaStreamSynchronize(cuda->stream));
@@ -399,6 +430,15 @@ size_t ks_cuda_blas_pending_bytes(const ks_ctx *ctx) {
 const char *ks_cuda_blas_missing(const ks_ctx *ctx) {
   (void)ctx;
   return "this build was made without cublasLt.h; install libcublas-dev and build again";
+}
+const char *ks_cuda_blas_name(const ks_ctx *ctx, char text[32]) {
+  (void)ctx, (void)text;
+  return "no cuBLASLt";
+}
+ks_status ks_cuda_blas_takes(ks_ctx *ctx, const ks_cuda_matmul_params *p, bool *out) {
+  (void)ctx, (void)p;
+  *out = false;
+  return KS_OK;
 }
 ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
   (void)p;

@@ -11,10 +11,16 @@
 #endif
 enum { MIN_CAPABILITY = 75 };
 
-/* KS_CUDA_ARCHS: "75-real 80-real 110", each as in CMAKE_CUDA_ARCHITECTURES. Machine code runs on its own
- * major version from its own minor version on, PTX on everything newer. */
-static bool has_code_for(int capability) {
-  const char *s = KS_CUDA_ARCHS;
+/* Tegra's chips: machine code for them and for others of the same major version is not interchangeable. */
+static bool is_tegra(int capability) {
+  static const int all[] = {87, 88, 101, 110};
+  for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+    if (all[i] == capability) return true;
+  return false;
+}
+
+bool ks_cuda_archs_serve(const char *archs, int capability) {
+  const char *s = archs;
   if (!*s) return true;
   while (*s) {
     char *end;
@@ -22,7 +28,9 @@ static bool has_code_for(int capability) {
     const size_t n = strcspn(end, " ");
     const char *real = strstr(end, "-real"), *ptx = strstr(end, "-virtual");
     const bool is_real = !(ptx && ptx < end + n), is_ptx = !(real && real < end + n);
-    if (is_real && arch / 10 == capability / 10 && arch <= capability) return true;
+    const bool kin =
+        arch / 10 == capability / 10 && arch <= capability && !is_tegra(arch) && !is_tegra(capability);
+    if (is_real && (arch == capability || kin)) return true;
     if (is_ptx && arch <= capability) return true;
     s = end + n + (end[n] == ' ');
   }
@@ -69,7 +77,7 @@ static ks_status cuda_probe(void) {
   if (capability < MIN_CAPABILITY)
     return KS_FAIL(KS_EENV, "cuda: the GPU has compute capability %d.%d; 7.5 (Turing) or newer is needed",
                    capability / 10, capability % 10);
-  if (!has_code_for(capability))
+  if (!ks_cuda_archs_serve(KS_CUDA_ARCHS, capability))
     return KS_FAIL(
         KS_EENV, "cuda: this build has no code for sm_%d; it was built for %s; build with -DKS_CUDA_ARCHS=%d",
         capability, KS_CUDA_ARCHS, capability);
@@ -87,22 +95,29 @@ static ks_status describe_device(ks_ctx *ctx) {
                     {&d->n_sm, cudaDevAttrMultiProcessorCount},
                     {&d->smem_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
                     {&d->smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-                    {&d->l2_bytes, cudaDevAttrL2CacheSize}};
+                    {&d->l2_bytes, cudaDevAttrL2CacheSize},
+                    {&cuda->integrated, cudaDevAttrIntegrated}};
   for (size_t i = 0; i < sizeof attributes / sizeof attributes[0]; i++)
     KS_TRY(get_attribute(attributes[i].out, attributes[i].which, 0));
   struct cudaDeviceProp properties;
   KS_CUDA_TRY(ctx, "cuda", cudaGetDeviceProperties(&properties, 0));
   snprintf(d->name, sizeof d->name, "%.*s", (int)sizeof d->name - 1, properties.name);
   d->total_bytes = properties.totalGlobalMem;
+  snprintf(cuda->isa_name, sizeof cuda->isa_name, "sm_%d", 10 * d->major + d->minor);
+  ctx->isa_name = cuda->isa_name;
+  return KS_OK;
+}
+
+static ks_status name_device(ks_ctx *ctx) {
+  const ks_cuda *cuda = ks_cuda_of(ctx);
+  const ks_cuda_device *d = &cuda->device;
   int driver = 0, runtime = 0;
   KS_CUDA_TRY(ctx, "cuda", cudaDriverGetVersion(&driver));
   KS_CUDA_TRY(ctx, "cuda", cudaRuntimeGetVersion(&runtime));
-  snprintf(cuda->isa_name, sizeof cuda->isa_name, "sm_%d", 10 * d->major + d->minor);
-  ctx->isa_name = cuda->isa_name;
-  char total[32];
-  snprintf(ctx->device_name, sizeof ctx->device_name, "%s (%s, %d SMs, %s; driver %d.%d, runtime %d.%d)",
+  char total[32], blas[32];
+  snprintf(ctx->device_name, sizeof ctx->device_name, "%s (%s, %d SMs, %s; driver %d.%d, runtime %d.%d, %s)",
            d->name, cuda->isa_name, d->n_sm, ks_cuda_human(total, d->total_bytes), driver / 1000,
-           driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+           driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, ks_cuda_blas_name(ctx, blas));
   return KS_OK;
 }
 
@@ -138,6 +153,7 @@ static ks_status cuda_ctx_init(ks_ctx *ctx, const ks_ctx_params *params) {
   if (params->isa && strcmp(params->isa, "auto") != 0 && strcmp(params->isa, cuda->isa_name) != 0)
     return KS_FAIL(KS_EENV, "cuda: the GPU is %s, not '%s'; use \"auto\"", cuda->isa_name, params->isa);
   KS_TRY(ks_cuda_blas_init(ctx));
+  KS_TRY(name_device(ctx));
   return ks_cuda_choose_variants(ctx, params->variants);
 }
 
@@ -167,6 +183,31 @@ const char *ks_cuda_human(char text[32], size_t bytes) {
   return text;
 }
 
+/* "MemAvailable:  123 kB" of Linux: free, and what its caches would give back. 0: unknown. */
+static size_t system_available(void) {
+  unsigned long long kib = 0;
+  char line[128];
+  FILE *f = fopen("/proc/meminfo", "re");
+  while (f && kib == 0 && fgets(line, sizeof line, f))
+    if (sscanf(line, "MemAvailable: %llu kB", &kib) != 1) kib = 0;
+  if (f) fclose(f);
+  return (size_t)kib << 10;
+}
+
+/* What can still be allocated. A device that shares the system's memory counts caches as used, which the
+ * system gives back on demand. */
+static size_t free_bytes(const ks_ctx *ctx, size_t *total) {
+  size_t n_free = 0;
+  *total = 0;
+  if (cudaMemGetInfo(&n_free, total) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  const size_t available = ks_cuda_of(ctx)->integrated ? system_available() : 0;
+  if (available > n_free) n_free = available < *total ? available : *total;
+  return n_free;
+}
+
 ks_status ks_cuda_alloc(ks_ctx *ctx, const char *what, size_t bytes, void **out) {
   *out = NULL;
   cudaError_t e = cudaMalloc(out, bytes ? bytes : 1);
@@ -174,9 +215,9 @@ ks_status ks_cuda_alloc(ks_ctx *ctx, const char *what, size_t bytes, void **out)
   *out = NULL;
   if (e != cudaErrorMemoryAllocation) return ks_cuda_failed(ctx, what, "cudaMalloc", e);
   cudaGetLastError();
-  size_t n_free = 0, total = 0;
+  size_t total;
+  const size_t n_free = free_bytes(ctx, &total);
   char wanted[32], left[32], all[32];
-  if (cudaMemGetInfo(&n_free, &total) != cudaSuccess) cudaGetLastError();
   return KS_FAIL(
       KS_ENOMEM,
       "%s: no GPU memory for %s; %s of %s are free on %s; use a smaller batch, shorter sequences, bf16 or "
@@ -233,11 +274,8 @@ static ks_status cuda_mem_copy(ks_ctx *ctx, void *dst, const void *src, size_t b
 }
 
 static size_t cuda_mem_available(ks_ctx *ctx) {
-  size_t n_free = 0, total = 0, pending = ks_cuda_blas_pending_bytes(ctx);
-  if (cudaMemGetInfo(&n_free, &total) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
+  size_t total;
+  const size_t n_free = free_bytes(ctx, &total), pending = ks_cuda_blas_pending_bytes(ctx);
   return n_free > pending ? n_free - pending : 0;
 }
 

@@ -90,6 +90,9 @@ typedef struct {
 ks_status ks_cuda_matmul(ks_ctx *ctx, const ks_cuda_matmul_params *p);
 /* False: no libcublasLt on this machine (or KS_CUDA_NO_BLAS=1); operations then use the kernels of this project. */
 bool ks_cuda_has_blas(const ks_ctx *ctx);
+/* Whether cuBLASLt has an algorithm for this product: a library may refuse rows that are aligned to 2 bytes only, say. Asked once
+ * for each shape and row count. Linear layers take their own kernels for what it refuses; ks_cuda_matmul itself fails then. */
+ks_status ks_cuda_blas_takes(ks_ctx *ctx, const ks_cuda_matmul_params *p, bool *out);
 
 /* ---------------------------------------------------------------- device, variants */
 

@@ -99,6 +99,11 @@ ks_status ks_cuda_step_begin(ks_ctx *ctx, uint64_t key);
 ks_status ks_cuda_step_end(ks_ctx *ctx);
 void ks_cuda_steps_exit(ks_ctx *ctx);
 
+/* Whether programs built for archs, "75-real 80-real 110" (each as in CMAKE_CUDA_ARCHITECTURES; "": whatever there is), run
+ * on a device. Machine code runs on its own major version from its own minor version on, that of a Tegra chip on
+ * this alone, PTX on everything newer. */
+bool ks_cuda_archs_serve(const char *archs, int capability); /* cuda.c */
+
 /* ---------------------------------------------------------------- products (blas.c) */
 
 typedef struct ks_cuda_blas ks_cuda_blas;
@@ -108,6 +113,8 @@ void ks_cuda_blas_exit(ks_ctx *ctx);
 /* Device memory that the first product will still ask for. */
 size_t ks_cuda_blas_pending_bytes(const ks_ctx *ctx);
 const char *ks_cuda_blas_missing(const ks_ctx *ctx); /* why there is none */
+/* "cuBLASLt 13.1.0" (in text), "no cuBLASLt". */
+const char *ks_cuda_blas_name(const ks_ctx *ctx, char text[32]);
 
 /* ---------------------------------------------------------------- context */
 
@@ -116,7 +123,6 @@ enum { KS_CUDA_SHARED_DEFAULT = 48 << 10, KS_CUDA_MAX_ARGS = 128 };
 /* Kernels whose limit of shared memory was raised; open addressing. */
 typedef struct {
   const void *func;
-  size_t bytes;
 } ks_cuda_limit;
 
 typedef struct {
@@ -134,6 +140,7 @@ typedef struct {
   void *workspace;
   size_t workspace_bytes;
   ks_cuda_blas *blas;
+  int integrated; /* the device has the system's memory */
   ks_cuda_steps *steps;
   ks_cuda_counts counts;
   char broken[512]; /* why no call can succeed any more */

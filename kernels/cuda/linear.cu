@@ -65,7 +65,7 @@ static linear_product product_of(const ks_linear_args *a, bool backward) {
   return p;
 }
 
-static ks_status blas_product(ks_ctx *ctx, const ks_linear_args *a, const linear_product *p) {
+static ks_cuda_matmul_params matmul_of(const ks_ctx *ctx, const ks_linear_args *a, const linear_product *p) {
   const ks_cuda_weight *impl = (const ks_cuda_weight *)a->w->impl;
   ks_cuda_matmul_params m = {};
   m.x = p->x;
@@ -79,20 +79,24 @@ static ks_status blas_product(ks_ctx *ctx, const ks_linear_args *a, const linear
   m.accumulate = p->accumulate;
   m.x_dtype = m.w_dtype = ks_ctx_act_dtype(ctx);
   m.y_dtype = p->y_is_f32 ? KS_DTYPE_F32 : ks_ctx_act_dtype(ctx);
-  return ks_cuda_matmul(ctx, &m);
+  return m;
 }
 
 /* The product and the adapters' term, from u (or v) on. */
 static ks_status run_product(ks_ctx *ctx, const char *op, const ks_linear_args *a, bool backward, way by,
                              const lora_batch *batch) {
+  const bool bf16 = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
   const linear_product p = product_of(a, backward);
+  const ks_cuda_matmul_params m = matmul_of(ctx, a, &p);
   const void *u = backward ? a->v : a->u;
+  bool taken = true;
+  if (by == BY_BLAS) KS_TRY(ks_cuda_blas_takes(ctx, &m, &taken));
+  if (!taken) by = bf16 ? BY_MMA : BY_SIMT;
   if (by == BY_MMA) return ks_mma_linear(ctx, op, &p, batch, u);
-  KS_TRY(by == BY_BLAS ? blas_product(ctx, a, &p) : ks_simt_product(ctx, op, &p));
+  KS_TRY(by == BY_BLAS ? ks_cuda_matmul(ctx, &m) : ks_simt_product(ctx, op, &p));
   if (batch->max_rank == 0) return KS_OK;
   const lora_expand_args e = {*batch, u, p.y, backward ? a->w->n_in : a->w->n_out, backward};
-  return by == BY_BLAS && ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16 ? ks_mma_expand(ctx, op, &e)
-                                                                 : ks_simt_expand(ctx, op, &e);
+  return by == BY_BLAS && bf16 ? ks_mma_expand(ctx, op, &e) : ks_simt_expand(ctx, op, &e);
 }
 
 static ks_status run_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *a, bool backward,

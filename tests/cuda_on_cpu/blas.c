@@ -53,6 +53,9 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
   openblas_set_num_threads(1);
   CREATE(handle, {true});
 }
+size_t cublasLtGetVersion(void) {
+  return 130000;
+}
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
   cudaDeviceSynchronize();
   free(handle);
@@ -154,6 +157,11 @@ static bool shapes(const struct cublasLtMatmulDescOpaque *desc, cublasLtMatrixLa
          (d->type == CUDA_R_32F || d->type == a->type);
 }
 
+static uint32_t least_alignment = 1;
+void ks_shim_set_blas_alignment(uint32_t bytes) {
+  least_alignment = bytes;
+}
+
 /* Where reductions may be split the first proposal splits them: callers that want one chain must look. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
@@ -163,6 +171,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   uint64_t mnk[3];
   *n_found = 0;
   TRY(handle && n_wanted > 0 && shapes(desc, a, b, c, d, mnk), CUBLAS_STATUS_INVALID_VALUE);
+  for (int i = 0; i < 4; i++)
+    TRY(preference->alignment[i] >= least_alignment, CUBLAS_STATUS_NOT_SUPPORTED);
   const bool may_split = preference->reduction & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   for (int split = may_split ? 2 : 1; split >= 1 && *n_found < n_wanted; split--) {
     algo_config config = {.id = ALGO, .split = split};

@@ -1,6 +1,7 @@
 /* The CUDA backend's host side: staging, late outputs, steps, products, errors. Runs on the shim only: it
  * counts and breaks things that a real device does not show. */
 #include "host_kernels.h"
+#include "kernels/cuda/cuda_impl.h"
 #include "ks_shim.h"
 #include "tests/oracle/guard.h"
 #include <criterion/criterion.h>
@@ -306,6 +307,7 @@ Test(cuda_host, variants_chosen) {
   ctx = make_ctx(KS_DTYPE_BF16, NULL);
   cr_expect(!ks_cuda_has_blas(ctx) &&
             ks_cuda_variant_of(ctx, "linear_forward") == KS_CUDA_linear_forward_mma);
+  cr_expect(strstr(ks_ctx_device_name(ctx), ", no cuBLASLt)") != NULL, "%s", ks_ctx_device_name(ctx));
   cr_expect(ks_cuda_matmul(ctx, &(ks_cuda_matmul_params){0}) == KS_EENV);
   destroy(ctx);
   setenv("KS_CUDA_NO_BLAS", "0", 1);
@@ -323,10 +325,37 @@ Test(cuda_host, devices) {
   ks_shim_set_capability(9, 0);
   ctx = make_ctx(KS_DTYPE_BF16, NULL);
   cr_expect(strcmp(ks_ctx_isa_name(ctx), "sm_90") == 0 && strstr(ks_ctx_device_name(ctx), "sm_90") &&
-                strstr(ks_ctx_device_name(ctx), "SMs"),
+                strstr(ks_ctx_device_name(ctx), "SMs") && strstr(ks_ctx_device_name(ctx), ", cuBLASLt 1"),
             "%s", ks_ctx_device_name(ctx));
   cr_expect(ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16 && ks_ctx_act_size(ctx) == 2);
   destroy(ctx);
   cr_expect(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cuda", .isa = "avx2"}) == KS_EENV &&
             strstr(ks_error_message(), "avx2"));
+}
+
+Test(cuda_host, machine_code_and_devices) {
+  static const struct {
+    const char *archs;
+    int capability;
+    bool serves;
+  } cases[] = {{"", 80, true},
+               {"80-real", 80, true},
+               {"80-real", 86, true},
+               {"86-real", 80, false},
+               {"80-real", 90, false},
+               {"75-real 80-real 89-real", 89, true},
+               {"80-real", 87, false},
+               {"87-real", 87, true},
+               {"87-real", 89, false},
+               {"100-real", 103, true},
+               {"100-real", 101, false},
+               {"100-real", 110, false},
+               {"110-real", 110, true},
+               {"90-real 110", 121, true},
+               {"80-virtual", 87, true},
+               {"75-real 87", 90, true},
+               {"75-real 87-virtual", 86, false}};
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+    cr_expect(ks_cuda_archs_serve(cases[i].archs, cases[i].capability) == cases[i].serves, "%s on %d",
+              cases[i].archs, cases[i].capability);
 }

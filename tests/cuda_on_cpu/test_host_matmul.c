@@ -1,9 +1,11 @@
 /* ks_cuda_matmul against plain loops: both directions, types, bias, accumulating, shapes that suit nobody. */
 #include "kernels/cuda/cuda.h"
+#include "ks_shim.h"
 #include "tests/oracle/guard.h"
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 typedef struct {
   int64_t n_rows, n_out, n_in;
@@ -13,7 +15,7 @@ typedef struct {
   int64_t skip; /* elements that x and y begin behind an aligned address */
 } matmul_case;
 
-#define F32 KS_DTYPE_F32
+#define F32  KS_DTYPE_F32
 #define BF16 KS_DTYPE_BF16
 static const matmul_case cases[] = {
     {1, 1, 1, true, false, false, F32, F32, KS_FILL_SIGNED, 0},
@@ -159,4 +161,87 @@ Test(cuda_matmul, what_it_does_not_do) {
   nothing.n_rows = 0;
   cr_expect(ks_cuda_matmul(ctx, &nothing) == KS_OK);
   ks_ctx_destroy(ctx);
+}
+
+/* ---------------------------------------------------------------- shapes that cuBLASLt refuses */
+
+enum { REFUSED_ROWS = 19, REFUSED_OUT = 37, REFUSED_IN = 45, REFUSED_RANK = 3 };
+
+/* A layer with an adapter, forward and backward; returns y and dx, one after the other, and counts products. */
+static float *layer(const char *place, const char *variants, int64_t *n_matmuls) {
+  enum { N_Y = REFUSED_ROWS * REFUSED_OUT, N_X = REFUSED_ROWS * REFUSED_IN };
+  ks_ctx *ctx = NULL;
+  ks_weight *w = NULL;
+  const bool bf16 = strcmp(place, "cuda-bf16") == 0;
+  cr_assert(ks_ctx_create(&ctx, &(ks_ctx_params){.backend = "cuda",
+                                                 .activations = bf16 ? BF16 : F32,
+                                                 .variants = variants}) == KS_OK,
+            "%s", ks_error_message());
+  float *values = ks_floats(REFUSED_OUT * REFUSED_IN, KS_FILL_SIGNED, 1);
+  float *x = ks_floats(N_X, KS_FILL_SIGNED, 2), *dy = ks_floats(N_Y, KS_FILL_SIGNED, 3);
+  float *ab = ks_floats(REFUSED_RANK * (REFUSED_IN + REFUSED_OUT), KS_FILL_SIGNED, 4);
+  cr_assert(ks_weight_create(
+                ctx,
+                &(ks_weight_params){
+                    .n_out = REFUSED_OUT, .n_in = REFUSED_IN, .dtype = bf16 ? BF16 : F32, .values = values},
+                &w) == KS_OK);
+  ks_guard gx = ks_guard_make_act(ctx, x, N_X), gdy = ks_guard_make_act(ctx, dy, N_Y);
+  ks_guard gy = ks_guard_make_act(ctx, NULL, N_Y), gdx = ks_guard_make_act(ctx, NULL, N_X);
+  ks_guard u = ks_guard_make_act(ctx, NULL, REFUSED_ROWS * REFUSED_RANK),
+           v = ks_guard_make_act(ctx, NULL, REFUSED_ROWS * REFUSED_RANK);
+  ks_guard lora = ks_guard_make(ctx, ab, REFUSED_RANK * (REFUSED_IN + REFUSED_OUT)),
+           grad = ks_guard_make(ctx, ab, REFUSED_RANK * (REFUSED_IN + REFUSED_OUT));
+  const ks_segment segment = {0, REFUSED_ROWS, 0, 0};
+  const ks_lora l = {REFUSED_RANK, 0.5F,
+                     lora.p,       ks_guard_at(&lora, REFUSED_RANK * REFUSED_IN),
+                     grad.p,       ks_guard_at(&grad, REFUSED_RANK * REFUSED_IN)};
+  const ks_linear_args a = {.w = w,
+                            .x = gx.p,
+                            .y = gy.p,
+                            .n_rows = REFUSED_ROWS,
+                            .segments = &segment,
+                            .n_segments = 1,
+                            .loras = &l,
+                            .n_loras = 1,
+                            .u = u.p,
+                            .u_stride = REFUSED_RANK,
+                            .dy = gdy.p,
+                            .dx = gdx.p,
+                            .v = v.p};
+  cr_assert(ks_linear_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  cr_assert(ks_linear_backward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  float *y = ks_guard_read(&gy), *dx = ks_guard_read(&gdx), *both = ks_floats(N_Y + N_X, KS_FILL_SIGNED, 5);
+  memcpy(both, y, N_Y * sizeof *y);
+  memcpy(both + N_Y, dx, N_X * sizeof *dx);
+  *n_matmuls = ks_cuda_counts_of(ctx)->matmuls;
+  ks_guard *guards[] = {&gx, &gdy, &gy, &gdx, &u, &v, &lora, &grad};
+  for (int i = 0; i < 8; i++)
+    ks_guard_free(guards[i]);
+  void *arrays[] = {values, x, dy, ab, y, dx};
+  for (int i = 0; i < 6; i++)
+    free(arrays[i]);
+  ks_weight_destroy(ctx, w);
+  ks_ctx_destroy(ctx);
+  return both;
+}
+
+Test(cuda_matmul, refused_shapes_take_the_other_kernels) {
+  static const struct {
+    const char *place, *others;
+    uint32_t alignment;
+  } refused[] = {{"cuda-bf16", "linear_forward=mma,linear_backward=mma", 4},
+                 {"cuda-f32", "linear_forward=simt,linear_backward=simt", 8}};
+  for (int i = 0; i < 2; i++) {
+    int64_t n[3];
+    ks_shim_set_blas_alignment(1);
+    float *by_blas = layer(refused[i].place, NULL, &n[0]),
+          *expected = layer(refused[i].place, refused[i].others, &n[1]);
+    ks_shim_set_blas_alignment(refused[i].alignment);
+    float *got = layer(refused[i].place, NULL, &n[2]);
+    ks_shim_set_blas_alignment(1);
+    cr_expect(n[0] == 2 && n[1] == 0 && n[2] == 0, "%s: %d, %d, %d products", refused[i].place, (int)n[0],
+              (int)n[1], (int)n[2]);
+    cr_expect(ks_check_same(refused[i].place, got, expected, REFUSED_ROWS * (REFUSED_OUT + REFUSED_IN)) == 0);
+    free(by_blas), free(expected), free(got);
+  }
 }

@@ -77,6 +77,7 @@ typedef enum {
 } cublasLtMatmulAlgoConfigAttributes_t;
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle);
+size_t cublasLtGetVersion(void);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute,
                                         cudaDataType_t scale);
