@@ -448,6 +448,8 @@ extern "C" ks_status ks_cuda_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) 
   const head_room room = head_room_of(ctx, a->w, a->n_rows);
   const void *targets, *row_scale = NULL;
   float *loss = (float *)((char *)a->workspace + room.loss);
+  if ((uintptr_t)a->workspace % 16 != 0 || (head_is_fused(ctx, a->w) && (uintptr_t)a->x % 16 != 0))
+    return KS_FAIL(KS_EINVAL, "head_loss: x and workspace must be aligned to 16 bytes, as what ks_mem_alloc gives is");
   KS_TRY(ks_cuda_stage(ctx, a->targets, (size_t)a->n_rows * sizeof(int32_t), &targets));
   if (a->row_scale) KS_TRY(ks_cuda_stage(ctx, a->row_scale, (size_t)a->n_rows * sizeof(float), &row_scale));
   for (int64_t row = 0; row < a->n_rows; row += room.block) {

@@ -118,17 +118,18 @@ static ks_status grow_limits(ks_cuda *cuda) {
   return KS_OK;
 }
 
-/* More than 48 KiB of shared memory must be asked for, kernel by kernel. */
+/* More than 48 KiB of shared memory must be asked for, kernel by kernel. Always the most there is: the limit is the kernel's, not
+ * the context's, and a smaller one would take from another context what it was promised. */
 static ks_status raise_limit(ks_ctx *ctx, const ks_cuda_launch_params *p) {
   ks_cuda *cuda = ks_cuda_of(ctx);
   if (p->smem_bytes <= KS_CUDA_SHARED_DEFAULT) return KS_OK;
   KS_TRY(grow_limits(cuda));
   ks_cuda_limit *limit = &cuda->limits[find_limit(cuda->limits, cuda->cap_limits, p->func)];
-  if (limit->bytes >= p->smem_bytes) return KS_OK;
+  if (limit->func) return KS_OK;
   KS_CUDA_TRY(ctx, p->op,
-              cudaFuncSetAttribute(p->func, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)p->smem_bytes));
-  if (!limit->func) cuda->n_limits++;
-  *limit = (ks_cuda_limit){p->func, p->smem_bytes};
+              cudaFuncSetAttribute(p->func, cudaFuncAttributeMaxDynamicSharedMemorySize, cuda->device.smem_per_block));
+  cuda->n_limits++;
+  limit->func = p->func;
   return KS_OK;
 }
 
