@@ -50,7 +50,8 @@
  *         overlapped. Not measured yet.
  *
  *   mma   as above. Predicted: 16 rows a warp read 32 KiB of shared memory a block of keys for 0.5 MFLOP, so
- *         at most 2048 FLOP a clock and SM, half of a H200's tensor cores. Measured: 8 x 256 tokens, 32 heads of 64: 42 us, 51 TFLOP/s.
+ *         at most 2048 FLOP a clock and SM, half of a H200's tensor cores. Measured: 8 x 256
+ *         tokens, 32 heads of 64: 42 us, 51 TFLOP/s.
  *
  *   Next, not built: two m16 tiles of rows a warp for DIM <= 64, which halves the reads of shared memory;
  *   wgmma with TMA and specialised warps as FlashAttention-3; few queries: four warps that share a block of

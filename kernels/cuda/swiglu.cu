@@ -14,7 +14,8 @@
  *
  * Ladder (H200, bf16, commit f74fb33; an empty kernel measures 3 us)
  *   v1  this; expected: the card's copy bandwidth from a few MB on. Measured, 2048 x 8192: forward 29 us (81 % of a copy),
- *       backward 44 us (89 %). The two projections that feed gate and up would have to be one product for the forward pass to become its epilogue */
+ *       backward 44 us (89 %).
+ *       The two projections that feed gate and up would have to be one product for the forward pass to become its epilogue */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 
