@@ -236,90 +236,92 @@ static ks_status open_folder(const char *path) {
 }
 
 /* One key of llama_f32's config.json at a time. */
+static const struct {
+  const char *key, *value; /* value NULL: the key is taken out */
+  ks_status status;
+  const char *says;
+} config_cases[] = {
+    {"architectures", "[\"GPT2LMHeadModel\"]", KS_EUNSUPPORTED, "GPT2LMHeadModel"},
+    {"architectures", NULL, KS_OK, NULL}, /* model_type says it */
+    {"architectures", "[\"MistralForCausalLM\"]", KS_OK, NULL},
+    {"architectures", "[\"Qwen2ForCausalLM\"]", KS_EDATA, "self_attn.q_proj.bias"},
+    {"architectures", "[\"Qwen3ForCausalLM\"]", KS_EDATA, "q_norm"},
+    {"hidden_act", "\"gelu\"", KS_EUNSUPPORTED, "gelu"},
+    {"quantization_config", "{\"bits\":4}", KS_EUNSUPPORTED, "quantized"},
+    {"partial_rotary_factor", "0.5", KS_EUNSUPPORTED, "partial_rotary_factor"},
+    {"num_hidden_layers", "3", KS_EDATA, "model.layers.2"},
+    {"num_hidden_layers", "1", KS_EUNSUPPORTED, "model.layers.1"},
+    {"num_hidden_layers", "0", KS_EDATA, "n_layers"},
+    {"num_hidden_layers", "2000000000", KS_EDATA, "tensors"},
+    {"num_hidden_layers", "1000000", KS_EDATA, "tensors"},
+    {"num_hidden_layers", "9000000000000000000", KS_EDATA, "n_layers"},
+    {"num_hidden_layers", "\"2\"", KS_EDATA, "num_hidden_layers"},
+    {"num_hidden_layers", "2.0", KS_EDATA, "num_hidden_layers"},
+    {"num_hidden_layers", NULL, KS_EDATA, "num_hidden_layers"},
+    {"hidden_size", "8", KS_EDATA, "[32, 16]"},
+    {"hidden_size", "-16", KS_EDATA, "hidden_size"},
+    {"hidden_size", "2147483647", KS_EDATA, "config.json"},
+    {"vocab_size", "33", KS_EDATA, "embed_tokens"},
+    {"vocab_size", "2", KS_EDATA, "eos_token_id"},
+    {"intermediate_size", NULL, KS_EDATA, "intermediate_size"},
+    {"num_attention_heads", "3", KS_EDATA, "n_heads"},
+    {"num_attention_heads", "0", KS_EDATA, "num_attention_heads"},
+    {"num_attention_heads", "-4", KS_EDATA, "num_attention_heads"},
+    {"num_key_value_heads", NULL, KS_EDATA, "k_proj"}, /* all heads */
+    {"num_key_value_heads", "0", KS_EDATA, "n_kv_heads"},
+    {"head_dim", NULL, KS_OK, NULL},
+    {"head_dim", "null", KS_OK, NULL},
+    {"head_dim", "5", KS_EDATA, "odd"},
+    {"head_dim", "8", KS_EDATA, "q_proj"},
+    {"max_position_embeddings", "0", KS_EDATA, "max_seq_len"},
+    {"rms_norm_eps", "-1", KS_EDATA, "rms_eps"},
+    {"rms_norm_eps", "\"x\"", KS_EDATA, "rms_norm_eps"},
+    {"rms_norm_eps", NULL, KS_OK, NULL},
+    {"rope_parameters", "{\"rope_type\":\"yarn\",\"factor\":2}", KS_EUNSUPPORTED, "yarn"},
+    {"rope_parameters", "{\"rope_type\":\"dynamic\",\"factor\":2}", KS_EUNSUPPORTED, "dynamic"},
+    {"rope_parameters", "{\"rope_type\":\"linear\"}", KS_EDATA, "factor"},
+    {"rope_parameters", "{\"rope_type\":\"linear\",\"factor\":0}", KS_EDATA, "rope_factor"},
+    {"rope_parameters",
+     "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":1,"
+     "\"original_max_position_embeddings\":32}",
+     KS_EDATA, "rope_low_freq_factor"},
+    {"rope_parameters", "{\"rope_type\":\"default\",\"rope_theta\":0}", KS_EDATA, "rope_theta"},
+    {"rope_parameters", "{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}", KS_EUNSUPPORTED,
+     "partial_rotary_factor"},
+    {"rope_parameters", "[1]", KS_EDATA, "rope_parameters"},
+    {"rope_parameters", "{\"full_attention\":{\"rope_type\":\"default\"}}", KS_EUNSUPPORTED,
+     "full_attention"},
+    {"layer_types", "[\"full_attention\",\"linear_attention\"]", KS_EUNSUPPORTED, "linear_attention"},
+    {"tie_word_embeddings", "true", KS_EDATA, "lm_head.weight"},
+    {"tie_word_embeddings", NULL, KS_OK, NULL},
+    {"tie_word_embeddings", "1", KS_EDATA, "tie_word_embeddings"},
+    {"attention_bias", "true", KS_EDATA, "self_attn.q_proj.bias"},
+    {"bos_token_id", "32", KS_EDATA, "bos_token_id"},
+    {"bos_token_id", "null", KS_OK, NULL},
+    {"eos_token_id", "[1,2,3,4,5,6,7,8,9]", KS_EUNSUPPORTED, "end tokens"},
+    {"eos_token_id", "[\"x\"]", KS_EDATA, "eos_token_id"},
+};
+
 Test(load_hf, config_edits) {
-  static const struct {
-    const char *key, *value; /* value NULL: the key is taken out */
-    ks_status status;
-    const char *says;
-  } cases[] = {
-      {"architectures", "[\"GPT2LMHeadModel\"]", KS_EUNSUPPORTED, "GPT2LMHeadModel"},
-      {"architectures", NULL, KS_OK, NULL}, /* model_type says it */
-      {"architectures", "[\"MistralForCausalLM\"]", KS_OK, NULL},
-      {"architectures", "[\"Qwen2ForCausalLM\"]", KS_EDATA, "self_attn.q_proj.bias"},
-      {"architectures", "[\"Qwen3ForCausalLM\"]", KS_EDATA, "q_norm"},
-      {"hidden_act", "\"gelu\"", KS_EUNSUPPORTED, "gelu"},
-      {"quantization_config", "{\"bits\":4}", KS_EUNSUPPORTED, "quantized"},
-      {"partial_rotary_factor", "0.5", KS_EUNSUPPORTED, "partial_rotary_factor"},
-      {"num_hidden_layers", "3", KS_EDATA, "model.layers.2"},
-      {"num_hidden_layers", "1", KS_EUNSUPPORTED, "model.layers.1"},
-      {"num_hidden_layers", "0", KS_EDATA, "n_layers"},
-      {"num_hidden_layers", "2000000000", KS_EDATA, "tensors"},
-      {"num_hidden_layers", "1000000", KS_EDATA, "tensors"},
-      {"num_hidden_layers", "9000000000000000000", KS_EDATA, "n_layers"},
-      {"num_hidden_layers", "\"2\"", KS_EDATA, "num_hidden_layers"},
-      {"num_hidden_layers", "2.0", KS_EDATA, "num_hidden_layers"},
-      {"num_hidden_layers", NULL, KS_EDATA, "num_hidden_layers"},
-      {"hidden_size", "8", KS_EDATA, "[32, 16]"},
-      {"hidden_size", "-16", KS_EDATA, "hidden_size"},
-      {"hidden_size", "2147483647", KS_EDATA, "config.json"},
-      {"vocab_size", "33", KS_EDATA, "embed_tokens"},
-      {"vocab_size", "2", KS_EDATA, "eos_token_id"},
-      {"intermediate_size", NULL, KS_EDATA, "intermediate_size"},
-      {"num_attention_heads", "3", KS_EDATA, "n_heads"},
-      {"num_attention_heads", "0", KS_EDATA, "num_attention_heads"},
-      {"num_attention_heads", "-4", KS_EDATA, "num_attention_heads"},
-      {"num_key_value_heads", NULL, KS_EDATA, "k_proj"}, /* all heads */
-      {"num_key_value_heads", "0", KS_EDATA, "n_kv_heads"},
-      {"head_dim", NULL, KS_OK, NULL},
-      {"head_dim", "null", KS_OK, NULL},
-      {"head_dim", "5", KS_EDATA, "odd"},
-      {"head_dim", "8", KS_EDATA, "q_proj"},
-      {"max_position_embeddings", "0", KS_EDATA, "max_seq_len"},
-      {"rms_norm_eps", "-1", KS_EDATA, "rms_eps"},
-      {"rms_norm_eps", "\"x\"", KS_EDATA, "rms_norm_eps"},
-      {"rms_norm_eps", NULL, KS_OK, NULL},
-      {"rope_parameters", "{\"rope_type\":\"yarn\",\"factor\":2}", KS_EUNSUPPORTED, "yarn"},
-      {"rope_parameters", "{\"rope_type\":\"dynamic\",\"factor\":2}", KS_EUNSUPPORTED, "dynamic"},
-      {"rope_parameters", "{\"rope_type\":\"linear\"}", KS_EDATA, "factor"},
-      {"rope_parameters", "{\"rope_type\":\"linear\",\"factor\":0}", KS_EDATA, "rope_factor"},
-      {"rope_parameters",
-       "{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":1,"
-       "\"original_max_position_embeddings\":32}",
-       KS_EDATA, "rope_low_freq_factor"},
-      {"rope_parameters", "{\"rope_type\":\"default\",\"rope_theta\":0}", KS_EDATA, "rope_theta"},
-      {"rope_parameters", "{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}", KS_EUNSUPPORTED,
-       "partial_rotary_factor"},
-      {"rope_parameters", "[1]", KS_EDATA, "rope_parameters"},
-      {"rope_parameters", "{\"full_attention\":{\"rope_type\":\"default\"}}", KS_EUNSUPPORTED,
-       "full_attention"},
-      {"layer_types", "[\"full_attention\",\"linear_attention\"]", KS_EUNSUPPORTED, "linear_attention"},
-      {"tie_word_embeddings", "true", KS_EDATA, "lm_head.weight"},
-      {"tie_word_embeddings", NULL, KS_OK, NULL},
-      {"tie_word_embeddings", "1", KS_EDATA, "tie_word_embeddings"},
-      {"attention_bias", "true", KS_EDATA, "self_attn.q_proj.bias"},
-      {"bos_token_id", "32", KS_EDATA, "bos_token_id"},
-      {"bos_token_id", "null", KS_OK, NULL},
-      {"eos_token_id", "[1,2,3,4,5,6,7,8,9]", KS_EUNSUPPORTED, "end tokens"},
-      {"eos_token_id", "[\"x\"]", KS_EDATA, "eos_token_id"},
-  };
   scratch s = scratch_make();
   scratch_copy(&s, "llama_f32", "model.safetensors");
-  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+  for (size_t i = 0; i < sizeof config_cases / sizeof config_cases[0]; i++) {
     json_t *config = read_json(FOLDER "/llama_f32", "config.json");
-    if (cases[i].value)
-      json_object_set_new(config, cases[i].key, json_loads(cases[i].value, JSON_DECODE_ANY, NULL));
+    if (config_cases[i].value)
+      json_object_set_new(config, config_cases[i].key,
+                          json_loads(config_cases[i].value, JSON_DECODE_ANY, NULL));
     else
-      json_object_del(config, cases[i].key);
+      json_object_del(config, config_cases[i].key);
     char *text = json_dumps(config, 0);
     scratch_put(&s, "config.json", text, strlen(text));
     ks_error_clear();
     ks_status status = open_folder(s.path);
-    const char *value = cases[i].value ? cases[i].value : "(none)";
-    cr_expect_eq(status, cases[i].status, "%s = %s: %s: %s", cases[i].key, value, ks_status_name(status),
-                 ks_error_message());
-    if (cases[i].says)
-      cr_expect(strstr(ks_error_message(), cases[i].says) && strstr(ks_error_message(), s.path),
-                "%s = %s: %s", cases[i].key, value, ks_error_message());
+    const char *value = config_cases[i].value ? config_cases[i].value : "(none)";
+    cr_expect_eq(status, config_cases[i].status, "%s = %s: %s: %s", config_cases[i].key, value,
+                 ks_status_name(status), ks_error_message());
+    if (config_cases[i].says)
+      cr_expect(strstr(ks_error_message(), config_cases[i].says) && strstr(ks_error_message(), s.path),
+                "%s = %s: %s", config_cases[i].key, value, ks_error_message());
     free(text);
     json_decref(config);
   }
