@@ -5,7 +5,7 @@
  *   Reads z once: 2 n_cols bytes a row, and R 4 rank n_cols bytes a tile of 32 rows from the L2. FLOPs: 2 rank n_cols a row.
  *   Memory-bound for rank <= 64 (FLOPs a byte of z = rank): computed for 4096 x 2048: 16.8 MB / 4.25 TB/s = 3.9 us on an H200.
  *   Geometry: 8 warps a tile; warp w takes columns 32 (w + 8 j): operands go from global memory straight to registers, 16
- *   bytes a load, since the order of k within a 32-wide step is free as long as both operands have the same. Two or four
+ *   bytes a load, since the order of k within a 32-wide step is free as long as both operands have the same. Two to four
  *   steps are under way, 16 KB a step and block. The warps' sums are added in a tree.   L = n_cols / 256 * 2 mma + 3.
  *
  * expand     y += scale u B^T, dx += drop'(v A):  y[i, c] += factor sum_r u[i, r] R[r, c]
@@ -185,7 +185,7 @@ static ks_status launch_shrink(ks_ctx *ctx, const char *op, const lora_shrink_ar
 
 ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
   if (p->batch.max_rank <= 8) return launch_shrink<1, 4>(ctx, op, p);
-  return p->batch.max_rank <= 16 ? launch_shrink<2, 4>(ctx, op, p) : launch_shrink<4, 2>(ctx, op, p);
+  return p->batch.max_rank <= 16 ? launch_shrink<2, 3>(ctx, op, p) : launch_shrink<4, 2>(ctx, op, p);
 }
 
 /* ---------------------------------------------------------------- expand */
