@@ -207,7 +207,7 @@ KS_DEVICE void add_8(ks_bf16 *y, uint4 old, int64_t n_left, bool aligned, const 
     if (i < n_left) y[i] = ks_from_float<ks_bf16>(sum[i]);
 }
 
-static __global__ void __launch_bounds__(EXPAND_WARPS *KS_WARP)
+static __global__ void __launch_bounds__(EXPAND_WARPS *KS_WARP, 4)
     lora_expand_mma_kernel(const __grid_constant__ lora_expand_args p) {
   const lora_item tile = p.batch.tiles[blockIdx.x];
   const lora_seg &seg = p.batch.segs[tile.seg];
