@@ -18,27 +18,10 @@ static int64_t train_rows(const ks_world *w, int64_t n_trials) {
   return ks_max_i64(c->train.max_tokens, ks_min_i64(bound, all));
 }
 
-/* Bytes of a training run of n_rows, allowance included; SIZE_MAX when there is no counting it. */
-static size_t train_bytes(const ks_world *w, int64_t n_rows) {
-  const ks_run_params p = {
-      .max_rows = n_rows, .max_seqs = n_rows, .max_rank = (int32_t)w->config->lora.rank, .backward = true};
-  size_t arena, all;
-  if (ks_run_bytes(w->model, &p, &arena) != KS_OK || !ks_add_size(arena, allowance(arena), &all))
-    return SIZE_MAX;
-  return all;
-}
-
-/* The most rows of a training pass that fit, from 0 on. */
-static int64_t rows_that_fit(const ks_world *w, int64_t n_rows, size_t available) {
-  int64_t fit = 0, too_many = n_rows;
-  while (too_many - fit > 1) {
-    int64_t middle = fit + (too_many - fit) / 2;
-    if (train_bytes(w, middle) <= available)
-      fit = middle;
-    else
-      too_many = middle;
-  }
-  return fit;
+/* What is left for an arena when its allowance is taken off too. */
+static size_t arena_within(size_t available) {
+  const size_t fixed = allowance(0);
+  return available > fixed ? (available - fixed) / 17 * 16 : 0;
 }
 
 /* Bytes of the largest generation: its cache (what is needed, within its bound), logits and activations. */
@@ -65,17 +48,22 @@ ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
   const size_t available = ks_mem_available(w->ctx);
   if (available == SIZE_MAX || n_trials == 0) return KS_OK;
   const int64_t n_rows = train_rows(w, n_trials);
-  const size_t train = train_bytes(w, n_rows), generate = generate_bytes(w, n_trials);
+  const ks_run_params run = {
+      .max_rows = n_rows, .max_seqs = n_rows, .max_rank = (int32_t)w->config->lora.rank, .backward = true};
+  size_t train;
+  KS_TRY(ks_run_bytes(w->model, &run, &train));
+  const size_t generate = generate_bytes(w, n_trials);
   const char *smaller =
       w->config->model.dtype <= KS_DTYPE_BF16 ? ", or model.dtype to q8_0, q4_0 or nf4" : "";
-  if (train > available)
+  if (train > arena_within(available))
     return KS_FAIL(
         KS_ENOMEM,
         "a training pass of %lld tokens needs %.2f GB; the device has %.2f GB left beside model, embeddings "
         "and the "
         "adapters of %lld cells (%.2f GB): at most %lld tokens fit; set run.max_rows to that or less%s",
-        (long long)n_rows, (double)train / 1e9, (double)available / 1e9, (long long)n_trials,
-        (double)ks_mem_used(w->ctx) / 1e9, (long long)rows_that_fit(w, n_rows, available), smaller);
+        (long long)n_rows, ((double)train + (double)allowance(train)) / 1e9, (double)available / 1e9,
+        (long long)n_trials, (double)ks_mem_used(w->ctx) / 1e9,
+        (long long)ks_run_rows_that_fit(w->model, &run, arena_within(available)), smaller);
   if (generate > available)
     return KS_FAIL(
         KS_ENOMEM,

@@ -47,6 +47,8 @@ typedef struct {
 int64_t ks_run_default_rows(const ks_model *model, bool backward);
 /* Bytes that such a run will hold, before it is made. */
 ks_status ks_run_bytes(const ks_model *model, const ks_run_params *params, size_t *bytes);
+/* The most rows, up to params->max_rows, of a run that holds no more than `bytes`; 0: not even one. */
+int64_t ks_run_rows_that_fit(const ks_model *model, const ks_run_params *params, size_t bytes);
 ks_status ks_run_create(ks_model *model, const ks_run_params *params, ks_run **out);
 void ks_run_destroy(ks_run *run); /* NULL-safe */
 

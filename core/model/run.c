@@ -221,16 +221,16 @@ static ks_status prepare_weights(ks_model *model) {
   return KS_OK;
 }
 
-/* Rows of the largest pass that there is memory for; 0: not even one. */
-static int64_t rows_that_fit(const ks_run *run, size_t available) {
-  int64_t fit = 0, too_many = run->params.max_rows;
+int64_t ks_run_rows_that_fit(const ks_model *model, const ks_run_params *params, size_t bytes) {
+  int64_t fit = 0, too_many = params->max_rows + 1;
   while (too_many - fit > 1) {
-    ks_run smaller = {.model = run->model, .params = run->params};
-    smaller.params.max_rows = fit + (too_many - fit) / 2;
-    if (place_all(&smaller) == KS_OK && smaller.arena_bytes <= available)
-      fit = smaller.params.max_rows;
+    ks_run_params smaller = *params;
+    size_t needed;
+    smaller.max_rows = fit + (too_many - fit) / 2;
+    if (ks_run_bytes(model, &smaller, &needed) == KS_OK && needed <= bytes)
+      fit = smaller.max_rows;
     else
-      too_many = smaller.params.max_rows;
+      too_many = smaller.max_rows;
   }
   return fit;
 }
@@ -239,7 +239,7 @@ static ks_status explain_no_memory(const ks_run *run) {
   const size_t available = ks_mem_available(run->model->ctx);
   if (available == SIZE_MAX)
     return ks_fail_context(KS_ENOMEM, "activations of %lld rows", (long long)run->params.max_rows);
-  const int64_t fit = rows_that_fit(run, available);
+  const int64_t fit = ks_run_rows_that_fit(run->model, &run->params, available);
   return KS_FAIL(
       KS_ENOMEM,
       "a pass of %lld rows needs %.2f GB for its activations; the device has %.2f GB free: %s %lld rows "
