@@ -66,6 +66,10 @@ struct ks_backend {
   ks_status (*rmsnorm_forward)(ks_ctx *, const ks_rmsnorm_args *);
   ks_status (*rmsnorm_backward)(ks_ctx *, const ks_rmsnorm_args *);
   ks_status (*rope)(ks_ctx *, const ks_rope_args *);
+  /* The next three may be NULL: then their parts run one after another. They get what their parts allow, no part empty. */
+  ks_status (*linears_forward)(ks_ctx *, const ks_linears_args *);
+  ks_status (*linears_backward)(ks_ctx *, const ks_linears_args *);
+  ks_status (*rope_store)(ks_ctx *, const ks_rope_store_args *);
   ks_status (*swiglu_forward)(ks_ctx *, const ks_swiglu_args *);
   ks_status (*swiglu_backward)(ks_ctx *, const ks_swiglu_args *);
   ks_status (*rows_gather)(ks_ctx *, const ks_rows_args *);

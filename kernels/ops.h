@@ -166,7 +166,7 @@ typedef struct {
   float *grad_b_t;      /* backward, accumulated into: [rank, n_out] */
 } ks_lora;
 
-/* Forward:  y = x W^T + bias (+ y when accumulate), then for each segment with adapter l:
+/* Forward:  y = x W^T + bias (+ residual), then for each segment with adapter l:
  *             u = drop(x) A_l^T,   y += scale_l * u B_l^T.
  *   drop(x)[i, j] = keep(i, j) ? x[i, j] / (1 - p) : 0, with p rounded to t / 65536. With e = i * stride + j, i the row
  *   within its segment and stride n_in rounded up to a multiple of 128, keep(i, j) = h >= t, h the lower (even) or upper
@@ -180,11 +180,11 @@ typedef struct {
   const ks_weight *w;
   const void *x;        /* [n_rows, n_in] */
   void *y;              /* forward out: [n_rows, n_out] */
-  bool y_is_f32;        /* y holds float32 whatever the activations (logits); no accumulate, no LoRA then */
+  bool y_is_f32;        /* y holds float32 whatever the activations (logits); no residual, no LoRA then */
   bool generation;      /* rows of a generation pass: where there are several kernels, one whose rows come out the same
                            whether one or many are computed, at its best with few */
   int64_t n_rows;
-  bool accumulate;      /* y += instead of y = (residual connection) */
+  const void *residual; /* NULL, or [n_rows, n_out], added (residual connection); may be y itself */
   const ks_segment *segments; /* host */
   int64_t n_segments;
   const ks_lora *loras;       /* host, [n_loras], indexed by segment.adapter; the pointers inside: backend memory */
@@ -246,6 +246,24 @@ typedef struct {
 ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a);
 ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a);
 
+/* Linear maps that read the same x, in one call, so that a backend may share what they have in common: one pass over x for the
+ * adapters of all, one launch where each is small. Same results as, one after another,
+ *   ks_rmsnorm_forward(norm), ks_linear_forward of each part, ks_swiglu_forward(swiglu).
+ * parts: host [n_parts], of the same x, n_rows and generation, and where they have segments of the same segments and dropout; each its
+ * own weight, loras, y, u (and v).
+ * norm: NULL, or what makes x: norm->y is x.   swiglu: NULL, or of two parts: gate and up are their y.
+ * In generation, norm->y and, with swiglu, the parts' y are left undefined: they are scratch.
+ * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm and swiglu NULL. */
+enum { KS_LINEARS_MAX = 4 };
+typedef struct {
+  const ks_linear_args *parts;
+  int64_t n_parts; /* 1..KS_LINEARS_MAX */
+  const ks_rmsnorm_args *norm;
+  const ks_swiglu_args *swiglu;
+} ks_linears_args;
+ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a);
+ks_status ks_linears_backward(ks_ctx *ctx, const ks_linears_args *a);
+
 /* y[i, :] = x[index[i], :];  index host [n_rows] in [0, n_x_rows). */
 typedef struct {
   const void *x;
@@ -256,6 +274,16 @@ typedef struct {
 ks_status ks_rows_gather(ks_ctx *ctx, const ks_rows_args *a);
 /* y[index[i], :] = x[i, :]; index without repeats; other rows of y [n_x_rows, n_cols] keep their values. */
 ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a);
+
+/* Queries and keys on their way to attention, in one call: same results as ks_rope of each of `rope`, then ks_rows_scatter of
+ * each of `store` (keys and values into a cache). */
+typedef struct {
+  const ks_rope_args *rope;  /* host [n_rope], same positions, head_dim and inv_freq */
+  int64_t n_rope;            /* 0..2 */
+  const ks_rows_args *store; /* host [n_store], same index */
+  int64_t n_store;           /* 0..2; x may be the x of a rope */
+} ks_rope_store_args;
+ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a);
 
 /* ---------------------------------------------------------------- attention */
 
@@ -420,7 +448,7 @@ ks_status ks_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a,
 
 /* ---------------------------------------------------------------- what there is */
 
-/* X(name, what) for `keepsake ls operations`, tests and benchmarks. */
+/* X(name, what) for `keepsake ls operations`, tests and benchmarks; those that run several of them in one call are not named again. */
 #define KS_OPS_MAP(X)                                                                                        \
   X(embed_forward, "token embedding lookup")                                                                 \
   X(linear_forward, "x W^T + bias with segmented LoRA")                                                      \

@@ -132,14 +132,18 @@ static ks_status check_no_repeats(const int64_t *index, int64_t n, int64_t n_val
   return status;
 }
 
-ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
+static ks_status check_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
   KS_TRY(CHECK_CTX(rows_scatter));
   const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
                         ACT("y", a->y, a->n_x_rows, a->n_cols, OUT)};
   KS_TRY(check_spans("rows_scatter", spans, N_SPANS(spans)));
   for (int64_t i = 0; i < a->n_rows; i++)
     KS_TRY(check_index("rows_scatter", "index", i, a->index[i], a->n_x_rows));
-  KS_TRY(check_no_repeats(a->index, a->n_rows, a->n_x_rows));
+  return check_no_repeats(a->index, a->n_rows, a->n_x_rows);
+}
+
+ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
+  KS_TRY(check_rows_scatter(ctx, a));
   return a->n_rows && a->n_cols ? ctx->backend->rows_scatter(ctx, a) : KS_OK;
 }
 
@@ -209,22 +213,28 @@ static ks_status check_segments(const char *op, const ks_linear_args *a, bool ba
   return KS_OK;
 }
 
-ks_status ks_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
+static ks_status check_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
   const char *op = "linear_forward";
   KS_TRY(CHECK_CTX(linear_forward));
   KS_TRY(check_weight(op, ctx, a->w));
   const size_t y_size = a->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx);
   const span spans[] = {ACT("x", a->x, a->n_rows, a->w->n_in, IN),
-                        {"y", a->y, a->n_rows, a->w->n_out, y_size, OUT},
-                        ACT("u", a->u, a->n_rows, a->u ? a->u_stride : 0, OUT)};
+                        {"y", a->y, a->n_rows, a->w->n_out, y_size, OUT | ALIAS_A},
+                        ACT("u", a->u, a->n_rows, a->u ? a->u_stride : 0, OUT),
+                        ACT("residual", a->residual, a->n_rows, a->w->n_out, IN | ALIAS_A | MAY_BE_NULL)};
   KS_TRY(check_spans(op, spans, N_SPANS(spans)));
   KS_TRY(check_segments(op, a, false, spans, N_SPANS(spans)));
-  if (a->y_is_f32 && (a->accumulate || a->n_segments > 0))
-    return KS_FAIL(KS_EINVAL, "%s: y_is_f32 goes with neither accumulate nor segments", op);
+  if (a->y_is_f32 && (a->residual || a->n_segments > 0))
+    return KS_FAIL(KS_EINVAL, "%s: y_is_f32 goes with neither residual nor segments", op);
+  return KS_OK;
+}
+
+ks_status ks_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
+  KS_TRY(check_linear_forward(ctx, a));
   return a->n_rows && a->w->n_out ? ctx->backend->linear_forward(ctx, a) : KS_OK;
 }
 
-ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
+static ks_status check_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
   const char *op = "linear_backward";
   KS_TRY(CHECK_CTX(linear_backward));
   KS_TRY(check_weight(op, ctx, a->w));
@@ -234,7 +244,11 @@ ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
                         ACT("v", a->v, a->n_rows, a->v ? a->u_stride : 0, OUT),
                         ACT("dx", a->dx, a->n_rows, a->w->n_in, OUT | MAY_BE_NULL)};
   KS_TRY(check_spans(op, spans, N_SPANS(spans)));
-  KS_TRY(check_segments(op, a, true, spans, N_SPANS(spans)));
+  return check_segments(op, a, true, spans, N_SPANS(spans));
+}
+
+ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
+  KS_TRY(check_linear_backward(ctx, a));
   return a->n_rows && a->w->n_in ? ctx->backend->linear_backward(ctx, a) : KS_OK;
 }
 
@@ -245,13 +259,17 @@ static ks_status check_eps(const char *op, double eps) {
   return KS_FAIL(KS_EINVAL, "%s: eps is %g; give a finite number of 0 or more", op, eps);
 }
 
-ks_status ks_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
+static ks_status check_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   KS_TRY(CHECK_CTX(rmsnorm_forward));
   const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN | ALIAS_A), F32("w", a->w, a->n_cols, 1, IN),
                         ACT("y", a->y, a->n_rows, a->n_cols, OUT | ALIAS_A),
                         F32("rstd", a->rstd, a->n_rows, 1, OUT | MAY_BE_NULL)};
   KS_TRY(check_spans("rmsnorm_forward", spans, N_SPANS(spans)));
-  KS_TRY(check_eps("rmsnorm_forward", (double)a->eps));
+  return check_eps("rmsnorm_forward", (double)a->eps);
+}
+
+ks_status ks_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
+  KS_TRY(check_rmsnorm_forward(ctx, a));
   return a->n_rows && a->n_cols ? ctx->backend->rmsnorm_forward(ctx, a) : KS_OK;
 }
 
@@ -265,7 +283,7 @@ ks_status ks_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   return a->n_rows && a->n_cols ? ctx->backend->rmsnorm_backward(ctx, a) : KS_OK;
 }
 
-ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a) {
+static ks_status check_rope(ks_ctx *ctx, const ks_rope_args *a) {
   KS_TRY(CHECK_CTX(rope));
   int64_t n_cols;
   if (a->n_heads < 0 || a->head_dim < 0 || a->head_dim % 2 != 0 ||
@@ -280,14 +298,23 @@ ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a) {
     if (a->positions[i] < 0)
       return KS_FAIL(KS_EINVAL, "rope: positions[%lld] is %d; give 0 or more", (long long)i,
                      (int)a->positions[i]);
-  return a->n_rows && n_cols ? ctx->backend->rope(ctx, a) : KS_OK;
+  return KS_OK;
 }
 
-ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
+ks_status ks_rope(ks_ctx *ctx, const ks_rope_args *a) {
+  KS_TRY(check_rope(ctx, a));
+  return a->n_rows && a->n_heads && a->head_dim ? ctx->backend->rope(ctx, a) : KS_OK;
+}
+
+static ks_status check_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
   KS_TRY(CHECK_CTX(swiglu_forward));
   const span spans[] = {ACT("gate", a->gate, a->n, 1, IN | ALIAS_A), ACT("up", a->up, a->n, 1, IN | ALIAS_B),
                         ACT("h", a->h, a->n, 1, OUT | ALIAS)};
-  KS_TRY(check_spans("swiglu_forward", spans, N_SPANS(spans)));
+  return check_spans("swiglu_forward", spans, N_SPANS(spans));
+}
+
+ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
+  KS_TRY(check_swiglu_forward(ctx, a));
   return a->n ? ctx->backend->swiglu_forward(ctx, a) : KS_OK;
 }
 
@@ -298,6 +325,122 @@ ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
                         ACT("dup", a->dup, a->n, 1, OUT | ALIAS_B)};
   KS_TRY(check_spans("swiglu_backward", spans, N_SPANS(spans)));
   return a->n ? ctx->backend->swiglu_backward(ctx, a) : KS_OK;
+}
+
+/* ---------------------------------------------------------------- several in one call */
+
+static bool same_input(const ks_linear_args *a, const ks_linear_args *b) {
+  if (a->x != b->x || a->n_rows != b->n_rows || a->w->n_in != b->w->n_in || a->generation != b->generation)
+    return false;
+  if (a->n_segments == 0 || b->n_segments == 0) return true;
+  if (a->n_segments != b->n_segments || a->dropout > b->dropout || a->dropout < b->dropout) return false;
+  for (int64_t s = 0; s < a->n_segments; s++) {
+    const ks_segment *x = &a->segments[s], *y = &b->segments[s];
+    if (x->row_begin != y->row_begin || x->n_rows != y->n_rows || x->adapter != y->adapter ||
+        x->dropout_key != y->dropout_key)
+      return false;
+  }
+  return true;
+}
+
+/* Parts beside each other; *empty: one of them has nothing to do. */
+static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool backward,
+                             bool *empty) {
+  span spans[KS_LINEARS_MAX];
+  const ks_linear_args *with_segments = a->parts;
+  *empty = false;
+  if (a->n_parts < 1 || a->n_parts > KS_LINEARS_MAX || !a->parts)
+    return KS_FAIL(KS_EINVAL, "%s: %lld parts; give 1 to %d", op, (long long)a->n_parts, KS_LINEARS_MAX);
+  for (int64_t i = 0; i < a->n_parts; i++) {
+    const ks_linear_args *p = &a->parts[i];
+    KS_TRY(backward ? check_linear_backward(ctx, p) : check_linear_forward(ctx, p));
+    if (p->n_segments > 0 && with_segments->n_segments == 0) with_segments = p;
+    if (!same_input(with_segments, p))
+      return KS_FAIL(KS_EINVAL,
+                     "%s: part %lld has another x, segments, dropout or generation than those before it", op,
+                     (long long)i);
+    if (backward && i > 0 && p->dx && p->dx == a->parts[0].dx && !p->accumulate_dx)
+      return KS_FAIL(KS_EINVAL, "%s: part %lld would overwrite the dx of part 0; set accumulate_dx", op,
+                     (long long)i);
+    spans[i] = (span){"y (or v) of a part",
+                      backward ? p->v : p->y,
+                      p->n_rows,
+                      backward ? (p->v ? p->u_stride : 0) : p->w->n_out,
+                      p->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx),
+                      OUT};
+    *empty |= p->n_rows == 0 || p->w->n_in == 0 || p->w->n_out == 0;
+  }
+  return check_spans(op, spans, (int)a->n_parts);
+}
+
+ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
+  const char *op = "linears_forward";
+  bool empty;
+  KS_TRY(check_ctx(op, ctx, a, true));
+  KS_TRY(check_parts(op, ctx, a, false, &empty));
+  if (a->norm) {
+    KS_TRY(check_rmsnorm_forward(ctx, a->norm));
+    if (a->norm->y != a->parts[0].x || a->norm->n_rows != a->parts[0].n_rows ||
+        a->norm->n_cols != a->parts[0].w->n_in)
+      return KS_FAIL(KS_EINVAL, "%s: the norm does not make x", op);
+  }
+  if (a->swiglu) {
+    const ks_linear_args *gate = &a->parts[0], *up = &a->parts[1];
+    KS_TRY(check_swiglu_forward(ctx, a->swiglu));
+    if (a->n_parts != 2 || a->swiglu->gate != gate->y || a->swiglu->up != up->y ||
+        gate->w->n_out != up->w->n_out || a->swiglu->n != gate->n_rows * gate->w->n_out)
+      return KS_FAIL(KS_EINVAL, "%s: SwiGLU needs two parts, whose y are its gate and up", op);
+  }
+  if (ctx->backend->linears_forward && !empty) return ctx->backend->linears_forward(ctx, a);
+  if (a->norm) KS_TRY(ks_rmsnorm_forward(ctx, a->norm));
+  for (int64_t i = 0; i < a->n_parts; i++)
+    KS_TRY(ks_linear_forward(ctx, &a->parts[i]));
+  return a->swiglu ? ks_swiglu_forward(ctx, a->swiglu) : KS_OK;
+}
+
+ks_status ks_linears_backward(ks_ctx *ctx, const ks_linears_args *a) {
+  const char *op = "linears_backward";
+  bool empty;
+  KS_TRY(check_ctx(op, ctx, a, true));
+  if (a->norm || a->swiglu) return KS_FAIL(KS_EINVAL, "%s: norm and swiglu are for the forward pass", op);
+  KS_TRY(check_parts(op, ctx, a, true, &empty));
+  if (ctx->backend->linears_backward && !empty) return ctx->backend->linears_backward(ctx, a);
+  for (int64_t i = 0; i < a->n_parts; i++)
+    KS_TRY(ks_linear_backward(ctx, &a->parts[i]));
+  return KS_OK;
+}
+
+static bool same_angles(const ks_rope_args *a, const ks_rope_args *b) {
+  return a->n_rows == b->n_rows && a->head_dim == b->head_dim && a->inverse == b->inverse &&
+         a->positions == b->positions && a->inv_freq == b->inv_freq;
+}
+
+ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
+  const char *op = "rope_store";
+  bool empty = false;
+  KS_TRY(check_ctx(op, ctx, a, true));
+  if (a->n_rope < 0 || a->n_rope > 2 || a->n_store < 0 || a->n_store > 2 || (a->n_rope && !a->rope) ||
+      (a->n_store && !a->store))
+    return KS_FAIL(KS_EINVAL, "%s: %lld arrays to rotate, %lld to store; give 0 to 2 of each", op,
+                   (long long)a->n_rope, (long long)a->n_store);
+  for (int64_t i = 0; i < a->n_rope; i++) {
+    KS_TRY(check_rope(ctx, &a->rope[i]));
+    if (!same_angles(&a->rope[0], &a->rope[i]))
+      return KS_FAIL(KS_EINVAL, "%s: the arrays differ in rows, positions or head size", op);
+    empty |= a->rope[i].n_rows == 0 || a->rope[i].n_heads == 0 || a->rope[i].head_dim == 0;
+  }
+  for (int64_t i = 0; i < a->n_store; i++) {
+    KS_TRY(check_rows_scatter(ctx, &a->store[i]));
+    if (a->store[i].index != a->store[0].index || a->store[i].n_rows != a->store[0].n_rows)
+      return KS_FAIL(KS_EINVAL, "%s: the stored arrays differ in their index", op);
+    empty |= a->store[i].n_rows == 0 || a->store[i].n_cols == 0;
+  }
+  if (ctx->backend->rope_store && !empty) return ctx->backend->rope_store(ctx, a);
+  for (int64_t i = 0; i < a->n_rope; i++)
+    KS_TRY(ks_rope(ctx, &a->rope[i]));
+  for (int64_t i = 0; i < a->n_store; i++)
+    KS_TRY(ks_rows_scatter(ctx, &a->store[i]));
+  return KS_OK;
 }
 
 /* ---------------------------------------------------------------- attention */

@@ -46,19 +46,38 @@ static bool has_adapter(const layer_state *s, ks_target t) {
   return ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, s->rows}, &a);
 }
 
+/* Linear maps of one input, whose gradients add up in dx. */
+typedef struct {
+  ks_linear_args parts[KS_LINEARS_MAX];
+  int64_t n;
+} linear_group;
+
+/* Leaves out a map that has no adapter where no gradient is needed below. */
+static void add_linear(layer_state *s, linear_group *group, ks_target t, const ks_row_set *rows,
+                       const void *x, const void *dy, void *dx, bool accumulate) {
+  ks_linear_args *a = &group->parts[group->n];
+  bool any = ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, a);
+  if (!passes(s, stage_of[t])) dx = NULL;
+  if (!any && !dx) return;
+  a->x = x;
+  a->dy = dy;
+  a->dx = dx;
+  a->accumulate_dx = accumulate;
+  a->u = s->acts.u[t];
+  a->v = s->run->lora_v[group->n++];
+}
+
+static ks_status run_group(const layer_state *s, const linear_group *group) {
+  if (group->n == 0) return KS_OK;
+  return ks_linears_backward(s->run->model->ctx,
+                             &(ks_linears_args){.parts = group->parts, .n_parts = group->n});
+}
+
 static ks_status linear_backward(layer_state *s, ks_target t, const ks_row_set *rows, const void *x,
                                  const void *dy, void *dx, bool accumulate) {
-  ks_linear_args a;
-  bool any = ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, &a);
-  if (!passes(s, stage_of[t])) dx = NULL;
-  if (!any && !dx) return KS_OK;
-  a.x = x;
-  a.dy = dy;
-  a.dx = dx;
-  a.accumulate_dx = accumulate;
-  a.u = s->acts.u[t];
-  a.v = s->run->lora_v;
-  return ks_linear_backward(s->run->model->ctx, &a);
+  linear_group group = {.n = 0};
+  add_linear(s, &group, t, rows, x, dy, dx, accumulate);
+  return run_group(s, &group);
 }
 
 static ks_status recompute_norm(const layer_state *s, const void *x, const float *w, float *rstd,
@@ -101,8 +120,10 @@ static ks_status mlp_backward(layer_state *s) {
           .gate = acts->gate, .up = acts->up, .dh = run->dff, .dgate = acts->gate, .dup = acts->up, .n = n}));
   if (has_adapter(s, KS_TARGET_gate) || has_adapter(s, KS_TARGET_up))
     KS_TRY(recompute_norm(s, acts->h_mid, s->weights->mlp_norm, acts->rstd_mlp, s->rows->n_rows));
-  KS_TRY(linear_backward(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, run->dxn, false));
-  KS_TRY(linear_backward(s, KS_TARGET_up, s->rows, run->xn, acts->up, run->dxn, true));
+  linear_group group = {.n = 0};
+  add_linear(s, &group, KS_TARGET_gate, s->rows, run->xn, acts->gate, run->dxn, false);
+  add_linear(s, &group, KS_TARGET_up, s->rows, run->xn, acts->up, run->dxn, true);
+  KS_TRY(run_group(s, &group));
   if (!reaches(s, 1)) return KS_OK;
   return norm_backward(s, acts->h_mid, s->weights->mlp_norm, acts->rstd_mlp, s->dh, s->rows->n_rows);
 }
@@ -175,10 +196,16 @@ static ks_status qkv_backward(layer_state *s) {
     xq = run->xt;
     if (below) KS_TRY(spread_out_rows(s, run->dcut, run->dres));
   }
-  KS_TRY(linear_backward(s, KS_TARGET_q, s->rows, xq, run->dq, dxq, false));
-  if (s->cut && below) KS_TRY(spread_out_rows(s, run->dcut, run->dxn));
-  KS_TRY(linear_backward(s, KS_TARGET_k, all, run->xn, run->dk, run->dxn, true));
-  KS_TRY(linear_backward(s, KS_TARGET_v, all, run->xn, run->dv, run->dxn, true));
+  linear_group group = {.n = 0};
+  add_linear(s, &group, KS_TARGET_q, s->rows, xq, run->dq, dxq, false);
+  if (s->cut) {
+    KS_TRY(run_group(s, &group));
+    group.n = 0;
+    if (below) KS_TRY(spread_out_rows(s, run->dcut, run->dxn));
+  }
+  add_linear(s, &group, KS_TARGET_k, all, run->xn, run->dk, run->dxn, true);
+  add_linear(s, &group, KS_TARGET_v, all, run->xn, run->dv, run->dxn, true);
+  KS_TRY(run_group(s, &group));
   if (!below) return KS_OK;
   return norm_backward(s, acts->h_in, s->weights->attn_norm, acts->rstd_attn, run->dres, all->n_rows);
 }

@@ -15,23 +15,32 @@ typedef struct {
   void *h_next;           /* where the layer's result goes */
 } layer_state;
 
-static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, const void *x, void *y,
-                        bool accumulate) {
+static ks_linear_args linear_args(layer_state *s, ks_target t, const ks_row_set *rows, const void *x, void *y,
+                                  const void *residual) {
   ks_linear_args a;
   ks_run_linear_args(s->run, s->pass, (ks_site){s->layer, t, rows}, &a);
   a.x = x;
   a.y = y;
-  a.accumulate = accumulate;
+  a.residual = residual;
   a.u = s->acts.u[t];
+  return a;
+}
+
+static ks_status linear(layer_state *s, ks_target t, const ks_row_set *rows, const void *x, void *y,
+                        const void *residual) {
+  const ks_linear_args a = linear_args(s, t, rows, x, y, residual);
   return ks_linear_forward(s->run->model->ctx, &a);
 }
 
-static ks_status norm(const layer_state *s, const void *x, const float *w, void *y, float *rstd,
-                      int64_t n_rows, int64_t n_cols) {
-  return ks_rmsnorm_forward(
-      s->run->model->ctx,
-      &(ks_rmsnorm_args){
-          .x = x, .w = w, .y = y, .rstd = rstd, .n_rows = n_rows, .n_cols = n_cols, .eps = s->m->rms_eps});
+static ks_rmsnorm_args norm_args(const layer_state *s, const void *x, const float *w, float *rstd,
+                                 int64_t n_rows) {
+  return (ks_rmsnorm_args){.x = x,
+                           .w = w,
+                           .y = s->run->xn,
+                           .rstd = rstd,
+                           .n_rows = n_rows,
+                           .n_cols = s->m->hidden_size,
+                           .eps = s->m->rms_eps};
 }
 
 static ks_status gather_out_rows(const layer_state *s, const void *x, void *y) {
@@ -43,10 +52,34 @@ static ks_status gather_out_rows(const layer_state *s, const void *x, void *y) {
                                                             .n_cols = s->m->hidden_size});
 }
 
+/* Rotary, and into the cache where the pass has one. */
+static ks_status rope_and_store(const ks_run *run, const ks_pass *pass, int64_t layer,
+                                const ks_layer_acts *acts, const ks_rope_args *rope, int64_t n_rope) {
+  const ks_model_config *m = &run->model->config;
+  const ks_kv_cache *cache = pass->cache;
+  ks_rope_store_args a = {.rope = rope, .n_rope = n_rope};
+  ks_rows_args store[2];
+  if (cache) {
+    const int64_t kv = m->n_kv_heads * m->head_dim, begin = layer * cache->n_rows * kv;
+    const void *from[2] = {acts->k, acts->v};
+    void *const to[2] = {cache->k, cache->v};
+    for (int i = 0; i < 2; i++)
+      store[i] = (ks_rows_args){.x = from[i],
+                                .y = ks_act_at(run->model->ctx, to[i], begin),
+                                .index = pass->cache_rows,
+                                .n_rows = pass->all.n_rows,
+                                .n_x_rows = cache->n_rows,
+                                .n_cols = kv};
+    a.store = store;
+    a.n_store = 2;
+  }
+  return ks_rope_store(run->model->ctx, &a);
+}
+
 ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_layer_acts *acts) {
   const ks_model_config *m = &run->model->config;
   const ks_model_layer *w = &run->model->layers[layer];
-  const ks_row_set *rows = layer == m->n_layers - 1 ? &pass->out : &pass->all;
+  const ks_row_set *rows = pass->cut && layer == m->n_layers - 1 ? &pass->out : &pass->all;
   const struct {
     const ks_row_set *rows;
     const void *pre;
@@ -56,6 +89,7 @@ ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_la
     int64_t n_heads;
   } sides[2] = {{rows, acts->q_pre, w->q_norm, acts->q, acts->rstd_q, m->n_heads},
                 {&pass->all, acts->k_pre, w->k_norm, acts->k, acts->rstd_k, m->n_kv_heads}};
+  ks_rope_args rope[2];
   for (int i = 0; i < 2; i++) {
     if (m->qk_norm)
       KS_TRY(ks_rmsnorm_forward(run->model->ctx,
@@ -66,74 +100,63 @@ ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_la
                                                    .n_rows = sides[i].rows->n_rows * sides[i].n_heads,
                                                    .n_cols = m->head_dim,
                                                    .eps = m->rms_eps}));
-    KS_TRY(ks_rope(run->model->ctx, &(ks_rope_args){.x = sides[i].x,
-                                                    .positions = sides[i].rows->positions,
-                                                    .inv_freq = run->model->inv_freq,
-                                                    .n_rows = sides[i].rows->n_rows,
-                                                    .n_heads = sides[i].n_heads,
-                                                    .head_dim = m->head_dim}));
+    rope[i] = (ks_rope_args){.x = sides[i].x,
+                             .positions = sides[i].rows->positions,
+                             .inv_freq = run->model->inv_freq,
+                             .n_rows = sides[i].rows->n_rows,
+                             .n_heads = sides[i].n_heads,
+                             .head_dim = m->head_dim};
   }
-  return KS_OK;
+  if (sides[0].rows == sides[1].rows) return rope_and_store(run, pass, layer, acts, rope, 2);
+  KS_TRY(ks_rope(run->model->ctx, &rope[0]));
+  return rope_and_store(run, pass, layer, acts, rope + 1, 1);
 }
 
-static ks_status store_keys(const layer_state *s) {
-  const ks_kv_cache *cache = s->pass->cache;
-  int64_t kv = s->m->n_kv_heads * s->m->head_dim;
-  int64_t begin = s->layer * cache->n_rows * kv;
-  ks_rows_args a = {
-      .index = s->pass->cache_rows, .n_rows = s->pass->all.n_rows, .n_x_rows = cache->n_rows, .n_cols = kv};
-  a.x = s->acts.k;
-  a.y = ks_act_at(s->run->model->ctx, cache->k, begin);
-  KS_TRY(ks_rows_scatter(s->run->model->ctx, &a));
-  a.x = s->acts.v;
-  a.y = ks_act_at(s->run->model->ctx, cache->v, begin);
-  return ks_rows_scatter(s->run->model->ctx, &a);
-}
-
-static ks_status copy_rows(const layer_state *s, void *dst, const void *src) {
-  if (dst == src) return KS_OK;
-  size_t bytes = (size_t)s->rows->n_rows * (size_t)s->m->hidden_size * ks_ctx_act_size(s->run->model->ctx);
-  return ks_mem_copy(s->run->model->ctx, dst, src, bytes);
+static ks_status project_qkv(layer_state *s) {
+  ks_run *run = s->run;
+  ks_layer_acts *acts = &s->acts;
+  const ks_row_set *all = &s->pass->all;
+  const ks_rmsnorm_args norm = norm_args(s, acts->h_in, s->weights->attn_norm, acts->rstd_attn, all->n_rows);
+  ks_linear_args parts[3];
+  int64_t n = 0;
+  if (!s->cut) parts[n++] = linear_args(s, KS_TARGET_q, all, run->xn, acts->q_pre, NULL);
+  parts[n++] = linear_args(s, KS_TARGET_k, all, run->xn, acts->k_pre, NULL);
+  parts[n++] = linear_args(s, KS_TARGET_v, all, run->xn, acts->v, NULL);
+  if (!s->cut)
+    return ks_linears_forward(run->model->ctx,
+                              &(ks_linears_args){.parts = parts, .n_parts = n, .norm = &norm});
+  KS_TRY(ks_rmsnorm_forward(run->model->ctx, &norm));
+  KS_TRY(gather_out_rows(s, run->xn, run->xt));
+  KS_TRY(linear(s, KS_TARGET_q, s->rows, run->xt, acts->q_pre, NULL));
+  return ks_linears_forward(run->model->ctx, &(ks_linears_args){.parts = parts, .n_parts = n});
 }
 
 static ks_status attention(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
-  const void *xq = run->xn;
-  KS_TRY(norm(s, acts->h_in, s->weights->attn_norm, run->xn, acts->rstd_attn, s->pass->all.n_rows,
-              s->m->hidden_size));
-  if (s->cut) {
-    KS_TRY(gather_out_rows(s, run->xn, run->xt));
-    xq = run->xt;
-  }
-  KS_TRY(linear(s, KS_TARGET_q, s->rows, xq, acts->q_pre, false));
-  KS_TRY(linear(s, KS_TARGET_k, &s->pass->all, run->xn, acts->k_pre, false));
-  KS_TRY(linear(s, KS_TARGET_v, &s->pass->all, run->xn, acts->v, false));
+  KS_TRY(project_qkv(s));
   KS_TRY(ks_run_qk(run, s->pass, s->layer, acts));
-  if (s->pass->cache) KS_TRY(store_keys(s));
   ks_attention_args a = ks_run_attention_args(run, s->pass, s->layer, acts);
   KS_TRY(ks_attention_forward(run->model->ctx, &a));
-  if (s->cut)
-    KS_TRY(gather_out_rows(s, acts->h_in, acts->h_mid));
-  else
-    KS_TRY(copy_rows(s, acts->h_mid, acts->h_in));
-  return linear(s, KS_TARGET_o, s->rows, acts->attn, acts->h_mid, true);
+  const void *residual = acts->h_in;
+  if (s->cut) KS_TRY(gather_out_rows(s, acts->h_in, acts->h_mid));
+  if (s->cut) residual = acts->h_mid;
+  return linear(s, KS_TARGET_o, s->rows, acts->attn, acts->h_mid, residual);
 }
 
 static ks_status mlp(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
   void *h = run->params.backward ? run->ff : acts->gate;
-  KS_TRY(norm(s, acts->h_mid, s->weights->mlp_norm, run->xn, acts->rstd_mlp, s->rows->n_rows,
-              s->m->hidden_size));
-  KS_TRY(linear(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, false));
-  KS_TRY(linear(s, KS_TARGET_up, s->rows, run->xn, acts->up, false));
-  KS_TRY(ks_swiglu_forward(
-      run->model->ctx,
-      &(ks_swiglu_args){
-          .gate = acts->gate, .up = acts->up, .h = h, .n = s->rows->n_rows * s->m->intermediate_size}));
-  KS_TRY(copy_rows(s, s->h_next, acts->h_mid));
-  return linear(s, KS_TARGET_down, s->rows, h, s->h_next, true);
+  const ks_rmsnorm_args norm =
+      norm_args(s, acts->h_mid, s->weights->mlp_norm, acts->rstd_mlp, s->rows->n_rows);
+  const ks_linear_args parts[2] = {linear_args(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, NULL),
+                                   linear_args(s, KS_TARGET_up, s->rows, run->xn, acts->up, NULL)};
+  const ks_swiglu_args swiglu = {
+      .gate = acts->gate, .up = acts->up, .h = h, .n = s->rows->n_rows * s->m->intermediate_size};
+  KS_TRY(ks_linears_forward(
+      run->model->ctx, &(ks_linears_args){.parts = parts, .n_parts = 2, .norm = &norm, .swiglu = &swiglu}));
+  return linear(s, KS_TARGET_down, s->rows, h, s->h_next, acts->h_mid);
 }
 
 ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h) {

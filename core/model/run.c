@@ -103,7 +103,8 @@ static void place_backward_scratch(ks_run *run, cursor *c) {
   run->dxn = take(c, rows, m->hidden_size);
   run->dres = take(c, rows, m->hidden_size);
   run->dcut = take(c, rows, m->hidden_size);
-  run->lora_v = take(c, rows, run->params.max_rank);
+  for (int i = 0; i < KS_LINEARS_MAX; i++)
+    run->lora_v[i] = take(c, rows, run->params.max_rank);
   run->rstd = take_floats(c, rows, 1);
   if (m->qk_norm) {
     run->q = take(c, rows, q);
@@ -382,7 +383,7 @@ static ks_status copy_segments(ks_run *run, const ks_batch *b, int64_t *n_out) {
 ks_status ks_run_reserve_loras(ks_run *run, int64_t n) {
   if (n <= run->cap_loras) return KS_OK;
   ks_lora *grown = NULL;
-  KS_TRY(ks_alloc_array(&grown, (size_t)n, sizeof *grown, "adapters of a pass"));
+  KS_TRY(ks_alloc_array(&grown, (size_t)n, KS_N_TARGETS * sizeof *grown, "adapters of a pass"));
   free(run->loras);
   run->loras = grown;
   run->cap_loras = n;
@@ -469,12 +470,13 @@ void ks_run_cut(ks_run *run, const int64_t *tails, ks_pass *pass) {
 bool ks_run_linear_args(ks_run *run, const ks_pass *pass, ks_site site, ks_linear_args *a) {
   const ks_row_set *rows = site.rows;
   int64_t index = site.layer * KS_N_TARGETS + site.target;
+  ks_lora *loras = run->loras + site.target * run->cap_loras;
   bool any = false;
   for (int64_t i = 0; i < rows->n_segments; i++) {
     int32_t adapter = rows->segments[i].adapter;
     if (adapter < 0) continue;
-    run->loras[adapter] = pass->adapters[adapter].loras[index];
-    any = any || run->loras[adapter].rank > 0;
+    loras[adapter] = pass->adapters[adapter].loras[index];
+    any = any || loras[adapter].rank > 0;
   }
   *a = (ks_linear_args){.w = run->model->layers[site.layer].linear[site.target],
                         .n_rows = rows->n_rows,
@@ -482,7 +484,7 @@ bool ks_run_linear_args(ks_run *run, const ks_pass *pass, ks_site site, ks_linea
   if (!any) return false;
   a->segments = rows->segments;
   a->n_segments = rows->n_segments;
-  a->loras = run->loras;
+  a->loras = loras;
   a->n_loras = pass->n_adapters;
   a->u_stride = run->params.max_rank;
   a->dropout = pass->dropout;

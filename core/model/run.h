@@ -29,9 +29,9 @@ typedef struct {
   const int32_t *tokens; /* host [all.n_rows] */
   int64_t n_seqs;
   ks_row_set all, out;
-  int64_t *out_index; /* host [out.n_rows]: rows of `all`, rising */
-  bool cut;           /* out is not all */
-  int64_t *key_begin; /* host [n_seqs]: first row of each sequence's keys in the pass */
+  int64_t *out_index;          /* host [out.n_rows]: rows of `all`, rising */
+  bool cut;                    /* out is not all */
+  int64_t *key_begin;          /* host [n_seqs]: first row of each sequence's keys in the pass */
   const int32_t *const *pages; /* with a cache: host [n_seqs], each sequence's pages */
   const ks_adapter_view *adapters;
   int64_t n_adapters;
@@ -60,14 +60,14 @@ struct ks_run {
   unsigned char *arena; /* backend memory: everything below */
   size_t arena_bytes;
   size_t layer_begin, layer_bytes; /* place of layer 0's activations; stride (0: shared) */
-  void *h_out;                      /* [rows, hidden] after the last layer */
-  void *xn, *xt, *dxn;              /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
-  void *dres, *dcut;                /* [rows, hidden] gradient of the residual stream, of its cut rows */
-  void *q, *k;                      /* with q/k norm: q and k after rotary, recomputed in the backward pass */
-  float *rstd;                      /* [rows] of the final norm */
-  void *ff, *dff;  /* [rows, intermediate]; share their place with the four below and the head's */
+  void *h_out;                     /* [rows, hidden] after the last layer */
+  void *xn, *xt, *dxn;             /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
+  void *dres, *dcut;               /* [rows, hidden] gradient of the residual stream, of its cut rows */
+  void *q, *k;                     /* with q/k norm: q and k after rotary, recomputed in the backward pass */
+  float *rstd;                     /* [rows] of the final norm */
+  void *ff, *dff; /* [rows, intermediate]; share their place with the four below and the head's */
   void *d_attn, *dq, *dk, *dv;
-  void *lora_v;  /* [rows, max_rank] */
+  void *lora_v[KS_LINEARS_MAX]; /* [rows, max_rank], one a part of a call */
   void *head_workspace;
   /* host */
   int32_t *positions, *out_positions;  /* [max_rows] */
@@ -75,7 +75,7 @@ struct ks_run {
   ks_attention_seq *seqs, *out_seqs;   /* [max_seqs] */
   int64_t *key_begin, *tails;          /* [max_seqs] */
   ks_segment *segments, *out_segments; /* [max_seqs] */
-  ks_lora *loras;                      /* [cap_loras] of one layer and target, by adapter */
+  ks_lora *loras;                      /* [KS_N_TARGETS][cap_loras] of one layer, by adapter */
   int64_t cap_loras;
 };
 
@@ -117,7 +117,7 @@ typedef struct {
 } ks_site;
 /* Fills the weight, segments and adapters of a linear layer; true when some row has an adapter there. */
 bool ks_run_linear_args(ks_run *run, const ks_pass *pass, ks_site site, ks_linear_args *a);
-/* Norm of q and k (where the model has one) and rotary, from q_pre and k_pre to q and k. */
+/* Norm of q and k (where the model has one) and rotary, from q_pre and k_pre to q and k; with a cache, k and v into it. */
 ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_layer_acts *acts);
 /* Attention arguments over the query rows; sets each sequence's keys. */
 ks_attention_args ks_run_attention_args(ks_run *run, const ks_pass *pass, int64_t layer,

@@ -175,13 +175,15 @@ static ks_status linear_pass(ks_ctx *ctx, const ks_linear_args *a, gemm_args g) 
 
 static ks_status linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
   const weight_impl *impl = a->w->impl;
+  if (a->residual && a->residual != a->y)
+    memcpy(a->y, a->residual, (size_t)a->n_rows * (size_t)a->w->n_out * sizeof(float));
   const gemm_args g = {.x = a->x,
                        .ldx = a->w->n_in,
                        .b = &impl->forward,
                        .bias = impl->bias,
                        .c = a->y,
                        .ldc = a->w->n_out,
-                       .accumulate = a->accumulate,
+                       .accumulate = a->residual != NULL,
                        .n_rows = a->n_rows};
   return linear_pass(ctx, a, g);
 }

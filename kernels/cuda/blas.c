@@ -4,7 +4,7 @@
  * x' with m = n_out, n = n_rows, k = n_in, and dx = dy W as dx' = W' dy' with m = n_in, k = n_out. W is A,
  * rows are B.
  *
- * The algorithm. One is chosen for each (n_out, n_in, direction, types, accumulate, bias), at NOMINAL_ROWS
+ * The algorithm. One is chosen for each (n_out, n_in, direction, types, C, bias), at NOMINAL_ROWS
  * rows, among those that neither split the reduction nor sum in a second pass: an element is then one chain
  * over k, in an order that belongs to the algorithm, and rows do not meet. Pointers are promised the
  * alignment of a row (at most 16 bytes), which is a property of the shape too. Before an algorithm runs with
@@ -46,7 +46,7 @@ static const size_t workspace_bytes = (size_t)32 << 20;
   X(cublasLtMatmulAlgoCheck)                                                                                 \
   X(cublasLtMatmulAlgoConfigGetAttribute)
 
-/* What belongs to one shape of W, direction, types, accumulate and bias. */
+/* What belongs to one shape of W, direction, types, C and bias. */
 typedef struct {
   ks_cuda_matmul_params key; /* pointers and n_rows are not part of it */
   bool has_bias;
@@ -214,6 +214,9 @@ static void find_alignment(const ks_cuda_matmul_params *p, uint32_t align[3], bo
   align[0] = alignment(p->w, p->n_in, p->w_dtype, is_less);
   align[1] = alignment(p->x, k, p->x_dtype, is_less);
   align[2] = alignment(p->y, m, p->y_dtype, is_less);
+  if (!p->c) return;
+  const uint32_t of_c = alignment(p->c, m, p->y_dtype, is_less);
+  if (of_c < align[2]) align[2] = of_c;
 }
 
 static ks_status make_desc(const ks_cuda_blas *blas, plan *e) {
@@ -307,7 +310,7 @@ static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_m
 
 static bool same_plan(const plan *a, const plan *b) {
   return a->key.n_out == b->key.n_out && a->key.n_in == b->key.n_in &&
-         a->key.w_transposed == b->key.w_transposed && a->key.accumulate == b->key.accumulate &&
+         a->key.w_transposed == b->key.w_transposed && !a->key.c == !b->key.c &&
          a->key.x_dtype == b->key.x_dtype && a->key.w_dtype == b->key.w_dtype &&
          a->key.y_dtype == b->key.y_dtype && a->has_bias == b->has_bias &&
          memcmp(a->align, b->align, sizeof a->align) == 0;
@@ -388,7 +391,7 @@ ks_status ks_cuda_blas_takes(ks_ctx *ctx, const ks_cuda_matmul_params *p, bool *
 ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
   ks_cuda *cuda = ks_cuda_of(ctx);
   ks_cuda_blas *blas = cuda->blas;
-  const float one = 1, beta = p->accumulate ? 1 : 0;
+  const float one = 1, beta = p->c ? 1 : 0;
   const cublasLtMatmulAlgo_t *algo;
   plan *e;
   if (!blas->workspace) {
@@ -404,8 +407,9 @@ ks_status ks_cuda_matmul_now(ks_ctx *ctx, const ks_cuda_matmul_params *p) {
                                                      sizeof p->bias));
   cuda->counts.matmuls++;
   cuda->counts.blas_exceptions += e->is_exception + (algo != &e->algo);
-  BLAS_TRY(p, blas->cublasLtMatmul(blas->handle, e->desc, &one, p->w, e->a, p->x, e->b, &beta, p->y, e->d,
-                                   p->y, e->d, algo, blas->workspace, workspace_bytes, cuda->stream));
+  BLAS_TRY(p, blas->cublasLtMatmul(blas->handle, e->desc, &one, p->w, e->a, p->x, e->b, &beta,
+                                   p->c ? p->c : p->y, e->d, p->y, e->d, algo, blas->workspace,
+                                   workspace_bytes, cuda->stream));
   if (cuda->sync_launches) KS_CUDA_TRY(ctx, "matmul", cudaStreamSynchronize(cuda->stream));
   return KS_OK;
 }

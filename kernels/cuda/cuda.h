@@ -84,7 +84,7 @@ typedef struct {
   const void *bias;  /* forward only: [n_out], of y's type, or NULL */
   int64_t n_rows, n_out, n_in;
   bool w_transposed; /* forward */
-  bool accumulate;   /* y += */
+  const void *c;     /* NULL, or like y, added: may be y itself */
   ks_dtype x_dtype, w_dtype, y_dtype; /* F32 or BF16; x and w alike */
 } ks_cuda_matmul_params;
 ks_status ks_cuda_matmul(ks_ctx *ctx, const ks_cuda_matmul_params *p);

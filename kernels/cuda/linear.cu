@@ -1,6 +1,6 @@
 /* Linear layers with segmented LoRA: which kernels the two operations are made of.
  *
- *   forward    [mask] -> u = drop(x) A^T -> y = x W^T + bias (+ y) + scale u B^T
+ *   forward    [mask] -> u = drop(x) A^T -> y = x W^T + bias (+ residual) + scale u B^T
  *   backward   [mask] -> v = scale dy B  -> grad_b_t += scale u^T dy,  grad_a += v^T drop(x)
  *                                        -> dx = dy W (+ dx) + drop'(v A)
  *
@@ -58,7 +58,7 @@ static linear_product product_of(const ks_linear_args *a, bool backward) {
   p.y = backward ? a->dx : a->y;
   p.bias = backward ? NULL : impl->bias;
   p.n_rows = a->n_rows;
-  p.accumulate = backward ? a->accumulate_dx : a->accumulate;
+  p.residual = !backward ? a->residual : a->accumulate_dx ? a->dx : NULL;
   p.y_is_f32 = !backward && a->y_is_f32;
   p.backward = backward;
   p.generation = !backward && a->generation;
@@ -76,7 +76,7 @@ static ks_cuda_matmul_params matmul_of(const ks_ctx *ctx, const ks_linear_args *
   m.n_out = a->w->n_out;
   m.n_in = a->w->n_in;
   m.w_transposed = !p->backward;
-  m.accumulate = p->accumulate;
+  m.c = p->residual;
   m.x_dtype = m.w_dtype = ks_ctx_act_dtype(ctx);
   m.y_dtype = p->y_is_f32 ? KS_DTYPE_F32 : ks_ctx_act_dtype(ctx);
   return m;

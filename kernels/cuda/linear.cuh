@@ -109,10 +109,10 @@ struct linear_product {
   ks_weight_view w;
   const void *x;
   void *y;
-  const float *bias; /* or NULL */
+  const void *residual; /* or NULL: added; may be y */
+  const float *bias;    /* or NULL */
   int64_t n_rows;
-  int32_t accumulate, y_is_f32;
-  int32_t backward, generation;
+  int32_t y_is_f32, backward, generation, unused;
 };
 
 /* A generation pass: sums over k are made in runs of whole steps of 32, LINEAR_RUNS of them or fewer, the

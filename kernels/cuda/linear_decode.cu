@@ -185,7 +185,7 @@ template <class Y>
 KS_DEVICE void decode_store(const linear_product &p, int64_t row, int64_t col, float value) {
   Y *y = (Y *)p.y + row * p.w.n_out + col;
   if (p.bias) value += p.bias[col];
-  if (p.accumulate) value += ks_to_float(*y);
+  if (p.residual) value += ks_to_float(((const Y *)p.residual)[row * p.w.n_out + col]);
   *y = ks_from_float<Y>(value);
 }
 

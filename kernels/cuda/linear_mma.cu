@@ -349,8 +349,10 @@ KS_DEVICE void store_vectors(const float (&acc)[S::MI][4][4], const linear_produ
     const bool there = row < at.n_rows && col < S::n_cols(p);
     uint4 *y = (uint4 *)(void *)((ks_bf16 *)p.y + (int64_t)row * S::n_cols(p) + col);
     uint32_t w[4] = {0, 0, 0, 0};
-    if (p.accumulate) {
-      const uint4 old = there ? *y : make_uint4(0, 0, 0, 0);
+    if (p.residual) {
+      const uint4 *from =
+          (const uint4 *)(const void *)((const ks_bf16 *)p.residual + (int64_t)row * S::n_cols(p) + col);
+      const uint4 old = there ? *from : make_uint4(0, 0, 0, 0);
       w[0] = old.x, w[1] = old.y, w[2] = old.z, w[3] = old.w;
       tile_quad_transpose(w, at.t);
     }
@@ -359,7 +361,7 @@ KS_DEVICE void store_vectors(const float (&acc)[S::MI][4][4], const linear_produ
       const int c = at.n0 + at.warp_n + 8 * n + 2 * at.t;
       float lo = acc[i / 2][n][i % 2 * 2], hi = acc[i / 2][n][i % 2 * 2 + 1];
       if (p.bias && c < S::n_cols(p)) lo += p.bias[c], hi += p.bias[c + 1];
-      if (p.accumulate) lo += ks_bf16_lo(w[n]), hi += ks_bf16_hi(w[n]);
+      if (p.residual) lo += ks_bf16_lo(w[n]), hi += ks_bf16_hi(w[n]);
       w[n] = ks_pack_bf16(lo, hi);
     }
     tile_quad_transpose(w, at.t);
@@ -378,7 +380,7 @@ KS_DEVICE void store_elements(const float (&acc)[S::MI][4][4], const linear_prod
     Y *y = (Y *)p.y + (int64_t)row * S::n_cols(p) + col;
     float value = acc[m][n][j];
     if (p.bias) value += p.bias[col];
-    if (p.accumulate) value += ks_to_float(*y);
+    if (p.residual) value += ks_to_float(((const Y *)p.residual)[(int64_t)row * S::n_cols(p) + col]);
     *y = ks_from_float<Y>(value);
   }
 }
@@ -402,7 +404,7 @@ __global__ void __launch_bounds__(MMA_THREADS, MMA_BLOCKS)
   if (batch.max_rank > 0) add_adapters<S>(acc, xs, ws, mask, p, batch, u, at);
   if (p.y_is_f32)
     store_elements<S, float>(acc, p, at);
-  else if (ks_is_vector_aligned((const ks_bf16 *)p.y, S::n_cols(p)))
+  else if (ks_is_vector_aligned((const ks_bf16 *)p.y, S::n_cols(p)) && ((uintptr_t)p.residual & 15) == 0)
     store_vectors<S>(acc, p, at);
   else
     store_elements<S, ks_bf16>(acc, p, at);

@@ -146,7 +146,7 @@ template <class T, class Y, bool BACKWARD, int ROWS> struct simt_product {
   KS_DEVICE void store(int64_t m, int64_t n, float value) const {
     Y *y = (Y *)p.y + m * n_end + n;
     if (p.bias) value += p.bias[n];
-    if (p.accumulate) value += ks_to_float(*y);
+    if (p.residual) value += ks_to_float(((const Y *)p.residual)[m * n_end + n]);
     *y = ks_from_float<Y>(value);
   }
 };

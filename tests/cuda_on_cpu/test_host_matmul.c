@@ -72,7 +72,7 @@ static int64_t run(ks_ctx *ctx, const matmul_case *c, const char *name) {
                                    .n_out = c->n_out,
                                    .n_in = c->n_in,
                                    .w_transposed = c->transposed,
-                                   .accumulate = c->accumulate,
+                                   .c = c->accumulate ? ks_guard_at(&gy, skip) : NULL,
                                    .x_dtype = c->type,
                                    .w_dtype = c->type,
                                    .y_dtype = c->y_type};

@@ -193,7 +193,7 @@ static void make_device(ks_ctx *ctx, const inputs *in, device *d) {
                              .y = d->y.p,
                              .generation = c->generation,
                              .n_rows = c->n_rows,
-                             .accumulate = c->accumulate,
+                             .residual = c->accumulate ? d->y.p : NULL,
                              .segments = in->segments,
                              .n_segments = c->n_segments,
                              .loras = d->loras,
