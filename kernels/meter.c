@@ -99,6 +99,17 @@ ks_status ks_meter_null(ks_meter *m) {
   return m->ops ? m->ops->null(m->ctx, m->state) : KS_OK;
 }
 
+ks_status ks_meter_forget(ks_meter *m) {
+  if (m->ops) KS_TRY(m->ops->forget(m->ctx, m->state));
+  m->ctx->mem_peak = m->ctx->mem_used;
+  return KS_OK;
+}
+
+void ks_activity_of(const ks_ctx *ctx, ks_activity *out) {
+  *out = (ks_activity){0};
+  if (ctx->backend->meter) ctx->backend->meter->activity(ctx, out);
+}
+
 ks_status ks_meter_copy_rate(ks_meter *m, double *gbytes) {
   *gbytes = 0;
   return m->ops ? m->ops->copy_rate(m->ctx, m->state, gbytes) : KS_OK;

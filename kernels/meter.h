@@ -9,8 +9,10 @@
  *   KS_TRY(ks_meter_end(meter));
  *   KS_TRY(ks_meter_read(meter, &ms));        // waits for the device
  *
- * On a GPU a region is the time between two events of the context's stream; on the CPU it is wall-clock time. None of these may
- * be called between ks_step_begin and ks_step_end. A meter is used by one thread, and destroyed before its context.
+ * On a GPU a region is the time between two events of the context's stream; when what was queued in it was waited for before its
+ * end (operations whose host outputs are not late), it ends with the last kernel before the copy of the results. On the CPU it is
+ * wall-clock time. None of these may be called between ks_step_begin and ks_step_end. A meter is used by one thread, and
+ * destroyed before its context.
  */
 #ifndef KS_METER_H
 #define KS_METER_H
@@ -36,6 +38,21 @@ ks_status ks_meter_flush(ks_meter *m);
 ks_status ks_meter_delay(ks_meter *m, double microseconds);
 /* A kernel that does nothing: what a launch alone costs. */
 ks_status ks_meter_null(ks_meter *m);
+/* The backend gives back what it keeps for later (workspaces, recorded steps), and ks_mem_peak counts from here on. */
+ks_status ks_meter_forget(ks_meter *m);
+
+/* What a context's device was given so far, and what it made of it. A span of work begins with the first that is put on an idle
+ * device and ends before the next wait of the host (or before the copy of results that comes before it); gaps inside it, where the
+ * host is too slow with single launches, count as busy. So wall time - busy_seconds is time that the device waited for the host
+ * with nothing queued, copies of inputs and results included. */
+typedef struct {
+  bool is_known;        /* false: a backend that computes in the call itself (CPU); the rest is 0 */
+  int64_t launches;     /* kernels and products put on the stream one by one */
+  int64_t graphs;       /* steps launched as a whole */
+  int64_t waits;        /* of the host for the device */
+  double busy_seconds;  /* of the spans that were waited for */
+} ks_activity;
+void ks_activity_of(const ks_ctx *ctx, ks_activity *out);
 
 /* Ceilings, measured now, the best of several rounds; 0: this device has no such measurement.
  *   copy    GB/s, read and written bytes counted, of a large copy inside device memory
@@ -70,6 +87,8 @@ typedef struct ks_meter_ops {
   ks_status (*flush)(ks_ctx *ctx, void *state);
   ks_status (*delay)(ks_ctx *ctx, void *state, double microseconds);
   ks_status (*null)(ks_ctx *ctx, void *state);
+  ks_status (*forget)(ks_ctx *ctx, void *state);
+  void (*activity)(const ks_ctx *ctx, ks_activity *out);
   ks_status (*copy_rate)(ks_ctx *ctx, void *state, double *gbytes);
   ks_status (*read_rate)(ks_ctx *ctx, void *state, double *gbytes);
   ks_status (*matrix_rate)(ks_ctx *ctx, void *state, ks_dtype dtype, double *gflops);

@@ -164,6 +164,7 @@ static void cuda_ctx_exit(ks_ctx *ctx) {
   ks_cuda_steps_exit(ctx);
   ks_cuda_blas_exit(ctx);
   ks_cuda_stage_exit(ctx);
+  ks_cuda_activity_exit(ctx);
   if (cuda->stream) cudaStreamDestroy(cuda->stream);
   free(cuda->limits);
   free(cuda);
@@ -261,8 +262,10 @@ static ks_status cuda_mem_download(ks_ctx *ctx, void *dst, const void *src, size
   ks_cuda *cuda = ks_cuda_of(ctx);
   KS_TRY(ks_cuda_alive(ctx, "ks_mem_download"));
   KS_TRY(not_in_step(ctx, "ks_mem_download"));
+  KS_TRY(ks_cuda_activity_end(ctx));
   KS_CUDA_TRY(ctx, "ks_mem_download", cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, cuda->stream));
   KS_CUDA_TRY(ctx, "ks_mem_download", cudaStreamSynchronize(cuda->stream));
+  ks_cuda_activity_waited(ctx);
   return KS_OK;
 }
 

@@ -2,7 +2,7 @@
  *
  *   cuda.c    device, context, memory, the backend's table      launch.c  launches, errors, variants
  *   stage.c   pinned rings, late outputs, workspace             step.c    recorded steps and their graphs
- *   blas.c    cuBLASLt
+ *   blas.c    cuBLASLt                            activity.c  spans of work
  *
  * The way of an operation: ks_cuda_launch, ks_cuda_matmul, ks_cuda_fill and ks_cuda_copy check and describe
  * what is wanted as a ks_cuda_op and give it to ks_cuda_queue (step.c), which executes it (ks_cuda_execute),
@@ -104,6 +104,18 @@ void ks_cuda_steps_exit(ks_ctx *ctx);
  * this alone, PTX on everything newer. */
 bool ks_cuda_archs_serve(const char *archs, int capability); /* cuda.c */
 
+/* ---------------------------------------------------------------- activity (activity.c) */
+
+typedef enum { KS_CUDA_SPAN_NONE = 0, KS_CUDA_SPAN_OPEN, KS_CUDA_SPAN_ENDED } ks_cuda_span;
+/* Before work is put on the stream. */
+ks_status ks_cuda_activity_begin(ks_ctx *ctx);
+/* Before its results are fetched or waited for; work that follows goes on with the span. */
+ks_status ks_cuda_activity_end(ks_ctx *ctx);
+/* After a wait for the whole stream. */
+void ks_cuda_activity_waited(ks_ctx *ctx);
+void ks_cuda_activity_exit(ks_ctx *ctx);
+void ks_cuda_activity_of(const ks_ctx *ctx, ks_activity *out);
+
 /* ---------------------------------------------------------------- products (blas.c) */
 
 typedef struct ks_cuda_blas ks_cuda_blas;
@@ -143,6 +155,9 @@ typedef struct {
   int integrated; /* the device has the system's memory */
   ks_cuda_steps *steps;
   ks_cuda_counts counts;
+  ks_activity activity; /* launches are in counts */
+  ks_cuda_span span;
+  cudaEvent_t span_from, span_to;
   char broken[512]; /* why no call can succeed any more */
 } ks_cuda;
 

@@ -175,6 +175,7 @@ ks_status ks_cuda_copy(ks_ctx *ctx, void *dst, const void *src, size_t bytes) {
 
 ks_status ks_cuda_execute(ks_ctx *ctx, const ks_cuda_op *op) {
   cudaStream_t stream = ks_cuda_of(ctx)->stream;
+  KS_TRY(ks_cuda_activity_begin(ctx));
   switch (op->kind) {
   case KS_CUDA_OP_LAUNCH:
     return ks_cuda_launch_now(ctx, &op->u.launch);

@@ -19,6 +19,8 @@ static const int64_t matrix_sizes[] = {2048, 4096, 8192};
 
 typedef struct {
   cudaEvent_t from, to;
+  int64_t waits;   /* of the context when the region began */
+  bool was_waited; /* the region's work was: it ended with that */
   void *junk; /* twice the L2 */
   size_t junk_bytes;
   double cycles_per_us;
@@ -71,22 +73,28 @@ static ks_status outside_steps(const ks_ctx *ctx) {
 }
 
 static ks_status meter_begin(ks_ctx *ctx, void *state) {
+  meter *m = state;
   KS_TRY(outside_steps(ctx));
-  KS_CUDA_TRY(ctx, "meter", cudaEventRecord(((meter *)state)->from, ks_cuda_of(ctx)->stream));
+  m->waits = ks_cuda_of(ctx)->activity.waits;
+  KS_CUDA_TRY(ctx, "meter", cudaEventRecord(m->from, ks_cuda_of(ctx)->stream));
   return KS_OK;
 }
 
 static ks_status meter_end(ks_ctx *ctx, void *state) {
+  const ks_cuda *cuda = ks_cuda_of(ctx);
+  meter *m = state;
   KS_TRY(outside_steps(ctx));
-  KS_CUDA_TRY(ctx, "meter", cudaEventRecord(((meter *)state)->to, ks_cuda_of(ctx)->stream));
+  m->was_waited = cuda->span == KS_CUDA_SPAN_NONE && cuda->activity.waits > m->waits && cuda->span_to;
+  if (!m->was_waited) KS_CUDA_TRY(ctx, "meter", cudaEventRecord(m->to, cuda->stream));
   return KS_OK;
 }
 
 static ks_status meter_read(ks_ctx *ctx, void *state, double *ms) {
   meter *m = state;
+  cudaEvent_t to = m->was_waited ? ks_cuda_of(ctx)->span_to : m->to;
   float elapsed = 0;
-  KS_CUDA_TRY(ctx, "meter", cudaEventSynchronize(m->to));
-  KS_CUDA_TRY(ctx, "meter", cudaEventElapsedTime(&elapsed, m->from, m->to));
+  KS_CUDA_TRY(ctx, "meter", cudaEventSynchronize(to));
+  KS_CUDA_TRY(ctx, "meter", cudaEventElapsedTime(&elapsed, m->from, to));
   *ms = (double)elapsed;
   return ks_cuda_finish(ctx);
 }
@@ -99,6 +107,20 @@ static ks_status meter_flush(ks_ctx *ctx, void *state) {
 
 static ks_status meter_delay(ks_ctx *ctx, void *state, double microseconds) {
   return ks_cuda_meter_delay(ctx, (int64_t)(microseconds * ((meter *)state)->cycles_per_us));
+}
+
+/* The lists of steps name the workspace: they go too. */
+static ks_status meter_forget(ks_ctx *ctx, void *state) {
+  (void)state;
+  ks_cuda *cuda = ks_cuda_of(ctx);
+  KS_TRY(outside_steps(ctx));
+  KS_TRY(ks_cuda_finish(ctx));
+  ks_cuda_steps_exit(ctx);
+  KS_CUDA_TRY(ctx, "meter", cudaFree(cuda->workspace));
+  ks_mem_account(ctx, 0, cuda->workspace_bytes);
+  cuda->workspace = NULL;
+  cuda->workspace_bytes = 0;
+  return KS_OK;
 }
 
 static ks_status meter_null(ks_ctx *ctx, void *state) {
@@ -251,6 +273,8 @@ const ks_meter_ops ks_cuda_meter = {.create = meter_create,
                                     .flush = meter_flush,
                                     .delay = meter_delay,
                                     .null = meter_null,
+                                    .forget = meter_forget,
+                                    .activity = ks_cuda_activity_of,
                                     .copy_rate = copy_rate,
                                     .read_rate = read_rate,
                                     .matrix_rate = matrix_rate,

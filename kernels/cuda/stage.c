@@ -153,7 +153,9 @@ ks_status ks_cuda_workspace(ks_ctx *ctx, size_t bytes, void **device) {
   if (bytes > cuda->workspace_bytes) {
     const size_t wanted = (bytes + (SEGMENT_BYTES - 1)) & ~(size_t)(SEGMENT_BYTES - 1);
     KS_TRY(ks_cuda_step_flush(ctx)); /* what is held back may use the old one */
+    KS_TRY(ks_cuda_activity_end(ctx));
     KS_CUDA_TRY(ctx, "workspace", cudaStreamSynchronize(cuda->stream));
+    ks_cuda_activity_waited(ctx);
     cudaFree(cuda->workspace);
     ks_mem_account(ctx, 0, cuda->workspace_bytes);
     cuda->workspace = NULL;
@@ -190,6 +192,7 @@ static ks_status late_room(ks_ctx *ctx, size_t bytes, void **pinned) {
 ks_status ks_cuda_late_fetch(ks_ctx *ctx, const void *device, size_t bytes, void **pinned) {
   ks_cuda *cuda = ks_cuda_of(ctx);
   KS_TRY(late_room(ctx, bytes, pinned));
+  KS_TRY(ks_cuda_activity_end(ctx));
   KS_CUDA_TRY(ctx, "late outputs",
               cudaMemcpyAsync(*pinned, device, bytes, cudaMemcpyDeviceToHost, cuda->stream));
   return KS_OK;
@@ -226,10 +229,12 @@ ks_status ks_cuda_finish(ks_ctx *ctx) {
   ks_cuda *cuda = ks_cuda_of(ctx);
   if (ks_cuda_in_step(ctx)) return KS_FAIL(KS_EINTERNAL, "cuda: waiting for the device inside a step");
   ks_status status = ks_cuda_alive(ctx, "ks_sync");
+  if (status == KS_OK) status = ks_cuda_activity_end(ctx);
   if (status == KS_OK) {
     cudaError_t e = cudaStreamSynchronize(cuda->stream);
     if (e != cudaSuccess) status = ks_cuda_failed(ctx, "ks_sync", "cudaStreamSynchronize", e);
   }
+  if (status == KS_OK) ks_cuda_activity_waited(ctx);
   for (size_t i = 0; i < cuda->late.n_entries && status == KS_OK; i++) {
     const ks_cuda_late_entry *entry = &cuda->late.entries[i];
     memcpy(entry->host, entry->pinned, entry->bytes);

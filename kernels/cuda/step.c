@@ -478,6 +478,8 @@ static ks_status replay(ks_ctx *ctx, step *s) {
   KS_TRY(upload(ctx, s));
   if (!s->graph && !s->no_graph && s->n_entries > 0) make_graph(ctx, s);
   if (!s->graph) return execute_entries(ctx, s);
+  KS_TRY(ks_cuda_activity_begin(ctx));
+  cuda->activity.graphs++;
   KS_CUDA_TRY(ctx, "ks_step_end", cudaGraphLaunch(s->graph, cuda->stream));
   return KS_OK;
 }
