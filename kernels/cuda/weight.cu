@@ -1,71 +1,48 @@
 /* Frozen weights on the device: host values of F32, BF16 or F16 become rows of F32 or BF16, or blocks
  * (kernels/quant.h).
  *
- * Rows are converted and uploaded a piece of at most PIECE bytes at a time, so that the host never holds a
- * second copy. W is kept as it is read, [n_out, n_in] row-major: forward multiplies by its transpose, the
- * input gradient by itself, and neither needs another layout. Bytes (w->bytes): codes or values, scales and
- * bias, as allocated. */
+ * Rows that are stored as they are kept are uploaded as they lie; others are converted (weight_rows.c, all
+ * cores) and uploaded a piece of at most PIECE bytes at a time, so that the host never holds a second copy. W
+ * is kept as it is read, [n_out, n_in] row-major: forward multiplies by its transpose, the input gradient by
+ * itself, and neither needs another layout. Bytes (w->bytes): codes or values, scales and bias, as allocated. */
 #include "kernels/cuda/weight.cuh"
+#include "kernels/cuda/weight_rows.h"
 
 #include "kernels/base/size.h"
 #include <stdlib.h>
 #include <string.h>
 
-enum { PIECE = 4 << 20 };
+enum { PIECE = 32 << 20 };
 
-/* ---------------------------------------------------------------- rows on the host */
+/* ---------------------------------------------------------------- rows */
 
-static float value_at(const void *values, ks_dtype dtype, int64_t i) {
-  if (dtype == KS_DTYPE_F32) return ((const float *)values)[i];
-  const uint16_t h = ((const uint16_t *)values)[i];
-  return dtype == KS_DTYPE_F16 ? ks_f16_to_float(h) : ks_bits_to_float((uint32_t)h << 16);
-}
-
-/* Room for a piece: rows of codes or values, their scales, and one row of floats. */
-typedef struct {
-  uint8_t *values;
-  uint16_t *scales;
-  float *row;
-} piece;
-
-static ks_status convert_row(const ks_weight_params *p, const ks_cuda_weight *impl, int64_t row, int64_t at,
-                             piece *to) {
-  uint8_t *out = to->values + at * impl->row_bytes;
-  float *x = p->dtype == KS_DTYPE_F32 ? (float *)(void *)out : to->row;
-  for (int64_t i = 0; i < p->n_in; i++)
-    x[i] = value_at(p->values, p->values_dtype, row * p->n_in + i);
-  for (int64_t i = 0; p->dtype == KS_DTYPE_BF16 && i < p->n_in; i++)
-    ((uint16_t *)(void *)out)[i] = (uint16_t)ks_bf16_bits(x[i]);
-  if (!ks_dtype_is_quantized(p->dtype)) return KS_OK;
-  KS_TRY_AS(ks_quant_row(p->dtype, x, p->n_in, out, to->scales + at * impl->scales_per_row),
-            "row %lld of a weight [%lld, %lld]", (long long)row, (long long)p->n_out, (long long)p->n_in);
-  return KS_OK;
+static ks_status upload_piece(ks_ctx *ctx, const ks_weight_params *p, const ks_cuda_weight *impl, int64_t row,
+                              int64_t n, uint8_t *values, uint16_t *scales) {
+  KS_TRY(ks_cuda_convert_rows(p, impl, row, n, values, scales));
+  KS_TRY(ks_mem_upload(ctx, (uint8_t *)impl->values + row * impl->row_bytes, values,
+                       (size_t)(n * impl->row_bytes)));
+  if (!scales) return KS_OK;
+  return ks_mem_upload(ctx, (uint16_t *)impl->scales + row * impl->scales_per_row, scales,
+                       (size_t)(n * impl->scales_per_row) * sizeof *scales);
 }
 
 static ks_status upload_rows(ks_ctx *ctx, const ks_weight_params *p, const ks_cuda_weight *impl) {
+  if (p->values_dtype == p->dtype)
+    return ks_mem_upload(ctx, impl->values, p->values, (size_t)(p->n_out * impl->row_bytes));
   const int64_t row_bytes = impl->row_bytes > 0 ? impl->row_bytes : 1;
   const int64_t fit = PIECE / row_bytes, n_rows = fit < 1 ? 1 : fit < p->n_out ? fit : p->n_out;
-  piece room = {};
-  ks_status status = ks_alloc_array(&room.values, (size_t)(n_rows * row_bytes), 1, "weight: piece of rows");
+  uint8_t *values = NULL;
+  uint16_t *scales = NULL;
+  ks_status status = ks_alloc_array(&values, (size_t)(n_rows * row_bytes), 1, "weight: piece of rows");
   if (status == KS_OK && impl->scales)
-    status = ks_alloc_array(&room.scales, (size_t)(n_rows * impl->scales_per_row), sizeof *room.scales,
-                            "weight: scales");
-  if (status == KS_OK)
-    status = ks_alloc_array(&room.row, (size_t)p->n_in + 1, sizeof *room.row, "weight: row");
+    status =
+        ks_alloc_array(&scales, (size_t)(n_rows * impl->scales_per_row), sizeof *scales, "weight: scales");
   for (int64_t row = 0; status == KS_OK && row < p->n_out; row += n_rows) {
     const int64_t n = p->n_out - row < n_rows ? p->n_out - row : n_rows;
-    for (int64_t i = 0; status == KS_OK && i < n; i++)
-      status = convert_row(p, impl, row + i, i, &room);
-    if (status == KS_OK)
-      status = ks_mem_upload(ctx, (uint8_t *)impl->values + row * impl->row_bytes, room.values,
-                             (size_t)(n * impl->row_bytes));
-    if (status == KS_OK && impl->scales)
-      status = ks_mem_upload(ctx, (uint16_t *)impl->scales + row * impl->scales_per_row, room.scales,
-                             (size_t)(n * impl->scales_per_row) * sizeof(uint16_t));
+    status = upload_piece(ctx, p, impl, row, n, values, scales);
   }
-  free(room.values);
-  free(room.scales);
-  free(room.row);
+  free(values);
+  free(scales);
   return status;
 }
 
