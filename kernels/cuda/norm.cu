@@ -28,13 +28,21 @@
  *               expected: the card's copy bandwidth from a few MB on, launch time below. Measured, 2048 x 2048:
  *               forward 10.1 us (1.66 TB/s, 39 % of a copy), backward 14.5 us; hot, in a recorded step, 5.3 and 8.8 us */
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/row.cuh"
 
-enum { NORM_BLOCK = 128 };
+enum {
+  NORM_BLOCK = 128,         /* of rows that share warps */
+  NORM_FORWARD_BLOCK = 512, /* at most, where a row has a block; both kernels take 64 registers a thread: */
+  NORM_BACKWARD_BLOCK = 1024,
+  NORM_THREADS_PER_SM = 1024,
+  NORM_FORWARD_HELD = 2, /* pieces of each array in a thread's registers then */
+  NORM_BACKWARD_HELD = 1
+};
 
-/* Over GROUP threads that share a row: parts of a warp, or the whole block. */
+/* Over the GROUP threads that share a row: parts of a warp, or (0) the whole block. */
 template <int GROUP> KS_DEVICE float norm_group_sum(float x, float *room) {
-  if constexpr (GROUP > KS_WARP) {
+  if constexpr (GROUP == 0) {
     return ks_block_sum(x, room);
   } else {
 #pragma unroll
@@ -67,161 +75,189 @@ KS_DEVICE float norm_products(float acc, const ks_piece<T> &x_piece, const ks_pi
   return acc;
 }
 
-/* Where a thread's pieces lie. A group beyond the last row has none, and takes part in the collectives. */
-template <class T, int GROUP> struct norm_place {
-  int64_t row, n_cols; /* n_cols 0: nothing to do */
-  int lane;
-  bool is_row;
-
-  KS_DEVICE norm_place(int64_t n_rows, int64_t cols) {
-    row = (int64_t)blockIdx.x * (int)(blockDim.x / GROUP) + (int)(threadIdx.x / GROUP);
-    lane = (int)(threadIdx.x % GROUP);
-    is_row = row < n_rows;
-    n_cols = is_row ? cols : 0;
-  }
-  KS_DEVICE int64_t column(int64_t k) const { /* of this thread's piece k */
-    return (k * GROUP + lane) * ks_piece<T>::N;
-  }
-};
-
-/* This thread's first HELD pieces, all on their way at once; in aligned rows every piece is whole. */
-template <class T, int GROUP, int HELD>
-KS_DEVICE void norm_load(ks_piece<T> held[HELD], const T *row, const norm_place<T, GROUP> &at, bool aligned) {
-  if (aligned) {
-#pragma unroll
-    for (int k = 0; k < HELD; k++)
-      held[k] = ks_piece_load_whole(row + at.column(k), at.column(k) < at.n_cols);
-  } else {
-#pragma unroll
-    for (int k = 0; k < HELD; k++)
-      held[k] = ks_piece_load_part(row + at.column(k), at.n_cols - at.column(k));
-  }
+template <bool WHOLE, class T> KS_DEVICE ks_piece<T> norm_piece(const T *p, int64_t n_left) {
+  ks_piece<T> one[1];
+  ks_pieces_load<1, WHOLE>(one, p, 0, 0, n_left);
+  return one[0];
 }
 
-template <class T>
-KS_DEVICE void norm_write(T *y, const ks_piece<T> &piece, const float *w, float rstd, int64_t n_left,
-                          bool aligned) {
-  enum { N = ks_piece<T>::N };
-  float x[N], weight[N];
+/* x * rstd * w */
+template <class T> KS_DEVICE ks_piece<T> norm_scaled(const ks_piece<T> &piece, const float *w, float rstd) {
+  float x[ks_piece<T>::N];
   ks_piece_unpack(x, piece);
-  ks_floats_load<N>(weight, w, n_left, aligned);
 #pragma unroll
-  for (int i = 0; i < N; i++)
-    x[i] = x[i] * rstd * weight[i];
-  ks_piece_store(y, ks_piece_pack<T>(x), n_left, aligned);
+  for (int i = 0; i < ks_piece<T>::N; i++)
+    x[i] = x[i] * rstd * w[i];
+  return ks_piece_pack<T>(x);
 }
 
-template <class T, int GROUP, int HELD>
-__global__ void rmsnorm_forward_kernel(const T *x, const float *__restrict__ w, T *y, float *rstd_out,
-                                       int64_t n_rows, int64_t n_cols, float eps, bool aligned) {
-  ks_smem smem;
-  float *room = GROUP > KS_WARP ? ks_smem_take<float>(&smem, KS_WARP) : nullptr;
-  const norm_place<T, GROUP> at(n_rows, n_cols);
-  x += at.row * n_cols;
-  y += at.row * n_cols;
-  ks_piece<T> held[HELD];
-  norm_load<T, GROUP, HELD>(held, x, at, aligned);
-  float sum = 0;
-#pragma unroll
-  for (int k = 0; k < HELD; k++)
-    sum = norm_squares(sum, held[k]);
-  for (int64_t k = HELD; at.column(k) < at.n_cols; k++)
-    sum = norm_squares(sum, ks_piece_load(x + at.column(k), at.n_cols - at.column(k), aligned));
-  sum = norm_group_sum<GROUP>(sum, room);
-  const float rstd = 1.0f / sqrtf((n_cols ? sum / (float)n_cols : 0.0f) + eps);
-  if (rstd_out && at.is_row && at.lane == 0) rstd_out[at.row] = rstd;
-#pragma unroll
-  for (int k = 0; k < HELD; k++)
-    if (at.column(k) < at.n_cols)
-      norm_write(y + at.column(k), held[k], w + at.column(k), rstd, at.n_cols - at.column(k), aligned);
-  for (int64_t k = HELD; at.column(k) < at.n_cols; k++)
-    norm_write(y + at.column(k), ks_piece_load(x + at.column(k), at.n_cols - at.column(k), aligned),
-               w + at.column(k), rstd, at.n_cols - at.column(k), aligned);
-}
-
-/* What the second pass of the gradient needs beside x and dy. */
-struct norm_back {
-  float rstd, t;
-  bool accumulate, aligned;
-};
-
+/* (before +) rstd (dy w - x rstd t) */
 template <class T>
-KS_DEVICE void norm_write_back(T *dx, const ks_piece<T> &x_piece, const ks_piece<T> &dy_piece, const float *w,
-                               int64_t n_left, const norm_back &b) {
+KS_DEVICE ks_piece<T> norm_gradient(const ks_piece<T> &x_piece, const ks_piece<T> &dy_piece,
+                                    const ks_piece<T> &before_piece, bool add, const float *w, float rstd,
+                                    float t) {
   enum { N = ks_piece<T>::N };
-  float x[N], g[N], weight[N], before[N];
-  if (b.accumulate) ks_piece_unpack(before, ks_piece_load((const T *)dx, n_left, b.aligned));
+  float x[N], g[N], before[N];
   ks_piece_unpack(x, x_piece);
   ks_piece_unpack(g, dy_piece);
-  ks_floats_load<N>(weight, w, n_left, b.aligned);
+  ks_piece_unpack(before, before_piece);
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    g[i] = b.rstd * fmaf(-(x[i] * b.rstd), b.t, g[i] * weight[i]);
-    if (b.accumulate) g[i] = before[i] + g[i];
+    g[i] = rstd * fmaf(-(x[i] * rstd), t, g[i] * w[i]);
+    if (add) g[i] = before[i] + g[i];
   }
-  ks_piece_store(dx, ks_piece_pack<T>(g), n_left, b.aligned);
+  return ks_piece_pack<T>(g);
 }
 
-/* A row's sum of dy * w * x over the pieces of one thread. */
-template <class T>
-KS_DEVICE float norm_dot(float acc, const ks_piece<T> &x, const ks_piece<T> &dy, const float *w,
-                         int64_t n_left, bool aligned) {
-  float weight[ks_piece<T>::N];
-  ks_floats_load<ks_piece<T>::N>(weight, w, n_left, aligned);
-  return norm_products(acc, x, dy, weight);
+/* A thread's rows and its pieces of each. */
+template <class T, int GROUP> struct norm_place {
+  int64_t in_block, block_rows, n_rows,
+      n_cols;          /* in_block: number of this thread's row among those of a block */
+  int64_t first, step; /* of this thread's pieces, in elements */
+
+  KS_DEVICE norm_place(int64_t rows, int64_t cols) {
+    const int group = GROUP ? GROUP : (int)blockDim.x, lane = (int)threadIdx.x;
+    in_block = GROUP ? lane / group : 0;
+    block_rows = GROUP ? (int)blockDim.x / group : 1;
+    n_rows = rows;
+    n_cols = cols;
+    first = (int64_t)(GROUP ? lane % group : lane) * ks_piece<T>::N;
+    step = (int64_t)group * ks_piece<T>::N;
+  }
+  /* Columns of a row; none behind the last: its threads go on with zeros, for the collectives. */
+  KS_DEVICE int64_t cols(int64_t row) const { return row < n_rows ? n_cols : 0; }
+};
+
+/* Weights under this thread's pieces, for all its rows. */
+template <int N, int HELD, bool WHOLE>
+KS_DEVICE void norm_weights(float w[HELD][N], const float *from, int64_t first, int64_t step,
+                            int64_t n_cols) {
+#pragma unroll
+  for (int k = 0; k < HELD; k++) {
+    const int64_t j = first + k * step;
+    ks_floats_load<N, WHOLE>(w[k], from + j, n_cols - j);
+  }
 }
 
-template <class T, int GROUP, int HELD>
-__global__ void rmsnorm_backward_kernel(const T *x, const float *__restrict__ w, const float *rstd_in,
-                                        const T *dy, T *dx, int64_t n_rows, int64_t n_cols, bool accumulate,
-                                        bool aligned) {
+template <class T, int GROUP, int HELD, bool WHOLE>
+__global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
+    rmsnorm_forward_kernel(const T *x, const float *__restrict__ w, T *y, float *rstd_out, int64_t n_rows,
+                           int64_t n_cols, float inverse, float eps) {
+  enum { N = ks_piece<T>::N };
   ks_smem smem;
-  float *room = GROUP > KS_WARP ? ks_smem_take<float>(&smem, KS_WARP) : nullptr;
+  float *room = GROUP ? nullptr : ks_smem_take<float>(&smem, KS_WARP);
   const norm_place<T, GROUP> at(n_rows, n_cols);
-  x += at.row * n_cols;
-  dy += at.row * n_cols;
-  dx += at.row * n_cols;
-  ks_piece<T> held_x[HELD], held_dy[HELD];
-  norm_load<T, GROUP, HELD>(held_x, x, at, aligned);
-  norm_load<T, GROUP, HELD>(held_dy, dy, at, aligned);
-  const float rstd = at.is_row ? rstd_in[at.row] : 0.0f;
-  float dot = 0;
+  const int64_t stride = (int64_t)gridDim.x * at.block_rows, rest = at.first + HELD * at.step;
+  int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
+  ks_piece<T> held[HELD], next[HELD];
+  float weight[HELD][N];
+  ks_pieces_load<HELD, WHOLE>(held, x + row * n_cols, at.first, at.step, at.cols(row));
+  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  for (; base < n_rows; base += stride, row += stride) {
+    const int64_t cols = at.cols(row);
+    const T *from = x + row * n_cols;
+    T *to = y + row * n_cols;
+    ks_pieces_load<HELD, WHOLE>(next, from + stride * n_cols, at.first, at.step, at.cols(row + stride));
+    float sum = 0;
 #pragma unroll
-  for (int k = 0; k < HELD; k++)
-    if (at.column(k) < at.n_cols)
-      dot = norm_dot(dot, held_x[k], held_dy[k], w + at.column(k), at.n_cols - at.column(k), aligned);
-  for (int64_t k = HELD; at.column(k) < at.n_cols; k++) {
-    const int64_t j = at.column(k), n_left = at.n_cols - j;
-    dot = norm_dot(dot, ks_piece_load(x + j, n_left, aligned), ks_piece_load(dy + j, n_left, aligned), w + j,
-                   n_left, aligned);
-  }
-  dot = norm_group_sum<GROUP>(dot, room);
-  const norm_back b = {rstd, n_cols ? rstd * (dot / (float)n_cols) : 0.0f, accumulate, aligned};
+    for (int k = 0; k < HELD; k++)
+      sum = norm_squares(sum, held[k]);
+    if (GROUP == 0)
+      for (int64_t j = rest; j < cols; j += at.step)
+        sum = norm_squares(sum, norm_piece<WHOLE>(from + j, cols - j));
+    sum = norm_group_sum<GROUP>(sum, room);
+    const float rstd = rsqrtf(fmaf(sum, inverse, eps));
+    if (rstd_out && row < n_rows && at.first == 0) rstd_out[row] = rstd;
 #pragma unroll
-  for (int k = 0; k < HELD; k++)
-    if (at.column(k) < at.n_cols)
-      norm_write_back(dx + at.column(k), held_x[k], held_dy[k], w + at.column(k), at.n_cols - at.column(k),
-                      b);
-  for (int64_t k = HELD; at.column(k) < at.n_cols; k++) {
-    const int64_t j = at.column(k), n_left = at.n_cols - j;
-    norm_write_back(dx + j, ks_piece_load(x + j, n_left, aligned), ks_piece_load(dy + j, n_left, aligned),
-                    w + j, n_left, b);
+    for (int k = 0; k < HELD; k++)
+      ks_piece_put<WHOLE>(to, norm_scaled(held[k], weight[k], rstd), at.first + k * at.step, cols);
+    if (GROUP == 0)
+      for (int64_t j = rest; j < cols; j += at.step) {
+        float far[N];
+        ks_floats_load<N, WHOLE>(far, w + j, cols - j);
+        ks_piece_put<WHOLE>(to, norm_scaled(norm_piece<WHOLE>(from + j, cols - j), far, rstd), j, cols);
+      }
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+      held[k] = next[k];
   }
 }
 
-/* Kernels by the number of pieces of a row. */
+template <class T, int GROUP, int HELD, bool WHOLE>
+__global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, 1)
+    rmsnorm_backward_kernel(const T *x, const float *__restrict__ w, const float *rstd_in, const T *dy, T *dx,
+                            int64_t n_rows, int64_t n_cols, float inverse, bool accumulate) {
+  enum { N = ks_piece<T>::N };
+  ks_smem smem;
+  float *room = GROUP ? nullptr : ks_smem_take<float>(&smem, KS_WARP);
+  const norm_place<T, GROUP> at(n_rows, n_cols);
+  const int64_t stride = (int64_t)gridDim.x * at.block_rows, rest = at.first + HELD * at.step;
+  int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
+  ks_piece<T> xs[HELD], dys[HELD], next_xs[HELD], next_dys[HELD], before[HELD];
+  float weight[HELD][N];
+  ks_pieces_load<HELD, WHOLE>(xs, x + row * n_cols, at.first, at.step, at.cols(row));
+  ks_pieces_load<HELD, WHOLE>(dys, dy + row * n_cols, at.first, at.step, at.cols(row));
+  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  float rstd = row < n_rows ? rstd_in[row] : 0.0f;
+  for (; base < n_rows; base += stride, row += stride) {
+    const int64_t cols = at.cols(row), next_cols = at.cols(row + stride), offset = row * n_cols,
+                  next = offset + stride * n_cols;
+    ks_pieces_load<HELD, WHOLE>(before, dx + offset, at.first, at.step, accumulate ? cols : 0);
+    ks_pieces_load<HELD, WHOLE>(next_xs, x + next, at.first, at.step, next_cols);
+    ks_pieces_load<HELD, WHOLE>(next_dys, dy + next, at.first, at.step, next_cols);
+    const float next_rstd = row + stride < n_rows ? rstd_in[row + stride] : 0.0f;
+    float dot = 0;
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+      dot = norm_products(dot, xs[k], dys[k], weight[k]);
+    if (GROUP == 0)
+      for (int64_t j = rest; j < cols; j += at.step) {
+        float far[N];
+        ks_floats_load<N, WHOLE>(far, w + j, cols - j);
+        dot = norm_products(dot, norm_piece<WHOLE>(x + offset + j, cols - j),
+                            norm_piece<WHOLE>(dy + offset + j, cols - j), far);
+      }
+    dot = norm_group_sum<GROUP>(dot, room);
+    const float t = rstd * (dot * inverse);
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+      ks_piece_put<WHOLE>(dx + offset,
+                          norm_gradient(xs[k], dys[k], before[k], accumulate, weight[k], rstd, t),
+                          at.first + k * at.step, cols);
+    if (GROUP == 0)
+      for (int64_t j = rest; j < cols; j += at.step) {
+        float far[N];
+        ks_floats_load<N, WHOLE>(far, w + j, cols - j);
+        const ks_piece<T> x_piece = norm_piece<WHOLE>(x + offset + j, cols - j),
+                          dy_piece = norm_piece<WHOLE>(dy + offset + j, cols - j),
+                          old = norm_piece<WHOLE, T>(dx + offset + j, cols - j);
+        ks_piece_put<WHOLE>(dx + offset, norm_gradient(x_piece, dy_piece, old, accumulate, far, rstd, t), j,
+                            cols);
+      }
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+      xs[k] = next_xs[k], dys[k] = next_dys[k];
+    rstd = next_rstd;
+  }
+}
+
+/* Kernels by the number of pieces of a row: of rows at odd addresses, and of rows of whole pieces. */
 template <class T> struct norm_shape {
   int64_t most_pieces;
   int group;
-  void (*forward)(const T *, const float *, T *, float *, int64_t, int64_t, float, bool);
-  void (*backward)(const T *, const float *, const float *, const T *, T *, int64_t, int64_t, bool, bool);
+  void (*forward[2])(const T *, const float *, T *, float *, int64_t, int64_t, float, float);
+  void (*backward[2])(const T *, const float *, const float *, const T *, T *, int64_t, int64_t, float, bool);
 };
 template <class T> static const norm_shape<T> *norm_shape_for(int64_t n_cols) {
-#define NORM_SHAPE(most, group, held)                                                                        \
-  { most, group, rmsnorm_forward_kernel<T, group, held>, rmsnorm_backward_kernel<T, group, held> }
+#define NORM_SHAPE(most, group, f, b)                                                                        \
+  {                                                                                                          \
+    most, group, {rmsnorm_forward_kernel<T, group, f, false>, rmsnorm_forward_kernel<T, group, f, true>}, {  \
+      rmsnorm_backward_kernel<T, group, b, false>, rmsnorm_backward_kernel<T, group, b, true>                \
+    }                                                                                                        \
+  }
   static const norm_shape<T> norm_shapes[] = {
-      NORM_SHAPE(8, 8, 1),     NORM_SHAPE(16, 16, 1),    NORM_SHAPE(32, 32, 1),        NORM_SHAPE(128, 32, 4),
-      NORM_SHAPE(512, 128, 4), NORM_SHAPE(1024, 256, 4), NORM_SHAPE(INT64_MAX, 512, 4)};
+      NORM_SHAPE(8, 8, 1, 1), NORM_SHAPE(16, 16, 1, 1), NORM_SHAPE(32, 32, 1, 1),
+      NORM_SHAPE(INT64_MAX, 0, NORM_FORWARD_HELD, NORM_BACKWARD_HELD)};
 #undef NORM_SHAPE
   const norm_shape<T> *s = norm_shapes;
   while (ks_pieces_of<T>(n_cols) > s->most_pieces)
@@ -229,34 +265,50 @@ template <class T> static const norm_shape<T> *norm_shape_for(int64_t n_cols) {
   return s;
 }
 
-/* Threads of a block, blocks and shared bytes. */
+/* No more blocks than are on the device at once, and as many rows for each. `threads`: a row's, where a block has one. */
 typedef struct {
   dim3 grid, block;
   size_t smem_bytes;
 } norm_geometry;
-static norm_geometry norm_geometry_of(int group, int64_t n_rows) {
-  const int threads = group > NORM_BLOCK ? group : NORM_BLOCK;
-  return {dim3(ks_blocks_for(n_rows, threads / group)), dim3((unsigned)threads),
-          group > KS_WARP ? ks_smem_bytes<float>(KS_WARP) : 0};
+static norm_geometry norm_geometry_of(ks_ctx *ctx, int group, int64_t threads, int64_t most, int64_t n_rows) {
+  const int64_t whole_warps = (threads + KS_WARP - 1) / KS_WARP * KS_WARP,
+                block = group ? (int64_t)NORM_BLOCK : ks_min_i64(whole_warps, most),
+                blocks = ks_blocks_for(n_rows, group ? block / group : 1),
+                at_once = ks_cuda_device_of(ctx)->n_sm * (NORM_THREADS_PER_SM / block),
+                turns = (blocks + at_once - 1) / at_once;
+  return {dim3(ks_blocks_for(blocks, turns)), dim3((unsigned)block),
+          group ? 0 : ks_smem_bytes<float>(KS_WARP)};
+}
+
+int32_t ks_norm_threads(int64_t n_cols) {
+  const int group = norm_shape_for<ks_bf16>(n_cols)->group;
+  const int64_t threads = (ks_pieces_of<ks_bf16>(n_cols) + NORM_FORWARD_HELD - 1) / NORM_FORWARD_HELD,
+                whole_warps = (threads + KS_WARP - 1) / KS_WARP * KS_WARP;
+  return group ? group : (int32_t)ks_min_i64(whole_warps, NORM_FORWARD_BLOCK);
 }
 
 template <class T> static ks_status norm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const norm_shape<T> *s = norm_shape_for<T>(a->n_cols);
-  const norm_geometry g = norm_geometry_of(s->group, a->n_rows);
+  const norm_geometry g = norm_geometry_of(
+      ctx, s->group, (ks_pieces_of<T>(a->n_cols) + NORM_FORWARD_HELD - 1) / NORM_FORWARD_HELD,
+      NORM_FORWARD_BLOCK, a->n_rows);
   const T *x = (const T *)a->x;
-  const bool aligned = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->y) && ks_is_aligned_16(a->w);
-  return ks_launch(ctx, "rmsnorm_forward", s->forward, g.grid, g.block, g.smem_bytes, x, a->w, (T *)a->y,
-                   a->rstd, a->n_rows, a->n_cols, a->eps, aligned);
+  const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->y) && ks_is_aligned_16(a->w);
+  return ks_launch(ctx, "rmsnorm_forward", s->forward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
+                   (T *)a->y, a->rstd, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols, a->eps);
 }
 
 template <class T> static ks_status norm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const norm_shape<T> *s = norm_shape_for<T>(a->n_cols);
-  const norm_geometry g = norm_geometry_of(s->group, a->n_rows);
+  const norm_geometry g = norm_geometry_of(
+      ctx, s->group, (ks_pieces_of<T>(a->n_cols) + NORM_BACKWARD_HELD - 1) / NORM_BACKWARD_HELD,
+      NORM_BACKWARD_BLOCK, a->n_rows);
   const T *x = (const T *)a->x;
-  const bool aligned = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->dy) &&
-                       ks_is_aligned_16(a->dx) && ks_is_aligned_16(a->w);
-  return ks_launch(ctx, "rmsnorm_backward", s->backward, g.grid, g.block, g.smem_bytes, x, a->w, a->rstd,
-                   (const T *)a->dy, (T *)a->dx, a->n_rows, a->n_cols, a->accumulate_dx, aligned);
+  const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->dy) &&
+                     ks_is_aligned_16(a->dx) && ks_is_aligned_16(a->w);
+  return ks_launch(ctx, "rmsnorm_backward", s->backward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
+                   a->rstd, (const T *)a->dy, (T *)a->dx, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols,
+                   a->accumulate_dx);
 }
 
 extern "C" ks_status ks_cuda_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {

@@ -71,6 +71,25 @@ template <class T> KS_DEVICE void ks_piece_store(T *p, const ks_piece<T> &r, int
     if (i < n_left) p[i] = ks_piece_get(r, i);
 }
 
+/* K pieces of an array of n elements, from elements at, at + step, ...: all loads under way together. WHOLE: p is aligned and no
+ * piece reaches beyond the array's end (n is a multiple of N), so that no code for single elements is in the way. */
+template <int K, bool WHOLE, class T>
+KS_DEVICE void ks_pieces_load(ks_piece<T> held[K], const T *p, int64_t at, int64_t step, int64_t n) {
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const int64_t j = at + k * step;
+    held[k] = WHOLE ? ks_piece_load_whole(p + j, j < n) : ks_piece_load_part(p + j, n - j);
+  }
+}
+/* One back to element `at`. */
+template <bool WHOLE, class T>
+KS_DEVICE void ks_piece_put(T *p, const ks_piece<T> &r, int64_t at, int64_t n) {
+  if (!WHOLE)
+    ks_piece_store(p + at, r, n - at, false);
+  else if (at < n)
+    *(uint4 *)(p + at) = make_uint4(r.words[0], r.words[1], r.words[2], r.words[3]);
+}
+
 KS_DEVICE void ks_piece_unpack(float x[4], const ks_piece<float> &r) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -99,12 +118,24 @@ template <> KS_DEVICE ks_piece<ks_bf16> ks_piece_pack<ks_bf16>(const float *x) {
   return r;
 }
 
+/* 1 / x to one unit in the last place, for x from 2^-126 to 2^126. */
+KS_DEVICE float ks_quick_reciprocal(float x) {
+#ifdef KS_CUDA_ON_CPU
+  return 1.0f / x * (ks_float_to_bits(x) & 1u ? 1.0f - 0x1p-24f : 1.0f + 0x1p-23f);
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 /* N floats of an array beside a row of T (a norm's weights), under the row's own pieces. */
-template <int N> KS_DEVICE void ks_floats_load(float x[N], const float *p, int64_t n_left, bool aligned) {
+template <int N, bool WHOLE> KS_DEVICE void ks_floats_load(float x[N], const float *p, int64_t n_left) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const ks_piece<float> r = ks_piece_load(p + i, n_left - i, aligned);
-    ks_piece_unpack(x + i, r);
+    ks_piece<float> r[1];
+    ks_pieces_load<1, WHOLE>(r, p, i, 0, n_left);
+    ks_piece_unpack(x + i, r[0]);
   }
 }
 

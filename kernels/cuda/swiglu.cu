@@ -3,79 +3,122 @@
  *   h = silu(gate) * up,  silu(z) = z / (1 + exp(-z)),  s = 1 / (1 + exp(-gate))
  *   silu'(z) = s + z s (1 - s):  dgate = dh * up * s * (1 + gate * (1 - s)),  dup = dh * gate * s
  *
- * Bytes, with e those of an activation: forward 3 e n, backward 5 e n. Flops: forward about 20 n, backward
- * about 28 n, most of them in the exponential and the division, so 2 to 4 a byte: bound by memory.
- *
- * Geometry: a thread takes one 16-byte piece of each array, all its loads under way together: 32 (backward
- * 48) bytes a thread, 64 KiB and more a multiprocessor. Unaligned arrays go element by element.
- *
- * Determinism: elementwise; the same operations whatever the path. A thread reads all that it overwrites
- * first, so the outputs may be the inputs.
- *
- * Ladder (H200, bf16, commit f74fb33; an empty kernel measures 3 us)
- *   v1  this; expected: the card's copy bandwidth from a few MB on. Measured, 2048 x 8192: forward 29 us (81 % of a copy),
- *       backward 44 us (89 %).
- *       The two projections that feed gate and up would have to be one product for the forward pass to become its epilogue */
+ * HEADER
+ */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 
-enum { SWIGLU_THREADS = 256 };
+enum { SWIGLU_THREADS = 256, SWIGLU_MANY = 2 };
 
-template <class T>
-__global__ void swiglu_forward_kernel(const T *gate, const T *up, T *h, int64_t n, bool aligned) {
-  enum { N = ks_piece<T>::N };
-  const int64_t at = ((int64_t)blockIdx.x * SWIGLU_THREADS + threadIdx.x) * N;
-  if (at >= n) return;
-  const ks_piece<T> gate_piece = ks_piece_load(gate + at, n - at, aligned),
-                    up_piece = ks_piece_load(up + at, n - at, aligned);
-  float z[N], u[N];
-  ks_piece_unpack(z, gate_piece);
-  ks_piece_unpack(u, up_piece);
-#pragma unroll
-  for (int i = 0; i < N; i++)
-    z[i] = z[i] / (1.0f + expf(-z[i])) * u[i];
-  ks_piece_store(h + at, ks_piece_pack<T>(z), n - at, aligned);
+/* s = 1 / (1 + exp(-z)) and 1 - s. */
+typedef struct {
+  float s, rest;
+} swiglu_sigmoid;
+
+template <class T> KS_DEVICE swiglu_sigmoid swiglu_sigmoid_of(float z);
+template <> KS_DEVICE swiglu_sigmoid swiglu_sigmoid_of<float>(float z) {
+  const float s = 1.0f / (1.0f + expf(-z));
+  return {s, 1.0f - s};
+}
+/* Far below what bf16 shows: two instructions of approximation, no slow paths. e = exp(-|z|) lies in [0, 1], so that nothing
+ * overflows; it may be below the normal range, which the instruction would make 0. */
+template <> KS_DEVICE swiglu_sigmoid swiglu_sigmoid_of<ks_bf16>(float z) {
+  const float t = fabsf(z) * -1.4426950408889634f;
+  const bool tiny = t < -126.0f;
+  float e = ks_exp2(tiny ? t + 64.0f : t);
+  if (tiny) e *= 0x1p-64f;
+  const float r = ks_quick_reciprocal(1.0f + e), er = e * r;
+  return z < 0.0f ? swiglu_sigmoid{er, r} : swiglu_sigmoid{r, er};
 }
 
-template <class T>
-__global__ void swiglu_backward_kernel(const T *gate, const T *up, const T *dh, T *dgate, T *dup, int64_t n,
-                                       bool aligned) {
-  enum { N = ks_piece<T>::N };
-  const int64_t at = ((int64_t)blockIdx.x * SWIGLU_THREADS + threadIdx.x) * N;
-  if (at >= n) return;
-  const ks_piece<T> gate_piece = ks_piece_load(gate + at, n - at, aligned),
-                    up_piece = ks_piece_load(up + at, n - at, aligned),
-                    dh_piece = ks_piece_load(dh + at, n - at, aligned);
-  float z[N], u[N], d[N];
-  ks_piece_unpack(z, gate_piece);
-  ks_piece_unpack(u, up_piece);
-  ks_piece_unpack(d, dh_piece);
+/* First of this thread's ITEMS pieces, SWIGLU_THREADS pieces apart. */
+template <class T, int ITEMS> KS_DEVICE int64_t swiglu_at() {
+  return ((int64_t)blockIdx.x * (SWIGLU_THREADS * ITEMS) + threadIdx.x) * ks_piece<T>::N;
+}
+
+template <class T, int ITEMS, bool WHOLE>
+__global__ void __launch_bounds__(SWIGLU_THREADS, ITEMS == 1 ? 8 : 4)
+    swiglu_forward_kernel(const T *gate, const T *up, T *h, int64_t n) {
+  enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
+  const int64_t at = swiglu_at<T, ITEMS>();
+  ks_piece<T> gates[ITEMS], ups[ITEMS];
+  ks_pieces_load<ITEMS, WHOLE>(gates, gate, at, STEP, n);
+  ks_pieces_load<ITEMS, WHOLE>(ups, up, at, STEP, n);
 #pragma unroll
-  for (int i = 0; i < N; i++) {
-    const float s = 1.0f / (1.0f + expf(-z[i]));
-    u[i] = d[i] * u[i] * (s * fmaf(z[i], 1.0f - s, 1.0f));
-    d[i] *= z[i] * s;
+  for (int k = 0; k < ITEMS; k++) {
+    const int64_t j = at + k * STEP;
+    float z[N], u[N];
+    ks_piece_unpack(z, gates[k]);
+    ks_piece_unpack(u, ups[k]);
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      z[i] = z[i] * swiglu_sigmoid_of<T>(z[i]).s * u[i];
+    ks_piece_put<WHOLE>(h, ks_piece_pack<T>(z), j, n);
   }
-  ks_piece_store(dgate + at, ks_piece_pack<T>(u), n - at, aligned);
-  ks_piece_store(dup + at, ks_piece_pack<T>(d), n - at, aligned);
 }
 
-template <class T> static unsigned swiglu_blocks(int64_t n) {
-  return ks_blocks_for(n, (int64_t)SWIGLU_THREADS * ks_piece<T>::N);
+template <class T, int ITEMS, bool WHOLE>
+__global__ void __launch_bounds__(SWIGLU_THREADS, ITEMS == 1 ? 8 : 4)
+    swiglu_backward_kernel(const T *gate, const T *up, const T *dh, T *dgate, T *dup, int64_t n) {
+  enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
+  const int64_t at = swiglu_at<T, ITEMS>();
+  ks_piece<T> gates[ITEMS], ups[ITEMS], dhs[ITEMS];
+  ks_pieces_load<ITEMS, WHOLE>(gates, gate, at, STEP, n);
+  ks_pieces_load<ITEMS, WHOLE>(ups, up, at, STEP, n);
+  ks_pieces_load<ITEMS, WHOLE>(dhs, dh, at, STEP, n);
+#pragma unroll
+  for (int k = 0; k < ITEMS; k++) {
+    const int64_t j = at + k * STEP;
+    float z[N], u[N], d[N];
+    ks_piece_unpack(z, gates[k]);
+    ks_piece_unpack(u, ups[k]);
+    ks_piece_unpack(d, dhs[k]);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const swiglu_sigmoid g = swiglu_sigmoid_of<T>(z[i]);
+      u[i] = d[i] * u[i] * (g.s * fmaf(z[i], g.rest, 1.0f));
+      d[i] *= z[i] * g.s;
+    }
+    ks_piece_put<WHOLE>(dgate, ks_piece_pack<T>(u), j, n);
+    ks_piece_put<WHOLE>(dup, ks_piece_pack<T>(d), j, n);
+  }
+}
+
+/* By what a thread takes: several pieces once every multiprocessor is full of threads with one; what lies at odd addresses
+ * goes element by element. */
+template <class T> struct swiglu_kernels {
+  int items;
+  void (*forward)(const T *, const T *, T *, int64_t);
+  void (*backward)(const T *, const T *, const T *, T *, T *, int64_t);
+};
+template <class T> static const swiglu_kernels<T> *swiglu_choose(ks_ctx *ctx, int64_t n, bool aligned) {
+#define SWIGLU_KERNELS(items, whole)                                                                         \
+  { items, swiglu_forward_kernel<T, items, whole>, swiglu_backward_kernel<T, items, whole> }
+  static const swiglu_kernels<T> odd = SWIGLU_KERNELS(1, false), few = SWIGLU_KERNELS(1, true),
+                                 many = SWIGLU_KERNELS(SWIGLU_MANY, true);
+#undef SWIGLU_KERNELS
+  if (!aligned || n % ks_piece<T>::N != 0) return &odd;
+  return n >= (int64_t)2048 * ks_piece<T>::N * ks_cuda_device_of(ctx)->n_sm ? &many : &few;
+}
+template <class T> static dim3 swiglu_blocks(int64_t n, int items) {
+  return dim3(ks_blocks_for(n, (int64_t)SWIGLU_THREADS * items * ks_piece<T>::N));
 }
 
 template <class T> static ks_status swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
-  const bool aligned = ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->h);
-  return ks_launch(ctx, "swiglu_forward", swiglu_forward_kernel<T>, dim3(swiglu_blocks<T>(a->n)),
-                   dim3(SWIGLU_THREADS), 0, (const T *)a->gate, (const T *)a->up, (T *)a->h, a->n, aligned);
+  const swiglu_kernels<T> *k = swiglu_choose<T>(
+      ctx, a->n, ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->h));
+  return ks_launch(ctx, "swiglu_forward", k->forward, swiglu_blocks<T>(a->n, k->items), dim3(SWIGLU_THREADS),
+                   0, (const T *)a->gate, (const T *)a->up, (T *)a->h, a->n);
 }
 
 template <class T> static ks_status swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
-  const bool aligned = ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->dh) &&
-                       ks_is_aligned_16(a->dgate) && ks_is_aligned_16(a->dup);
-  return ks_launch(ctx, "swiglu_backward", swiglu_backward_kernel<T>, dim3(swiglu_blocks<T>(a->n)),
+  const swiglu_kernels<T> *k =
+      swiglu_choose<T>(ctx, a->n,
+                       ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->dh) &&
+                           ks_is_aligned_16(a->dgate) && ks_is_aligned_16(a->dup));
+  return ks_launch(ctx, "swiglu_backward", k->backward, swiglu_blocks<T>(a->n, k->items),
                    dim3(SWIGLU_THREADS), 0, (const T *)a->gate, (const T *)a->up, (const T *)a->dh,
-                   (T *)a->dgate, (T *)a->dup, a->n, aligned);
+                   (T *)a->dgate, (T *)a->dup, a->n);
 }
 
 extern "C" ks_status ks_cuda_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {

@@ -9,7 +9,8 @@ typedef struct {
   bool alias, accumulate;
 } norm_case;
 
-/* Around the ends of warps, blocks and what a thread keeps of a row, in float32 and in bf16. */
+/* Around the ends of warps, blocks and what a thread keeps of a row, in float32 and in bf16; the last: more rows than blocks
+ * that a small device holds at once. */
 static const norm_case cases[] = {
     {0, 8, KS_FILL_SIGNED, false, false},      {1, 1, KS_FILL_SIGNED, false, false},
     {1, 16, KS_FILL_INTEGER, false, true},     {3, 31, KS_FILL_SIGNED, false, true},
@@ -20,7 +21,9 @@ static const norm_case cases[] = {
     {3, 1023, KS_FILL_POSITIVE, false, true},  {3, 1024, KS_FILL_SIGNED, false, false},
     {3, 1025, KS_FILL_NEAR_ONE, false, false}, {2, 3200, KS_FILL_SIGNED, false, true},
     {1, 4104, KS_FILL_SIGNED, true, false},    {1, 20000, KS_FILL_SIGNED, false, true},
-    {1, 20003, KS_FILL_LARGE, false, false}};
+    {1, 20003, KS_FILL_LARGE, false, false},   {1100, 64, KS_FILL_SIGNED, false, true},
+    {300, 97, KS_FILL_SIGNED, true, false},    {19, 4104, KS_FILL_SIGNED, false, true},
+    {19, 4100, KS_FILL_SIGNED, true, false}};
 enum { N_CASES = sizeof cases / sizeof cases[0] };
 static const float eps = 1e-5f;
 
