@@ -20,6 +20,8 @@
  * Environment
  *   KS_CUDA_SYNC=1       every launch is waited for; steps are not recorded
  *   KS_CUDA_NO_GRAPHS=1  steps are not recorded
+ *   KS_CUDA_PDL=1        kernels of a recorded step that can (`early` below) begin while those before them end: their blocks
+ *                        take up the room that is left and read weights. sm_90 and later; not measured yet, so not the default
  *   KS_CUDA_NO_BLAS=1    as if cuBLASLt were not there;  KS_CUBLASLT=<file>: the library to load
  */
 #ifndef KS_CUDA_H
@@ -66,6 +68,7 @@ typedef struct {
   void **args;       /* [n_args] */
   const size_t *arg_sizes;
   int n_args;
+  bool early; /* may begin before earlier kernels have ended; it waits for them itself: launch.cuh */
 } ks_cuda_launch_params;
 /* An empty grid launches nothing. A grid or shared memory that the device cannot take: KS_EUNSUPPORTED with op and sizes.
  * A failed launch: KS_EDEVICE with op, grid, block, shared memory and a hint. With KS_CUDA_SYNC=1 in the environment every
@@ -150,6 +153,7 @@ typedef struct {
   X(rmsnorm_forward, ks_rmsnorm_args)                                                                        \
   X(rmsnorm_backward, ks_rmsnorm_args)                                                                       \
   X(rope, ks_rope_args)                                                                                      \
+  X(rope_store, ks_rope_store_args)                                                                          \
   X(swiglu_forward, ks_swiglu_args)                                                                          \
   X(swiglu_backward, ks_swiglu_args)                                                                         \
   X(rows_gather, ks_rows_args)                                                                               \

@@ -24,150 +24,207 @@
  *   v1          this; expected: the card's copy bandwidth from a few MB on, launch time for a decoding step. Measured: 2048
  *               rows of 32 heads of 64: 19 us, 0.88 TB/s, 21 % of a copy; hot, in a recorded step, 4.7 us */
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/rope.cuh"
 
-enum { ROPE_THREADS = 256, ROPE_MAX_COLUMNS = 512 };
-#define ROPE_MAX_ANGLE 0x1p40
+enum { ROPE_THREADS = 256, ROPE_MAX_COLUMNS = 512, ROPE_TENSORS = 4, ROPE_TABLE = 2048 };
 
-/* E elements of T in one access. */
-template <int BYTES> struct rope_word;
-template <> struct rope_word<16> { typedef uint4 type; };
-template <> struct rope_word<8> { typedef uint2 type; };
-template <> struct rope_word<4> { typedef uint32_t type; };
-template <> struct rope_word<2> { typedef uint16_t type; };
-template <class T, int E> union rope_unit {
-  typename rope_word<E *(int)sizeof(T)>::type word;
-  T x[E];
-};
-
-/* cos and sin of r = x - n pi/2, |r| <= pi/4 (Taylor to r^9 and r^10), turned by the quadrant n. pi/2 is the
- * sum of two doubles. */
-KS_DEVICE void rope_near_cos_sin(double x, float *cos_out, float *sin_out) {
-  const double round = 0x1.8p52; /* adding it leaves n in the low bits of the mantissa */
-  const double shifted = fma(x, 0x1.45f306dc9c883p-1, round), n = shifted - round;
-  const float r = (float)fma(n, -0x1.1a62633145c07p-54, fma(n, -0x1.921fb54442d18p+0, x)), z = r * r;
-  float s = fmaf(1.0f / 362880.0f, z, -1.0f / 5040.0f);
-  s = fmaf(s, z, 1.0f / 120.0f);
-  s = fmaf(s, z, -1.0f / 6.0f);
-  s = fmaf(s * z, r, r);
-  float c = fmaf(-1.0f / 3628800.0f, z, 1.0f / 40320.0f);
-  c = fmaf(c, z, -1.0f / 720.0f);
-  c = fmaf(c, z, 1.0f / 24.0f);
-  c = fmaf(c, z, -0.5f);
-  c = fmaf(c, z, 1.0f);
-  const int quadrant = (int)__double_as_longlong(shifted);
-  const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
-  *sin_out = quadrant & 2 ? -sine : sine;
-  *cos_out = (quadrant + 1) & 2 ? -cosine : cosine;
-}
-
-/* Rare, so not inlined: it takes registers and a stack. */
-static __device__ __noinline__ float2 rope_far_cos_sin(double x) {
-  return make_float2((float)cos(x), (float)sin(x));
-}
-
-KS_DEVICE void rope_cos_sin(double x, float *cos_out, float *sin_out) {
-  if (fabs(x) <= ROPE_MAX_ANGLE) {
-    rope_near_cos_sin(x, cos_out, sin_out);
-  } else {
-    const float2 both = rope_far_cos_sin(x);
-    *cos_out = both.x, *sin_out = both.y;
-  }
-}
-
-/* Sizes; no padding, launch arguments are compared as bytes. */
+/* Rows of heads: turned in place, or only read (turn 0); to: NULL, or where row i goes as well, as row index[i]. A block takes
+ * `rows` of them. Launch arguments: no padding, they are compared as bytes. */
 typedef struct {
-  int64_t n_rows, n_heads, half;
-  int rows, columns; /* of a block */
-  int64_t is_inverse;
+  void *x, *to;
+  int64_t n_heads;
+  int rows, turn;
+} rope_tensor;
+typedef struct {
+  rope_tensor tensors[ROPE_TENSORS];
+  int64_t n_rows, half;
+  int columns, is_inverse; /* of a block */
 } rope_shape;
 
-/* E floats of shared memory, at a multiple of E. */
-template <int E> KS_DEVICE void rope_read(float x[E], const float *p) {
-  if constexpr (E >= 4) {
-#pragma unroll
-    for (int k = 0; k < E; k += 4) {
-      const float4 v = *(const float4 *)(p + k);
-      x[k] = v.x, x[k + 1] = v.y, x[k + 2] = v.z, x[k + 3] = v.w;
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < E; k++)
-      x[k] = p[k];
-  }
+/* Units that a thread has under way: 64 bytes. */
+template <class T, int E> KS_HOST_DEVICE constexpr int rope_held() {
+  return E * (int)sizeof(T) >= 4 ? 32 / (E * (int)sizeof(T)) : 8;
 }
 
-/* Turns E pairs, the first at p. */
-template <class T, int E>
-KS_DEVICE void rope_turn(T *p, int64_t half, const float *cos_of, const float *sin_of) {
-  typedef typename rope_word<E *(int)sizeof(T)>::type word;
-  rope_unit<T, E> first, second;
-  float c[E], s[E];
-  first.word = *(const word *)p;
-  second.word = *(const word *)(p + half);
-  rope_read<E>(c, cos_of);
-  rope_read<E>(s, sin_of);
-#pragma unroll
-  for (int k = 0; k < E; k++) {
-    const float x1 = ks_to_float(first.x[k]), x2 = ks_to_float(second.x[k]);
-    first.x[k] = ks_from_float<T>(fmaf(x1, c[k], -(x2 * s[k])));
-    second.x[k] = ks_from_float<T>(fmaf(x2, c[k], x1 * s[k]));
-  }
-  *(word *)p = first.word;
-  *(word *)(p + half) = second.word;
-}
-
-template <class T, int E>
-__global__ void rope_kernel(T *x, const int32_t *positions, const double *inv_freq, rope_shape a) {
-  ks_smem smem;
-  float *cos_of = ks_smem_take<float>(&smem, (size_t)(a.rows * a.columns)),
-        *sin_of = ks_smem_take<float>(&smem, (size_t)(a.rows * a.columns));
-  const int64_t row0 = (int64_t)blockIdx.x * a.rows, column0 = (int64_t)blockIdx.y * a.columns;
-  const int rows = (int)min((int64_t)a.rows, a.n_rows - row0),
-            columns = (int)min((int64_t)a.columns, a.half - column0);
+/* Cosines and sines of a block's rows and columns. */
+KS_DEVICE void rope_table(float *cos_of, float *sin_of, const double *inv_freq, const int32_t *positions,
+                          int rows, int columns, bool is_inverse) {
+#pragma unroll 1
   for (int i = (int)threadIdx.x; i < rows * columns; i += ROPE_THREADS) {
-    const double angle = (double)positions[row0 + i / columns] * inv_freq[column0 + i % columns];
-    rope_cos_sin(a.is_inverse ? -angle : angle, &cos_of[i], &sin_of[i]);
-  }
-  __syncthreads();
-  const uint32_t units = (uint32_t)(columns / E), heads = (uint32_t)(rows * a.n_heads);
-  for (uint32_t i = threadIdx.x; i < heads * units; i += ROPE_THREADS) {
-    const uint32_t head = i / units, j = (i - head * units) * E, row = head / (uint32_t)a.n_heads,
-                   at = row * (uint32_t)columns + j;
-    rope_turn<T, E>(x + ((row0 * a.n_heads + head) * 2 * a.half + column0 + j), a.half, cos_of + at,
-                    sin_of + at);
+    const double angle = (double)positions[i / columns] * inv_freq[i % columns];
+    rope_cos_sin(is_inverse ? -angle : angle, &cos_of[i], &sin_of[i]);
   }
 }
 
-template <class T, int E> static ks_status rope_launch(ks_ctx *ctx, const ks_rope_args *a) {
-  const int64_t half = a->head_dim / 2, columns = ks_min_i64(half, ROPE_MAX_COLUMNS);
-  const int64_t side_by_side = ROPE_THREADS / columns,
-                spread = a->n_rows / (4 * ks_cuda_device_of(ctx)->n_sm);
-  int64_t rows = spread < side_by_side ? spread : side_by_side;
+/* A block: rows of one tensor (z), and of their heads' columns those of one stretch (y). Offsets within its rows fit 32 bits. */
+template <class T, int E>
+__global__ void __launch_bounds__(ROPE_THREADS)
+    rope_kernel(const __grid_constant__ rope_shape a, const double *inv_freq, const int32_t *positions,
+                const int64_t *index) {
+  enum { HELD = rope_held<T, E>() };
+  typedef typename rope_word<E *(int)sizeof(T)>::type word;
+  ks_smem smem;
+  const rope_tensor &t = a.tensors[blockIdx.z];
+  float *cos_of = ks_smem_take<float>(&smem, (size_t)(t.rows * a.columns)),
+        *sin_of = ks_smem_take<float>(&smem, (size_t)(t.rows * a.columns));
+  const int64_t row0 = (int64_t)blockIdx.x * t.rows, column0 = (int64_t)blockIdx.y * a.columns,
+                stride = t.n_heads * 2 * a.half;
+  if (row0 >= a.n_rows) return;
+  const int rows = (int)min((int64_t)t.rows, a.n_rows - row0),
+            columns = (int)min((int64_t)a.columns, a.half - column0);
+  const uint32_t units = (uint32_t)(columns / E), heads = (uint32_t)t.n_heads,
+                 n = (uint32_t)rows * heads * units, half = (uint32_t)a.half;
+  T *x = (T *)t.x + row0 * stride + column0, *to = (T *)t.to + column0;
+  rope_unit<T, E> first[HELD], second[HELD];
+  uint32_t at[HELD];
+#pragma unroll 1
+  for (uint32_t begin = 0; begin < n; begin += ROPE_THREADS * HELD) {
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+      const uint32_t i = begin + k * ROPE_THREADS + threadIdx.x, head = i / units;
+      at[k] = 2 * half * head + (i - head * units) * E;
+      if (i >= n) continue;
+      first[k].word = *(const word *)(x + at[k]);
+      second[k].word = *(const word *)(x + at[k] + half);
+    }
+    if (begin == 0 && t.turn) { /* while the first units come */
+      rope_table(cos_of, sin_of, inv_freq + column0, positions + row0, rows, columns, a.is_inverse);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+      const uint32_t i = begin + k * ROPE_THREADS + threadIdx.x, head = i / units, row = head / heads;
+      if (i >= n) continue;
+      if (t.turn) {
+        const uint32_t in_table = row * (uint32_t)columns + (i - head * units) * E;
+        rope_turn<T, E>(&first[k], &second[k], cos_of + in_table, sin_of + in_table);
+        *(word *)(x + at[k]) = first[k].word;
+        *(word *)(x + at[k] + half) = second[k].word;
+      }
+      if (t.to) {
+        T *p = to + (index[row0 + row] - row) * stride + at[k];
+        *(word *)p = first[k].word;
+        *(word *)(p + half) = second[k].word;
+      }
+    }
+  }
+}
+
+/* What does not depend on the tensors. */
+typedef struct {
   const int32_t *positions;
   const double *inv_freq;
-  if (rows < 1) rows = 1;
-  if (a->n_heads > UINT32_MAX / (rows * columns))
-    return KS_FAIL(KS_EUNSUPPORTED, "rope: %lld heads of %lld in one row", (long long)a->n_heads,
-                   (long long)a->head_dim);
-  KS_TRY(ks_cuda_stage(ctx, a->positions, (size_t)a->n_rows * sizeof *positions, (const void **)&positions));
-  KS_TRY(ks_cuda_stage(ctx, a->inv_freq, (size_t)half * sizeof *inv_freq, (const void **)&inv_freq));
-  const rope_shape shape = {a->n_rows, a->n_heads, half, (int)rows, (int)columns, a->inverse};
-  return ks_launch(ctx, "rope", rope_kernel<T, E>,
-                   dim3(ks_blocks_for(a->n_rows, rows), ks_blocks_for(half, columns)), dim3(ROPE_THREADS),
-                   2 * ks_smem_bytes<float>((size_t)(rows * columns)), (T *)a->x, positions, inv_freq, shape);
+  const int64_t *index; /* host, or NULL */
+  int64_t n_rows, head_dim;
+  bool inverse;
+} rope_rows;
+
+/* Frequencies and positions on the device: one array, so one copy. */
+static ks_status rope_stage(ks_ctx *ctx, const rope_rows *r, const double **inv_freq,
+                            const int32_t **positions) {
+  const size_t front = (size_t)(r->head_dim / 2) * sizeof(double), back = (size_t)r->n_rows * sizeof(int32_t);
+  char *both;
+  const void *device;
+  KS_TRY(ks_alloc_array(&both, front + back, 1, "rope: positions"));
+  memcpy(both, r->inv_freq, front);
+  memcpy(both + front, r->positions, back);
+  const ks_status status = ks_cuda_stage(ctx, both, front + back, &device);
+  free(both);
+  *inv_freq = (const double *)device;
+  *positions = (const int32_t *)((const char *)device + front);
+  return status;
 }
 
-/* By the widest unit that divides half a head and the alignment of x. */
-template <class T> static ks_status rope(ks_ctx *ctx, const ks_rope_args *a) {
-  const uintptr_t bits = (uintptr_t)a->x | (uintptr_t)(a->head_dim / 2 * (int64_t)sizeof(T));
-  if (bits % 16 == 0) return rope_launch<T, 16 / sizeof(T)>(ctx, a);
-  if (bits % 8 == 0) return rope_launch<T, 8 / sizeof(T)>(ctx, a);
-  if constexpr (sizeof(T) == 2) {
-    if (bits % 4 == 0) return rope_launch<T, 2>(ctx, a);
+template <class T, int E>
+static ks_status rope_launch(ks_ctx *ctx, const char *op, const rope_rows *r, rope_shape shape, int64_t n) {
+  const int64_t half = r->head_dim / 2, columns = ks_min_i64(half, ROPE_MAX_COLUMNS),
+                spread = r->n_rows / (2 * ks_cuda_device_of(ctx)->n_sm);
+  int64_t most = 1, blocks = 0;
+  for (int64_t i = 0; i < n; i++) {
+    rope_tensor *t = &shape.tensors[i];
+    const int64_t units = t->n_heads * (columns / E),
+                  side_by_side = ks_min_i64(ROPE_THREADS * rope_held<T, E>() / units, ROPE_TABLE / columns),
+                  rows = ks_min_i64(side_by_side, spread);
+    t->rows = rows > 1 ? (int)rows : 1;
+    if (t->n_heads > UINT32_MAX / (t->rows * r->head_dim))
+      return KS_FAIL(KS_EUNSUPPORTED, "%s: %lld heads of %lld in one row", op, (long long)t->n_heads,
+                     (long long)r->head_dim);
+    most = t->rows > most ? t->rows : most;
+    const int64_t its_blocks = ks_blocks_for(r->n_rows, t->rows);
+    blocks = its_blocks > blocks ? its_blocks : blocks;
   }
-  return rope_launch<T, 1>(ctx, a);
+  const int32_t *positions;
+  const double *inv_freq;
+  const int64_t *index;
+  KS_TRY(rope_stage(ctx, r, &inv_freq, &positions));
+  KS_TRY(
+      ks_cuda_stage(ctx, r->index, r->index ? (size_t)r->n_rows * sizeof *index : 0, (const void **)&index));
+  shape.n_rows = r->n_rows;
+  shape.half = half;
+  shape.columns = (int)columns;
+  shape.is_inverse = r->inverse;
+  return ks_launch(ctx, op, rope_kernel<T, E>,
+                   dim3((unsigned)blocks, ks_blocks_for(half, columns), (unsigned)n), dim3(ROPE_THREADS),
+                   2 * ks_smem_bytes<float>((size_t)(most * columns)), shape, inv_freq, positions, index);
+}
+
+/* By the widest unit that divides half a head and the alignment of all arrays. */
+template <class T>
+static ks_status rope_tensors(ks_ctx *ctx, const char *op, const rope_rows *r, const rope_tensor *tensors,
+                              int64_t n) {
+  rope_shape shape;
+  uintptr_t bits = (uintptr_t)(r->head_dim / 2 * (int64_t)sizeof(T));
+  memset(&shape, 0, sizeof shape);
+  for (int64_t i = 0; i < n; i++) {
+    shape.tensors[i] = tensors[i];
+    bits |= (uintptr_t)tensors[i].x | (uintptr_t)tensors[i].to;
+  }
+  if (bits % 16 == 0) return rope_launch<T, 16 / sizeof(T)>(ctx, op, r, shape, n);
+  if (bits % 8 == 0) return rope_launch<T, 8 / sizeof(T)>(ctx, op, r, shape, n);
+  if constexpr (sizeof(T) == 2) {
+    if (bits % 4 == 0) return rope_launch<T, 2>(ctx, op, r, shape, n);
+  }
+  return rope_launch<T, 1>(ctx, op, r, shape, n);
 }
 
 extern "C" ks_status ks_cuda_rope(ks_ctx *ctx, const ks_rope_args *a) {
-  return KS_CUDA_BY_ACT(ctx, rope, (ctx, a));
+  const rope_rows rows = {a->positions, a->inv_freq, NULL, a->n_rows, a->head_dim, a->inverse};
+  const rope_tensor tensor = {a->x, NULL, a->n_heads, 0, 1};
+  return KS_CUDA_BY_ACT(ctx, rope_tensors, (ctx, "rope", &rows, &tensor, 1));
+}
+
+/* The tensor of an array to store: one that is turned on its way (and has no place to go yet), or a new one. NULL: none fits. */
+static rope_tensor *rope_stored(rope_tensor *tensors, int64_t *n, const ks_rows_args *store,
+                                int64_t head_dim) {
+  for (int64_t i = 0; i < *n; i++)
+    if (tensors[i].x == store->x)
+      return tensors[i].to || tensors[i].n_heads * head_dim != store->n_cols ? NULL : &tensors[i];
+  if (store->n_cols % head_dim != 0) return NULL;
+  tensors[*n] = {(void *)(uintptr_t)store->x, NULL, store->n_cols / head_dim, 0, 0};
+  return &tensors[(*n)++];
+}
+
+extern "C" ks_status ks_cuda_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
+  rope_tensor tensors[ROPE_TENSORS];
+  int64_t n = 0;
+  bool fits = a->n_rope > 0;
+  for (; n < a->n_rope; n++)
+    tensors[n] = {a->rope[n].x, NULL, a->rope[n].n_heads, 0, 1};
+  for (int64_t i = 0; i < a->n_store && fits; i++) {
+    rope_tensor *t = a->store[i].n_rows == a->rope[0].n_rows
+                         ? rope_stored(tensors, &n, &a->store[i], a->rope[0].head_dim)
+                         : NULL;
+    fits = t != NULL;
+    if (t) t->to = a->store[i].y;
+  }
+  if (fits) {
+    const rope_rows rows = {a->rope[0].positions, a->rope[0].inv_freq, a->n_store ? a->store[0].index : NULL,
+                            a->rope[0].n_rows,    a->rope[0].head_dim, a->rope[0].inverse};
+    return KS_CUDA_BY_ACT(ctx, rope_tensors, (ctx, "rope_store", &rows, tensors, n));
+  }
+  for (int64_t i = 0; i < a->n_rope; i++)
+    KS_TRY(ks_cuda_rope(ctx, &a->rope[i]));
+  for (int64_t i = 0; i < a->n_store; i++)
+    KS_TRY(ks_cuda_rows_scatter(ctx, &a->store[i]));
+  return KS_OK;
 }

@@ -16,7 +16,8 @@ static const rope_case cases[] = {{0, 2, 8, 0, 1, 1e4, false},      {1, 1, 2, 0,
                                   {7, 32, 100, 11, 5, 1e4, false},  {4, 2, 34, 2147483000, 100, 1e4, false},
                                   {3, 1, 6, 1, 1, 1e-14, false},    {9, 2, 128, 1000000, 77, 1e6, true},
                                   {2, 3, 1040, 5, 9, 1e4, false},   {50, 4, 16, 0, 1, 1e4, true},
-                                  {3, 1, 6, 1, 1, 1e-30, false}};
+                                  {3, 1, 6, 1, 1, 1e-30, false},    {2, 70, 64, 3, 9, 1e4, false},
+                                  {64, 1, 64, 3, 9, 1e4, false}};
 
 static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
   const rope_case *c = test_case;
@@ -109,6 +110,82 @@ Test(rope, rows_stand_alone) {
   int64_t bad = 0;
   for (int i = 0; i < 5; i++)
     bad += ks_test_everywhere("rope alone", sizes[i], &sizes[i], run_alone);
+  cr_assert(bad == 0);
+}
+
+/* In one call what rope and rows_scatter give one after another. */
+typedef struct {
+  int64_t n_rows, heads[2], head_dim, v_cols; /* heads of q and of k; 0: not turned */
+  bool keys, values, inverse;                 /* stored */
+} store_case;
+
+static int64_t run_store(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { Q, K, V, K_CACHE, V_CACHE, N_ARRAYS, MORE = 3, MOST = 40 };
+  const store_case *c = test_case;
+  const int64_t d = c->head_dim, k_cols = (c->heads[1] ? c->heads[1] : 2) * d, n_cache = c->n_rows + MORE;
+  const int64_t sizes[N_ARRAYS] = {c->n_rows * c->heads[0] * d, c->n_rows * k_cols, c->n_rows * c->v_cols,
+                                   n_cache * k_cols, n_cache * c->v_cols};
+  int32_t positions[MOST];
+  int64_t index[MOST], bad = 0;
+  double *inv_freq = ks_doubles(NULL, d / 2);
+  for (int64_t j = 0; j < d / 2; j++)
+    inv_freq[j] = pow(1e4, -2.0 * (double)j / (double)d);
+  for (int64_t i = 0; i < c->n_rows; i++)
+    positions[i] = (int32_t)(i * 37 % 101), index[i] = (i * 11 + 2) % n_cache;
+  ks_guard g[2][N_ARRAYS]; /* one after another, in one call */
+  for (int i = 0; i < N_ARRAYS; i++) {
+    float *x = ks_floats(sizes[i], KS_FILL_SIGNED, (uint64_t)i + 3);
+    ks_act_round(ctx, x, sizes[i]);
+    for (int way = 0; way < 2; way++)
+      g[way][i] = ks_guard_make_act(ctx, x, sizes[i]);
+    free(x);
+  }
+  for (int way = 0; way < 2; way++) {
+    ks_rope_args rope[2];
+    ks_rows_args store[2];
+    ks_rope_store_args a = {.rope = rope, .store = store};
+    for (int i = Q; i <= K; i++)
+      if (c->heads[i])
+        rope[a.n_rope++] =
+            (ks_rope_args){g[way][i].p, positions, inv_freq, c->n_rows, c->heads[i], d, c->inverse};
+    if (c->keys)
+      store[a.n_store++] = (ks_rows_args){g[way][K].p, g[way][K_CACHE].p, index, c->n_rows, n_cache, k_cols};
+    if (c->values)
+      store[a.n_store++] =
+          (ks_rows_args){g[way][V].p, g[way][V_CACHE].p, index, c->n_rows, n_cache, c->v_cols};
+    if (way == 1) {
+      bad += ks_rope_store(ctx, &a) != KS_OK;
+      continue;
+    }
+    for (int64_t i = 0; i < a.n_rope; i++)
+      bad += ks_rope(ctx, &rope[i]) != KS_OK;
+    for (int64_t i = 0; i < a.n_store; i++)
+      bad += ks_rows_scatter(ctx, &store[i]) != KS_OK;
+  }
+  for (int i = 0; i < N_ARRAYS; i++) {
+    float *one = ks_guard_read(&g[0][i]), *both = ks_guard_read(&g[1][i]);
+    bad += ks_check_same(name, both, one, sizes[i]);
+    ks_results_add_guard(out, &g[1][i]);
+    for (int way = 0; way < 2; way++) {
+      bad += ks_guard_check_walls(name, &g[way][i]);
+      ks_guard_free(&g[way][i]);
+    }
+    free(one), free(both);
+  }
+  free(inv_freq);
+  return bad;
+}
+
+Test(rope, with_store_as_one_after_another) {
+  static const store_case store_cases[] = {
+      {1, {8, 2}, 64, 128, true, true, false},  {5, {3, 1}, 100, 100, true, true, false},
+      {33, {4, 2}, 16, 48, true, true, false},  {7, {2, 2}, 34, 68, false, false, true},
+      {3, {2, 0}, 32, 64, true, true, false},   {4, {2, 1}, 32, 33, true, true, false},
+      {2, {0, 0}, 8, 24, true, true, false},    {6, {2, 1}, 1040, 1040, true, false, false},
+      {3, {2, 1}, 128, 128, false, true, false}};
+  int64_t bad = 0;
+  for (int64_t i = 0; i < (int64_t)(sizeof store_cases / sizeof store_cases[0]); i++)
+    bad += ks_test_everywhere("rope_store", i, &store_cases[i], run_store);
   cr_assert(bad == 0);
 }
 
