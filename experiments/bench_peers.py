@@ -14,8 +14,8 @@ norm > 0, loss falling) and what it computes is what its row says. Training: ada
 float32 adapters, slower), dropout 0, loss over all positions, clip_grad_norm_, AdamW(fused), zero_grad(set_to_none); optimizer
 and autograd see adapters only. peft_checkpointed recomputes activations (gradient checkpointing), the others keep them.
 
-Times: CUDA events around each call, after warm-up. Operations are cold: a 1 GiB array is written between samples, which also
-hides the host's time of the launches; hot_ms is one of a batch without; step_ms, for short ones, one in a CUDA graph. Whole
+Times: CUDA events around each call, after warm-up. Operations are cold (but for those with cache=warm): a 1 GiB array is
+written between samples, which also hides the host's time of the launches; hot_ms is one of a batch without; step_ms, for short ones, one in a CUDA graph. Whole
 models are hot. Memory: torch.cuda.max_memory_allocated of one step, weights, adapters and optimizer among it.
 
 faiss is used if it can be imported. Its wheels (faiss-gpu-cu12) need the CUDA 12 libraries (cuBLAS 12, and cuRAND) beside
@@ -144,8 +144,12 @@ class Env:
         last.synchronize()
         return first.elapsed_time(last)
 
-    def flush(self):
-        self.flush_room.fill_(1)
+    def before(self, cold):
+        """What the device does before a sample of an operation, while the host queues it."""
+        if cold:
+            self.flush_room.fill_(1)
+        elif self.cuda and hasattr(self.torch.cuda, "_sleep"):
+            self.torch.cuda._sleep(300000)
 
     def memory_of(self, fn, resident):
         """MB at the peak of a call: what it takes beside what is there, which other peers share, and what is its own."""
@@ -201,8 +205,9 @@ class Peer:
       divide      samples are divided by this (decoding: positions); or sample() returns milliseconds itself
     """
 
-    def __init__(self, case, name, build, cold):
-        self.case, self.name, self.build, self.cold = case, name, build, cold
+    def __init__(self, case, name, build, is_op):
+        self.case, self.name, self.build = case, name, build
+        self.mode = "hot" if not is_op else "warm" if case["parameters"].get("cache") == "warm" else "cold"
         self.work, self.verdict, self.note = None, None, ""
         self.samples, self.rounds = [], []
         self.hot_ms = self.step_ms = self.memory_mb = None
@@ -262,8 +267,8 @@ def prepare(env, peer):
 def one_sample(env, peer):
     if hasattr(peer.work, "sample"):
         return peer.work.sample()
-    if peer.cold:
-        env.flush()
+    if peer.mode != "hot":
+        env.before(peer.mode == "cold")
     return env.timed(peer.work.step) / getattr(peer.work, "divide", 1)
 
 
@@ -282,7 +287,7 @@ def sample(env, peer, n, seconds):
 
 def finish(env, peer):
     def work():
-        if peer.cold and hasattr(peer.work, "step"):
+        if peer.mode != "hot":
             fn = peer.work.step
             batch = max(1, min(64, int(20 / max(statistics.median(peer.samples), 0.01))))
             peer.hot_ms = env.timed(lambda: [fn() for _ in range(batch)]) / batch
@@ -309,8 +314,8 @@ def quantile(values, q):
 def row_of(env, peer):
     case = peer.case
     row = {"name": case["name"], "peer": peer.name, "group": case["group"], "op": case["op"],
-           "parameters": " ".join("%s=%s" % kv for kv in case["parameters"].items()), "scale": env.scale, "dtype": "bf16",
-           "mode": "cold" if peer.cold else "hot", "n": len(peer.samples), "min_ms": None, "p25_ms": None, "median_ms": None, "p75_ms": None,
+           "case": dict(op=case["op"], **case["parameters"]), "scale": env.scale, "dtype": "bf16",
+           "mode": peer.mode, "n": len(peer.samples), "min_ms": None, "p25_ms": None, "median_ms": None, "p75_ms": None,
            "hot_ms": peer.hot_ms, "step_ms": peer.step_ms, "memory_mb": peer.memory_mb, "verdict": peer.verdict, "note": peer.note,
            "rounds": peer.rounds, "samples_ms": [round(s, 6) for s in peer.samples]}
     if peer.samples and peer.verdict in ("ok", "noisy"):
@@ -415,7 +420,7 @@ def run_group(args, env, group, cases, makers):
     peers = []
     for case in cases:
         of_case = dict(case, parameters=scaled(case["op"], case["parameters"], env.scale))
-        peers += [Peer(of_case, name, build, cold) for name, build, cold in makers(env, of_case) if re.search(args.peers, name)]
+        peers += [Peer(of_case, name, build, is_op) for name, build, is_op in makers(env, of_case) if re.search(args.peers, name)]
     for peer in peers:
         if env.left() < args.reserve:
             peer.verdict, peer.note = "skipped", "the budget of %.0f s is spent" % args.budget
@@ -472,7 +477,7 @@ def parse(argv):
 
 
 def load_makers():
-    """{op: function of the environment and a case, which gives [(peer's name, build, cold)]}"""
+    """{op: function of the environment and a case, which gives [(peer's name, build, whether it is a single operation)]}"""
     sys.modules.setdefault("bench_peers", sys.modules[__name__])
     import bench_peers_models
     import bench_peers_ops

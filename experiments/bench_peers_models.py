@@ -66,7 +66,8 @@ class LoraStep:
     """forward, loss, backward, clipping, AdamW. One adapter after another with its share of the sequences."""
 
     def __init__(self, trained, call=None, checkpointing=False):
-        self.t, self.env, self.call, self.checkpointing = trained, trained.env, call or trained.model, checkpointing
+        self.t, self.env, self.checkpointing = trained, trained.env, checkpointing
+        self.call = trained.model if call is None else call
         fused = self.env.cuda
         self.optimizers = {k: self.env.torch.optim.AdamW(v, lr=LR, weight_decay=0.01, fused=fused) for k, v in trained.parameters.items()}
         share = trained.tokens.shape[0] // len(self.optimizers)
@@ -143,7 +144,7 @@ class FrozenStep:
     """Forward, loss and input gradients of the frozen model."""
 
     def __init__(self, env, p, model, call=None):
-        self.env, self.model, self.call = env, model, call or model
+        self.env, self.model, self.call = env, model, model if call is None else call
         self.tokens = random_tokens(env, p, p["n_seqs"], p["seq_len"])
         self.x = self.gradient = self.loss = None
 
@@ -236,7 +237,7 @@ def decode(env, case):
 
 class Prefill:
     def __init__(self, env, p, model, call=None):
-        self.env, self.call, self.tokens, self.logits = env, call or model, random_tokens(env, p, 1, p["rows"]), None
+        self.env, self.call, self.tokens, self.logits = env, model if call is None else call, random_tokens(env, p, 1, p["rows"]), None
 
     def step(self):
         with self.env.torch.no_grad():

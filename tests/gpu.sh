@@ -6,15 +6,24 @@
 #       DIR what a host needs that has a driver, the CUDA libraries and a C library not older than this machine's: programs, the
 #       shared libraries that they use, configs, datasets, fixtures, and this script. --archs: as KS_CUDA_ARCHS ("" for
 #       all). --shim: programs over the shim of tests/cuda_on_cpu/, to try this script where there is no GPU.
-#   DIR/tests/gpu.sh run DIR OUT [--only PARTS] [--suites "NAMES"] [--limit SECONDS] [--bench "ARGUMENTS"]
-#       on the GPU host: runs the parts (all, or those of a list as "suites,bench") and fills OUT:
+#   DIR/tests/gpu.sh run DIR OUT [--only PARTS] [--suites "NAMES"] [--limit SECONDS] [--budget SECONDS] [--bench "ARGUMENTS"]
+#                                [--worst N] [--goals "ARGUMENTS"] [--peers "ARGUMENTS"]
+#       on the GPU host: runs the parts (those of a list as "suites,bench"; without one all but bench) and fills OUT:
 #         suites      every kernels/ suite and the whole-model suites, on backend cuda
-#         sanitizer   compute-sanitizer memcheck, racecheck, initcheck, synccheck on the operations' suites; skipped without it
 #         quickstart  configs/quickstart.cfg on the CPU and on the GPU: the same selections, `keepsake check` on the rest
 #         reruns      the quickstart on the GPU again, and again without CUDA graphs: equal bits
+#         goals       keepsake bench goals in turn with experiments/bench_peers.py; alone where python3 has no PyTorch
+#         profile     ncu of the N cases that are furthest from their goals (5); skipped without it
+#         sanitizer   compute-sanitizer memcheck, racecheck, initcheck, synccheck on the operations' suites; skipped without it
 #         bench       keepsake bench, and each variant of each operation
+#         report      OUT/report.md: each goal, ours, the peer, the verdict
 #       --limit: seconds for one program (3600; a sanitizer run that does not end in time counts as unfinished, not as failed).
-#       --bench: arguments instead of the default ones.
+#       --budget: seconds for everything. Each part gets its share of what is left; samples are taken for a shorter time, then
+#       rounds, cases and the last parts are dropped, and the summary says which. 0: none.
+#       --bench, --goals, --peers: arguments instead of (--bench), or after (the others) the default ones. $PYTHON: python3.
+#   tests/gpu.sh all OUT [--bundle DIR] [--archs "90"] [options of run]
+#       everything in one call: makes the bundle where nvcc and CMake are (else --bundle, or the one that this script lies in),
+#       and runs all parts of it.
 # Exit codes: 0; 1 when anything failed; 2 for wrong use; 3 without what is needed.
 set -u
 
@@ -78,7 +87,9 @@ bundle() { # DIR options
   done
   copy_libraries "$dir"
   cp -R "$root/configs" "$root/datasets" "$dir/"
-  cp -R "$root/tests/fixtures" "$root/tests/system" "$self" "$dir/tests/"
+  mkdir -p "$dir/experiments"
+  cp "$root"/experiments/bench_peers*.py "$root/experiments/bench_goals.def" "$dir/experiments/"
+  cp -R "$root/tests/fixtures" "$root/tests/system" "$root/tests/gpu_report.py" "$self" "$dir/tests/"
   {
     echo "commit=$(git -C "$root" describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)"
     echo "shim=$shim"
@@ -115,12 +126,29 @@ end_session() { # LEADER
   return 0
 }
 
+now() { date +%s; }
+
+# What is left of the part that runs, in seconds; --limit where there is no budget.
+seconds_left() {
+  if [ "$part_end" -eq 0 ]; then
+    echo "$limit"
+  else
+    left=$((part_end - $(now)))
+    [ $left -lt "$limit" ] || left=$limit
+    echo $((left > 0 ? left : 0))
+  fi
+}
+
+has_time() { [ "$part_end" -eq 0 ] || [ "$(seconds_left)" -gt 5 ]; }
+
 # Runs a command into OUT/logs/NAME.log, within the limit. Status 124: out of time.
 logged() { # NAME command...
   name=$1
   shift
+  time_left=$(seconds_left)
+  [ "$time_left" -gt 0 ] || { echo "gpu.sh: no time left" >"$out/logs/$name.log"; return 124; }
   # shellcheck disable=SC2016  # the inner shell's own number
-  setsid -w sh -c 'echo $$ >"$0"; exec timeout -k 20 "$@"' "$out/session" "$limit" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
+  setsid -w sh -c 'echo $$ >"$0"; exec timeout -k 20 "$@"' "$out/session" "$time_left" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
   result=$?
   end_session "$(cat "$out/session")"
   return $result
@@ -141,8 +169,17 @@ describe_host() {
         --format=csv 2>&1 | sed 's/^/device: /'
     fi
   } >"$out/device.txt"
+  clocks before
   cat "$out/device.txt"
   [ -n "$(manifest shim)" ] || nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1
+}
+
+# Clocks, heat, power, and what slows the card down, before and after all parts.
+clocks() { # before|after
+  [ -n "$(manifest shim)" ] && return
+  for query in clocks.sm,clocks.mem,temperature.gpu,power.draw clocks_throttle_reasons.active ecc.errors.uncorrected.volatile.total; do
+    nvidia-smi --query-gpu=$query --format=csv 2>&1 | sed "s/^/$1: /"
+  done >>"$out/device.txt"
 }
 
 check_gpu() {
@@ -158,23 +195,36 @@ tested() { sed -n 's/.*Tested: \([0-9]*\).*/\1 tests/p' "$1" | tail -n 1; }
 
 run_suites() {
   for suite in ${suites:-$(manifest suites) $(manifest models)}; do
-    start=$(date +%s)
+    start=$(now)
     KS_TEST_BACKEND=cuda logged "suite_$suite" "$dir/bin/$suite" --jobs 1 --color=never
     status=$?
-    what="suite $suite: $(tested "$out/logs/suite_$suite.log"), $(($(date +%s) - start)) s"
-    if [ $status -eq 0 ]; then note passed "$what"; else note failed "$what, exit code $status: logs/suite_$suite.log"; fi
+    what="suite $suite: $(tested "$out/logs/suite_$suite.log"), $(($(now) - start)) s"
+    if [ $status -eq 0 ]; then
+      note passed "$what"
+    elif [ $status -eq 124 ] && [ "$part_end" -ne 0 ]; then
+      note unfinished "suite $suite: out of time"
+    else
+      note failed "$what, exit code $status: logs/suite_$suite.log"
+    fi
   done
 }
 
+# A program of the toolkit; over the shim only one that PATH names, as a test puts there.
+tool() { # NAME
+  command -v "$1" && return
+  [ -n "$(manifest shim)" ] || ls "/usr/local/cuda/bin/$1" 2>/dev/null
+}
+
 run_sanitizer() {
-  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-  if [ -z "$sanitizer" ] || [ -n "$(manifest shim)" ]; then
+  sanitizer=$(tool compute-sanitizer)
+  if [ -z "$sanitizer" ]; then
     note skipped "compute-sanitizer: not on this machine"
     return
   fi
   for tool in memcheck racecheck initcheck synccheck; do
     for suite in ${suites:-$(manifest suites)}; do
       log=$out/logs/${tool}_$suite.log
+      has_time || { note skipped "$tool $suite: no time left"; continue; }
       KS_TEST_BACKEND=cuda logged "${tool}_$suite" "$sanitizer" --tool $tool --target-processes all --print-limit 20 \
         "$dir/bin/$suite" --jobs 1 --color=never
       status=$?
@@ -203,9 +253,9 @@ experiment() { # NAME DEVICE
 
 run_quickstart() {
   for device in cpu cuda; do
-    start=$(date +%s)
+    start=$(now)
     if experiment $device $device; then
-      note passed "$config on $device, $(($(date +%s) - start)) s"
+      note passed "$config on $device, $(($(now) - start)) s"
     else
       note failed "$config on $device: logs/run_$device.log"
       return
@@ -272,6 +322,138 @@ run_bench() {
   bench_once bench_variants --shape 1b --dtype f32,bf16 --variants all ops
 }
 
+# ---------------------------------------------------------------- goals
+
+python=${PYTHON:-python3}
+
+# Seconds for the samples of a case: what a budget leaves, for some hundred cases, twice, ours and the peers'.
+sample_seconds() {
+  [ "$part_end" -eq 0 ] && { echo 1; return; }
+  awk -v left="$(seconds_left)" 'BEGIN { s = left / 1000; print s > 1 ? 1 : s < 0.05 ? 0.05 : s }'
+}
+
+goal_rows() { # FILE: how many
+  [ -f "$1" ] && grep -c '"name"' "$1" || echo 0
+}
+
+run_goals() {
+  rm -f "$out/goals.jsonl" "$out/peers.jsonl"
+  ours="--device cuda --seconds $(sample_seconds)" theirs="--device cuda --seconds $(sample_seconds)"
+  [ -z "$(manifest shim)" ] || ours="--device cuda --scale 512 --seconds 0 --samples 1" theirs="--device cpu --scale 512 --no-compile --samples 2 --seconds 0"
+  if ! command -v "$python" >/dev/null 2>&1 || ! "$python" -c 'import torch' >/dev/null 2>&1; then
+    note skipped "peers: $python has no PyTorch"
+    # shellcheck disable=SC2086  # lists of words
+    logged goals "$dir/bin/keepsake" bench goals $ours $goals_arguments --jsonl "$out/goals.jsonl"
+  else
+    # shellcheck disable=SC2086
+    TORCHINDUCTOR_CACHE_DIR=$out/runs/inductor logged goals "$python" "$dir/experiments/bench_peers.py" $theirs --jsonl "$out/peers.jsonl" \
+      --keepsake "$dir/bin/keepsake" --keepsake-arguments "$ours $goals_arguments" --ours "$out/goals.jsonl" \
+      --budget "$([ "$part_end" -eq 0 ] && echo 0 || echo $(($(seconds_left) * 9 / 10)))" --limit 300 $peers_arguments
+  fi
+  status=$?
+  rm -rf "$out/runs/inductor"
+  what="goals: $(goal_rows "$out/goals.jsonl") rows, $(goal_rows "$out/peers.jsonl") of peers"
+  if [ $status -eq 0 ]; then
+    note passed "$what"
+  elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
+    note unfinished "$what: out of time"
+  else
+    note failed "$what, exit code $status: logs/goals.log"
+  fi
+}
+
+report() { # options
+  [ -s "$out/goals.jsonl" ] || return 3
+  scaled=$([ -z "$(manifest shim)" ] || echo --allow-scaled)
+  peers=$([ ! -s "$out/peers.jsonl" ] || printf %s "--peers $out/peers.jsonl")
+  # shellcheck disable=SC2086
+  "$python" "$dir/tests/gpu_report.py" --goals "$dir/experiments/bench_goals.def" --ours "$out/goals.jsonl" $peers --partial $scaled "$@"
+}
+
+run_report() {
+  if report --out "$out/report.md" >"$out/logs/report.log" 2>&1; then
+    note passed "report.md: $(sed -n 's/^Goals: \(.*\)\. Times.*/\1/p' "$out/report.md")"
+  elif [ ! -s "$out/goals.jsonl" ]; then
+    note skipped "report.md: no goals were measured"
+  else
+    note failed "report.md: $(tail -n 1 "$out/logs/report.log")"
+  fi
+}
+
+# The kernels of a case, as ncu chooses them by name: a pattern a run. Whole models: products and adapters, then what only a backward
+# pass and the loss have.
+kernels_of() { # CASE
+  case $1 in
+    attn_*) echo attention ;;
+    head_*) echo 'head|gemm|nvjet|linear' ;;
+    sim_*) echo sim ;;
+    norm_*) echo rmsnorm ;;
+    rope* | swiglu* | entropy* | pool* | adamw*) echo "$1" | sed 's/[^a-z].*//' ;;
+    *) echo 'linear|lora|gemm|nvjet|cutlass attention_back|_backward|gradient|head' ;;
+  esac
+}
+
+profile_case() { # CASE PATTERN LOG
+  small=$([ -z "$(manifest shim)" ] || echo "--scale 512")
+  # shellcheck disable=SC2086
+  KS_CUDA_NO_GRAPHS=1 logged "$3" "$ncu" --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats \
+    --section MemoryWorkloadAnalysis --section LaunchStats --kernel-name "regex:$2" --launch-count 40 \
+    "$dir/bin/keepsake" bench goals --device cuda --only "$1" --seconds 0 --samples 1 $small
+  status=$?
+  cp "$out/logs/$3.log" "$out/ncu/$3.txt"
+  if grep -q ERR_NVGPUCTRPERM "$out/ncu/$3.txt"; then
+    note skipped "profile $1: this user may not read the GPU's counters"
+  elif [ $status -eq 0 ]; then
+    note passed "profile $1 ($2): ncu/$3.txt"
+  else
+    note unfinished "profile $1 ($2): exit code $status: ncu/$3.txt"
+  fi
+}
+
+run_profile() {
+  ncu=$(tool ncu)
+  if [ -z "$ncu" ]; then
+    note skipped "profile: there is no ncu"
+    return
+  fi
+  report --worst "$worst" >"$out/worst.txt" 2>"$out/logs/worst.log" || { note skipped "profile: no goals to choose by"; return; }
+  mkdir -p "$out/ncu"
+  while read -r row <&3; do
+    n=0
+    for pattern in $(kernels_of "$row"); do
+      n=$((n + 1))
+      if has_time; then profile_case "$row" "$pattern" "ncu_$row.$n"; else note skipped "profile $row ($pattern): no time left"; fi
+    done
+  done 3<"$out/worst.txt"
+}
+
+# ---------------------------------------------------------------- parts
+
+# Of what is left of a budget, in percent, what a part may take.
+share_of() { # PART
+  case $1 in
+    suites) echo 30 ;;
+    quickstart | reruns) echo 15 ;;
+    goals) echo 70 ;;
+    profile) echo 50 ;;
+    bench) echo 60 ;;
+    *) echo 95 ;;
+  esac
+}
+
+run_part() { # PART
+  part_end=0
+  if [ "$budget" -gt 0 ]; then
+    left=$((began + budget - $(now)))
+    if [ $left -lt 10 ] && [ "$1" != report ]; then
+      note skipped "$1: the budget of $budget s is spent"
+      return
+    fi
+    [ "$1" = report ] || part_end=$(($(now) + left * $(share_of "$1") / 100))
+  fi
+  "run_$1"
+}
+
 write_summary() {
   {
     echo "# Keepsake on a GPU"
@@ -288,23 +470,31 @@ write_summary() {
 
 run() { # DIR OUT options
   [ $# -ge 2 ] || usage
-  dir=$1 out=$2 parts=suites,sanitizer,quickstart,reruns,bench limit=3600 bench_arguments="" suites="" config=configs/quickstart.cfg
+  dir=$1 out=$2 parts=suites,quickstart,reruns,goals,profile,sanitizer,report limit=3600 budget=0 worst=5
+  bench_arguments="" goals_arguments="" peers_arguments="" suites="" config=configs/quickstart.cfg
   shift 2
   while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || usage
     case $1 in
       --only) parts=$2 ;;
       --limit) limit=$2 ;;
+      --budget) budget=$2 ;;
       --bench) bench_arguments=$2 ;;
+      --goals) goals_arguments=$2 ;;
+      --peers) peers_arguments=$2 ;;
+      --worst) worst=$2 ;;
       --config) config=$2 ;; # of DIR, instead of the quickstart
       --suites) suites=$2 ;;
       *) usage ;;
     esac
     shift 2
   done
+  for value in "$limit" "$budget" "$worst"; do
+    case $value in *[!0-9]* | "") die 2 "\"$value\" is no whole number" ;; esac
+  done
   [ -f "$dir/MANIFEST" ] || die 2 "$dir is no bundle; make one with: tests/gpu.sh bundle $dir"
   for part in $(echo "$parts" | tr ',' ' '); do
-    case $part in suites | sanitizer | quickstart | reruns | bench) ;; *) die 2 "there is no part \"$part\"" ;; esac
+    case $part in suites | sanitizer | quickstart | reruns | bench | goals | profile | report) ;; *) die 2 "there is no part \"$part\"" ;; esac
   done
   dir=$(CDPATH='' cd -- "$dir" && pwd -P)
   mkdir -p "$out/logs" "$out/runs" || die 3 "$out: cannot write"
@@ -312,12 +502,40 @@ run() { # DIR OUT options
   : >"$out/results.txt"
   cd "$dir" || exit 3
   export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64" # cuBLASLt, where nobody told the loader
+  began=${began:-$(now)} part_end=0
   check_gpu
   describe_host
-  for part in $(echo "$parts" | tr ',' ' '); do "run_$part"; done
+  for part in $(echo "$parts" | tr ',' ' '); do run_part "$part"; done
+  clocks after
   write_summary
   echo "$passed passed, $failed failed, $unfinished unfinished, $skipped skipped: $out/summary.md"
   [ $failed -eq 0 ]
+}
+
+# One call: a bundle, made here or found, and all parts of it.
+all() { # OUT options
+  [ $# -ge 1 ] || usage
+  case $1 in -*) usage ;; esac
+  all_out=$1 from="" archs=""
+  began=$(now)
+  shift
+  while [ $# -gt 1 ]; do
+    case $1 in
+      --bundle) from=$2 ;;
+      --archs) archs=$2 ;;
+      *) break ;;
+    esac
+    shift 2
+  done
+  if [ -z "$from" ] && [ -f "$root/MANIFEST" ]; then
+    from=$root
+  elif [ -z "$from" ]; then
+    command -v cmake >/dev/null 2>&1 || die 3 "there is no CMake to build with; name a bundle: --bundle DIR"
+    mkdir -p "$all_out" || die 3 "$all_out: cannot write"
+    from=$all_out/bundle
+    bundle "$from" --archs "${archs:-native}" --build "$all_out/build"
+  fi
+  run "$from" "$all_out" "$@"
 }
 
 [ $# -ge 1 ] || usage
@@ -326,5 +544,6 @@ shift
 case $verb in
   bundle) bundle "$@" ;;
   run) run "$@" ;;
+  all) all "$@" ;;
   *) usage ;;
 esac
