@@ -67,10 +67,9 @@ enum {
   SIM_MERGE_WARPS = 4,   /* queries of a block of sim_merge_kernel */
   SIM_SLAB = 16384,      /* queries of a launch */
   SIM_FINISH_PARTS = 64, /* up to so many parts the last block finishes */
-  SIM_FINISH_BEST = 512, /* and lists of so many fit its shared memory */
-  SIM_BIG_BEST = 32      /* lists of 128 queries beside the stages of SIM_BIG */
+  SIM_FINISH_BEST = 512  /* and lists of so many fit its shared memory */
 };
-static const int64_t SIM_PARTIAL_BYTES = 256 << 20;
+static const int64_t SIM_PARTIAL_BYTES = 256 << 20, SIM_COPY_BYTES = 1 << 30;
 
 /* Factors of rows, and their copy as E where one is wanted: four lanes a row, each its slot's chunks in
  * rising order. */
@@ -109,6 +108,19 @@ __global__ void sim_merge_kernel(sim_job j, int32_t bm) {
     sim_merge(j, q, bm, scores + warp * j.best_k, index + warp * j.best_k, (int)threadIdx.x % KS_WARP);
 }
 
+/* A warp a query. */
+__global__ void sim_gather_kernel(sim_job j) {
+  ks_smem smem;
+  sim_entry *room = ks_smem_take<sim_entry>(&smem, (size_t)SIM_MERGE_WARPS * 2 * KS_WARP);
+  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP;
+  const int64_t q = (int64_t)blockIdx.x * SIM_MERGE_WARPS + warp;
+  if (q < j.q.n_rows)
+    sim_put_best(j, q,
+                 sim_gather(j.entries + q * j.n_parts * j.best_k, j.n_parts, j.best_k,
+                            room + warp * 2 * KS_WARP, lane),
+                 lane);
+}
+
 __global__ void sim_mean_kernel(sim_job j) {
   const int64_t q = (int64_t)blockIdx.x * (SIM_THREADS / KS_WARP) + (int)threadIdx.x / KS_WARP;
   if (q < j.q.n_rows) sim_mean(j, q, (int)threadIdx.x % KS_WARP);
@@ -124,10 +136,10 @@ struct sim_run {
   sim_mode mode;
   int64_t best_k, n_slab;
   sim_shape shape;
-  bool on_tensor_cores, is_any, copies_q, has_q_factors, has_k_factors;
+  bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors;
   char *room; /* workspace; offsets in it: */
-  size_t bytes, q_copy, q_factors, k_factors, lists, list_index, scores, index, partial, mean, count,
-      arrivals, nearest, far[2], picked;
+  size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, lists, list_index, scores, index, partial,
+      mean, count, arrivals, nearest, far[2], picked;
   const int32_t *groups, *query_groups;
 };
 
@@ -154,41 +166,64 @@ static bool sim_is_pure(const sim_run *r, const void *p, ks_dtype dtype) {
 /* Its lists are worth it in shared memory only. */
 static bool sim_may_be_big(const sim_run *r) {
   const size_t size = r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float);
-  return r->mode != SIM_NEAREST && (size_t)r->a->n_cols * size % 16 == 0 && r->best_k <= SIM_BIG_BEST &&
+  return r->mode != SIM_NEAREST && (size_t)r->a->n_cols * size % 16 == 0 && r->best_k <= SIM_SHORT &&
          sim_smem_bytes(SIM_BIG, sim_bn(SIM_BIG) * r->best_k) <=
              (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
 }
 
+/* Whether what has no copy yet may be copied as bf16: bytes within bounds, and an index of 32 bits. */
+static bool sim_may_be_tile(const sim_run *r) {
+  const ks_similarity_args *a = r->a;
+  return r->on_tensor_cores && r->mode != SIM_NEAREST && a->n_cols > 0 && a->n_cols % 8 == 0 &&
+         r->best_k <= SIM_SHORT && a->n_k < UINT32_MAX &&
+         (sim_is_pure(r, a->k, a->k_dtype) ||
+          a->n_k <= SIM_COPY_BYTES / a->n_cols / (int64_t)sizeof(ks_bf16)) &&
+         sim_tile_smem_bytes(r->mode == SIM_TOP) <= (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
+}
+
+static int64_t sim_n_tiles(const sim_run *r, sim_shape shape) {
+  return sim_ceil(r->a->n_q, sim_bn(shape)) * sim_ceil(r->a->n_k, sim_bm(shape));
+}
+
 static sim_shape sim_choose_shape(const sim_run *r) {
   const int n_sm = ks_cuda_device_of(r->ctx)->n_sm;
+  const sim_shape big = sim_may_be_tile(r) ? SIM_TILE : sim_may_be_big(r) ? SIM_BIG : SIM_MID;
   switch (ks_cuda_variant_of(r->ctx, "similarity")) {
   case KS_CUDA_similarity_few:
     return SIM_FEW;
   case KS_CUDA_similarity_mid:
     return SIM_MID;
   case KS_CUDA_similarity_big:
-    return sim_may_be_big(r) ? SIM_BIG : SIM_MID;
+    return big;
   default:
     if (r->a->n_q <= sim_bn(SIM_FEW)) return SIM_FEW;
-    return sim_may_be_big(r) &&
-                   sim_ceil(r->a->n_q, sim_bn(SIM_BIG)) * sim_ceil(r->a->n_k, sim_bm(SIM_BIG)) >= n_sm
-               ? SIM_BIG
-               : SIM_MID;
+    if (sim_n_tiles(r, big) >= n_sm) return big;
+    return sim_may_be_big(r) && sim_n_tiles(r, SIM_BIG) >= n_sm ? SIM_BIG : SIM_MID;
   }
 }
 
-/* Parts of the keys, so that n_q_tiles times as many blocks fill the card. */
+/* Blocks that an SM holds at once. */
+static const int SIM_BLOCKS[SIM_N_SHAPES] = {4, 2, 2, 2, 1};
+
+/* Parts of the keys: as many as make the longest way of any SM shortest. */
 static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
   const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
-  const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * (shape == SIM_FEW ? 4 : 2);
-  const int64_t tiles_of_q = r->mode == SIM_NEAREST ? 1 : j->n_q_tiles;
-  int64_t parts = n_blocks / (tiles_of_q > 0 ? tiles_of_q : 1);
-  parts = parts < 1 ? 1 : parts > n_tiles ? n_tiles : parts;
-  j->tiles_per_part = n_tiles ? sim_ceil(n_tiles, parts) : 1;
-  j->n_parts = n_tiles ? sim_ceil(n_tiles, j->tiles_per_part) : 1;
+  const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * SIM_BLOCKS[shape];
+  const int64_t tiles_of_q = r->mode == SIM_NEAREST || j->n_q_tiles < 1 ? 1 : j->n_q_tiles;
+  int64_t best = INT64_MAX;
+  j->n_parts = j->tiles_per_part = 1;
+  for (int64_t parts = 1; parts <= n_blocks && parts <= n_tiles; parts++) {
+    const int64_t per_part = sim_ceil(n_tiles, parts),
+                  way = sim_ceil(tiles_of_q * parts, n_blocks) * per_part;
+    if (way >= best) continue;
+    best = way;
+    j->tiles_per_part = per_part;
+    j->n_parts = sim_ceil(n_tiles, per_part);
+  }
 }
 
 static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, const sim_job *j) {
+  if (shape == SIM_TILE) return sim_launch_tile(r->ctx, r->op, j);
   return r->on_tensor_cores ? sim_launch_mma(r->ctx, r->op, shape, is_any, j)
                             : sim_launch_simt(r->ctx, r->op, shape, is_any, j);
 }
@@ -233,15 +268,25 @@ static sim_run sim_run_of(ks_ctx *ctx, const char *op, const ks_similarity_args 
   r.shape = sim_choose_shape(&r);
   r.n_slab = a->n_q < SIM_SLAB ? a->n_q : (int64_t)SIM_SLAB;
   const bool is_q_pure = sim_is_pure(&r, a->q, a->q_dtype), is_k_pure = sim_is_pure(&r, a->k, a->k_dtype);
-  r.copies_q = r.shape == SIM_BIG && !is_q_pure;
+  const bool is_big = r.shape == SIM_BIG || r.shape == SIM_TILE;
+  r.copies_q = is_big && !is_q_pure;
+  r.copies_k = r.shape == SIM_TILE && !is_k_pure;
   r.is_any = !is_k_pure || (!is_q_pure && !r.copies_q);
-  const bool prepares = a->metric == KS_METRIC_COSINE && (r.shape == SIM_BIG || mode == SIM_NEAREST);
+  const bool prepares = a->metric == KS_METRIC_COSINE && (is_big || mode == SIM_NEAREST);
   r.has_q_factors = prepares || r.copies_q || (mode == SIM_NEAREST && a->q_scales);
-  r.has_k_factors = prepares || (mode == SIM_NEAREST && a->k_scales);
+  r.has_k_factors = prepares || r.copies_k || (mode == SIM_NEAREST && a->k_scales);
   return r;
 }
 
 /* ---------------------------------------------------------------- matrix, best k, mean */
+
+/* Lists of parts that a launch of n queries leaves. */
+static size_t sim_n_lists(const sim_run *r, size_t n) {
+  sim_job j = sim_job_of(r, 0, (int64_t)n);
+  j.n_q_tiles = sim_ceil((int64_t)n, sim_bn(r->shape));
+  sim_divide(r, r->shape, &j);
+  return n * (size_t)j.n_parts;
+}
 
 /* Lays out the workspace of the run, whose launches have n_slab queries or fewer. */
 static ks_status sim_reserve(sim_run *r) {
@@ -254,19 +299,19 @@ static ks_status sim_reserve(sim_run *r) {
   }
   const size_t n = (size_t)r->n_slab, cols = (size_t)a->n_cols;
   if (r->copies_q) r->q_copy = sim_take(r, n * cols, r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float));
+  if (r->copies_k) r->k_copy = sim_take(r, (size_t)a->n_k * cols, sizeof(ks_bf16));
   if (r->has_q_factors) r->q_factors = sim_take(r, n, sizeof(double));
   if (r->has_k_factors) r->k_factors = sim_take(r, (size_t)a->n_k, sizeof(double));
   r->arrivals = sim_take(r, (size_t)sim_ceil(r->n_slab, bn), sizeof(unsigned));
   if (r->mode == SIM_TOP) {
-    sim_job j = sim_job_of(r, 0, r->n_slab);
-    j.n_q_tiles = sim_ceil(r->n_slab, bn);
-    sim_divide(r, r->shape, &j);
-    /* A last slab of fewer queries has more parts, and at most as many blocks. */
-    const size_t n_blocks = (size_t)ks_cuda_device_of(r->ctx)->n_sm * (r->shape == SIM_FEW ? 4 : 2);
-    const size_t by_slab = n * (size_t)j.n_parts, by_blocks = n_blocks * (size_t)bn;
-    const size_t n_lists = r->n_slab < a->n_q && by_blocks > by_slab ? by_blocks : by_slab;
-    r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
-    r->list_index = sim_take(r, n_lists * (size_t)r->best_k, sizeof(uint32_t));
+    const size_t last = (size_t)((a->n_q - 1) % r->n_slab + 1), whole = sim_n_lists(r, n),
+                 n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
+    if (r->shape == SIM_TILE) {
+      r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
+    } else {
+      r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
+      r->list_index = sim_take(r, n_lists * (size_t)r->best_k, sizeof(uint32_t));
+    }
     r->scores = sim_take(r, n * (size_t)r->best_k, sizeof(float));
     r->index = sim_take(r, n * (size_t)r->best_k, sizeof(int64_t));
   }
@@ -280,7 +325,7 @@ static ks_status sim_reserve(sim_run *r) {
   r->room = (char *)room;
   if (!r->has_k_factors) return KS_OK;
   return sim_prepare(r, product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype), a->k_scales,
-                     (double *)(r->room + r->k_factors), NULL);
+                     (double *)(r->room + r->k_factors), r->copies_k ? r->room + r->k_copy : NULL);
 }
 
 /* Results that a launch leaves unfinished. */
@@ -289,6 +334,10 @@ static ks_status sim_finish_apart(const sim_run *r, const sim_job *j) {
   if (r->mode == SIM_MEAN)
     return ks_launch(r->ctx, r->op, sim_mean_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_THREADS / KS_WARP)),
                      dim3(SIM_THREADS), 0, *j);
+  if (r->shape == SIM_TILE)
+    return ks_launch(r->ctx, r->op, sim_gather_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
+                     dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<sim_entry>(SIM_MERGE_WARPS * 2 * KS_WARP),
+                     *j);
   const size_t n = (size_t)SIM_MERGE_WARPS * (size_t)r->best_k;
   return ks_launch(r->ctx, r->op, sim_merge_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
                    dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<int64_t>(n) + ks_smem_bytes<float>(n), *j,
@@ -306,6 +355,8 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
     if (copy) j.q = product_rows_of(copy, n, r->a->n_cols, r->on_tensor_cores ? KS_DTYPE_BF16 : KS_DTYPE_F32);
   }
   if (r->has_k_factors) j.k_factors = (const double *)(r->room + r->k_factors);
+  if (r->copies_k) j.k = product_rows_of(r->room + r->k_copy, r->a->n_k, r->a->n_cols, KS_DTYPE_BF16);
+  j.entries = (sim_entry *)(r->room + r->entries);
   j.s = s ? s + q0 * r->a->n_k : NULL;
   j.list_scores = (float *)(r->room + r->lists);
   j.list_index = (uint32_t *)(r->room + r->list_index);
@@ -317,7 +368,8 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.groups = r->groups;
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
-    j.is_finished_here = r->shape != SIM_BIG && j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST;
+    j.is_finished_here = r->shape != SIM_BIG && r->shape != SIM_TILE && j.n_parts <= SIM_FINISH_PARTS &&
+                         r->best_k <= SIM_FINISH_BEST;
     j.arrivals = (unsigned *)(r->room + r->arrivals);
     if (j.is_finished_here && j.n_parts > 1)
       KS_TRY(ks_cuda_fill(r->ctx, j.arrivals, 0, (size_t)j.n_q_tiles * sizeof(unsigned)));

@@ -4,17 +4,24 @@
 #define KS_CUDA_SIMILARITY_CUH
 
 #include "kernels/cuda/product.cuh"
+#include "kernels/cuda/similarity_list.cuh"
 
 enum { SIM_STRETCH = 64, SIM_SLOTS = 4 }; /* keys of a partial mean; interleaved sums of a norm */
 
 typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
-typedef enum { SIM_FEW, SIM_MID, SIM_BIG } sim_shape;
-/* Keys and queries of a tile, stages of its product. */
+typedef enum { SIM_FEW, SIM_MID, SIM_BIG, SIM_STREAM, SIM_TILE, SIM_N_SHAPES } sim_shape;
+enum { SIM_SHORT = 32 }; /* longest list of sim_entry */
+enum { SIM_TILE_KEYS = 256, SIM_TILE_QUERIES = 128, SIM_TILE_STAGES = 3 };
+enum { SIM_STREAM_KEYS = 16, SIM_STREAM_QUERIES = 8, SIM_STREAM_WARPS = 8, SIM_STREAM_STAGES = 6 };
+/* Keys and queries of a tile (SIM_STREAM: of a warp), stages of its product. */
 KS_HOST_DEVICE constexpr int sim_bm(int shape) {
-  return shape == SIM_FEW ? 64 : 128;
+  return shape == SIM_FEW      ? 64
+         : shape == SIM_STREAM ? (int)SIM_STREAM_KEYS
+         : shape == SIM_TILE   ? (int)SIM_TILE_KEYS
+                               : 128;
 }
 KS_HOST_DEVICE constexpr int sim_bn(int shape) {
-  return shape == SIM_FEW ? 8 : shape == SIM_MID ? 32 : 128;
+  return shape == SIM_FEW || shape == SIM_STREAM ? 8 : shape == SIM_MID ? 32 : 128;
 }
 KS_HOST_DEVICE constexpr int sim_stages(int shape) {
   return shape == SIM_FEW ? 6 : shape == SIM_MID ? 3 : 2;
@@ -40,6 +47,7 @@ struct sim_job {
   float *s;                            /* MATRIX: [n_q, n_k] */
   float *list_scores;                  /* TOP: [n_q, n_parts, best_k] */
   uint32_t *list_index;                /* the same, counted from the part's first key */
+  sim_entry *entries;                  /* TOP, short lists: [n_q, n_parts, best_k] */
   float *scores;                       /* TOP: [n_q, best_k] */
   int64_t *index;
   const int32_t *groups, *query_groups; /* MEAN: or both NULL */
@@ -73,9 +81,10 @@ KS_DEVICE float sim_float_factor(double f) {
   const double size = fabs(f);
   return size == 0.0 || (size >= 0x1p-60 && size <= 0x1p60) ? (float)f : INFINITY;
 }
+/* Never -0, so that equal scores have equal bits. */
 KS_DEVICE float sim_score(float dot, float gq, float gk, double fq, double fk) {
   const float g = gq * gk;
-  return fabsf(g) < INFINITY ? dot * g : (float)((double)dot * (fq * fk));
+  return fabsf(g) < INFINITY ? fmaf(dot, g, 0.0f) : (float)((double)dot * (fq * fk)) + 0.0f;
 }
 
 /* ---------------------------------------------------------------- norms */
@@ -223,6 +232,13 @@ KS_DEVICE bool sim_offer(float *scores, I *index, int *n, int best_k, bool is_th
   return any;
 }
 
+/* Entry i of query q's best, of all lists of one warp. */
+KS_DEVICE void sim_put_best(const sim_job &j, int64_t q, sim_entry best, int lane) {
+  if (lane >= j.best_k) return;
+  j.scores[q * j.best_k + lane] = best ? sim_entry_score(best) : -INFINITY;
+  j.index[q * j.best_k + lane] = best ? sim_entry_index(best) : -1;
+}
+
 /* Keys of a part. */
 KS_DEVICE int64_t sim_part_begin(const sim_job &j, int64_t part, int bm) {
   const int64_t at = part * j.tiles_per_part * bm;
@@ -324,6 +340,15 @@ static inline size_t sim_smem_bytes(sim_shape shape, int64_t n_list) {
          ks_smem_bytes<float>(n) + ks_smem_bytes<uint32_t>(n);
 }
 
+static inline size_t sim_tile_smem_bytes(bool is_top) {
+  const size_t bm = SIM_TILE_KEYS, bn = SIM_TILE_QUERIES;
+  return ks_smem_bytes<uint4>((size_t)SIM_TILE_STAGES * (bm + bn) * PRODUCT_UNITS) +
+         2 * ks_smem_bytes<float>(bm) + 3 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(2) +
+         (is_top ? 2 * ks_smem_bytes<sim_entry>(bn * SIM_SHORT) + ks_smem_bytes<int>(bn) : 0);
+}
+
+/* Many bf16 rows, factors prepared, short lists. */
+ks_status sim_launch_tile(ks_ctx *ctx, const char *op, const sim_job *j);
 /* On tensor cores (bf16 and I8 rows) or in plain fma (any), of n_parts * n_q_tiles blocks. is_any: rows may
  * have to be converted on the way; with SIM_BIG those of k only. */
 ks_status sim_launch_mma(ks_ctx *ctx, const char *op, sim_shape shape, bool is_any, const sim_job *j);

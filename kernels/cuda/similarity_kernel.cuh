@@ -171,7 +171,7 @@ KS_DEVICE void sim_consume(const sim_job &j, P *c, bool is_rare, int64_t q0, int
   bool any = is_rare || j.mode != SIM_TOP;
   if (!is_rare)
     c->each([&](int m, int n, float &v) {
-      v *= sh.gq[n] * sh.gk[m];
+      v = fmaf(v, sh.gq[n] * sh.gk[m], 0.0f);
       any |= !(v <= sh.worst[n]);
     });
   if (!__syncthreads_or(any)) return;

@@ -13,7 +13,7 @@ typedef struct {
 
 /* The shim's: bytes of shared memory a block may have. */
 __attribute__((weak)) void ks_shim_set_smem(size_t bytes);
-enum { SMEM_TURING = 64 << 10, SMEM_AMPERE = 163 << 10 };
+enum { SMEM_TURING = 64 << 10, SMEM_AMPERE = 163 << 10, SMEM_HOPPER = 227 << 10 };
 static void set_smem(size_t bytes) {
   if (ks_shim_set_smem) ks_shim_set_smem(bytes);
 }
@@ -330,23 +330,28 @@ static int64_t run_shape(ks_ctx *ctx, const sim_case *c, const char *name, ks_re
 /* A score's bits do not depend on the kernel that made it. More queries and keys than a tile of any, and
  * several parts. */
 Test(similarity, shapes_agree) {
-  static const char *const variants[] = {NULL, "similarity=few", "similarity=mid", "similarity=big", NULL};
+  static const char *const variants[] = {
+      NULL, "similarity=few", "similarity=mid", "similarity=big", "similarity=big", NULL};
+  static const size_t smem[] = {SMEM_AMPERE, SMEM_AMPERE, SMEM_AMPERE,
+                                SMEM_AMPERE, SMEM_HOPPER, SMEM_TURING}; /* the last: lists in device memory */
   static const sim_case both[] = {{131, 300, 40, COSINE, KS_FILL_SIGNED, F32, F32, false},
                                   {130, 260, 72, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
                                   {5, 600, 24, DOT, KS_FILL_SIGNED, BF16, BF16, false},
+                                  {3, 1300, 136, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                  {2, 800, 8, DOT, KS_FILL_INTEGER, BF16, BF16, false},
                                   {140, 150, 72, COSINE, KS_FILL_INTEGER, BF16, I8, true},
                                   {135, 140, 16, DOT, KS_FILL_INTEGER, I8, I8, true},
                                   {129, 130, 36, COSINE, KS_FILL_SIGNED, F32, BF16, false}};
   int64_t bad = 0;
-  for (int64_t i = 0; ks_test_is_cuda() && i < 6; i++) {
+  for (int64_t i = 0; ks_test_is_cuda() && i < (int64_t)(sizeof both / sizeof both[0]); i++) {
     ks_results first = {0};
-    for (int v = 0; v < 5; v++) {
-      set_smem(v == 4 ? SMEM_TURING : SMEM_AMPERE); /* lists in device memory */
+    for (int v = 0; v < 6; v++) {
+      set_smem(smem[v]);
       char name[80];
       ks_ctx *ctx = NULL;
       ks_results now = {0};
-      snprintf(name, sizeof name, "similarity %lld, %s", (long long)i,
-               variants[v] ? variants[v] : "by shape");
+      snprintf(name, sizeof name, "similarity %lld, %s, %zu KiB", (long long)i,
+               variants[v] ? variants[v] : "by shape", smem[v] >> 10);
       const ks_ctx_params params = {.backend = "cuda", .variants = variants[v]};
       cr_assert(ks_ctx_create(&ctx, &params) == KS_OK, "%s", ks_error_message());
       bad += run_shape(ctx, &both[i], name, &now);

@@ -1,0 +1,425 @@
+/* Similarities of many bf16 rows on tensor cores: 256 keys x 128 queries a block; similarity.cu has the story.
+ *
+ * A block has one tile of queries and a part of the keys. The stages of its products follow one another without a
+ * gap: while the scores of one tile of keys are looked at, the first stages of the next are under way. Factors are
+ * prepared (sim_prepare_kernel), and nothing but scores leaves the registers:
+ *
+ *   matrix  straight to where they belong, 8 keys in a row (a sector) an instruction and query
+ *   mean    a warp has 64 keys of each of its queries, a stretch
+ *   best    a score that is not below its query's k-th best becomes an entry of the query's buffer (32 entries,
+ *           shared memory, places by an integer counter). A buffer of 16 or more is sorted and joined with the
+ *           query's list by a warp, two queries at a time. What finds no place tries again after that. Of the
+ *           first tile each query takes as floor the least of 32 maxima of 8 scores: about 90 of 256 scores pass
+ *           then, later 32 of 256 t after t keys... 32 ln(n / 256) for a part of n keys.
+ *
+ * Bytes and flops of a tile and 64 columns: 48 KiB by cp.async from L2, 4.2 MFLOP. sm_90: 1 block an SM, 8 warps of 64 x 64:
+ * for 16 columns a warp has 8 ldmatrix (4 KiB) and 32 mma: shared memory is read in 256 of the 512 cycles that the
+ * mma take at the full rate of A100's kind (1024 a cycle and SM). */
+#include "kernels/cuda/similarity.cuh"
+#include "kernels/cuda/similarity_list.cuh"
+
+#ifdef KS_CUDA_ON_CPU
+#define SIM_TILE_JOB const sim_job
+#else
+#define SIM_TILE_JOB const __grid_constant__ sim_job
+#endif
+
+enum { TILE_BUFFER = 32, TILE_JOIN_FROM = 16 };
+
+struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {
+  enum {
+    WARPS_N = 2,
+    WARPS_M = 4,
+    WARPS = 8,
+    M_TILES = 4, /* of 16 keys */
+    N_TILES = 8, /* of 8 queries */
+    STAGE = (BM + BN) * PRODUCT_UNITS,
+    N_SUMS = M_TILES * N_TILES * 4,
+    N_WORDS = N_SUMS / 32
+  };
+  static KS_DEVICE int lane() { return (int)threadIdx.x % KS_WARP; }
+  static KS_DEVICE int warp() { return (int)threadIdx.x / KS_WARP; }
+  /* Key 16 i + 8 half of a thread, query 8 j + odd. */
+  static KS_DEVICE int first_m() { return warp() / WARPS_N * 64 + lane() / 4; }
+  static KS_DEVICE int first_n() { return warp() % WARPS_N * 64 + lane() % 4 * 2; }
+};
+static_assert((int)sim_tile::BM == (int)SIM_TILE_KEYS && (int)sim_tile::BN == (int)SIM_TILE_QUERIES,
+              "what launches are told");
+static_assert(SIM_STRETCH == 64, "a warp's keys are one stretch");
+
+struct sim_tile_shared {
+  uint4 *stages;
+  float *gk, *gq, *worst;
+  int32_t *groups, *query_groups,
+      *rare;                  /* rare[0]: some query's factor is no float; [1]: a key's, in tile - 1 */
+  sim_entry *lists, *buffers; /* [BN, 32], [BN, TILE_BUFFER] */
+  int *used;                  /* of the buffers; more than TILE_BUFFER: some found no place */
+
+  KS_DEVICE explicit sim_tile_shared(int mode) {
+    ks_smem smem;
+    const size_t n = mode == SIM_TOP ? sim_tile::BN : 0;
+    stages = ks_smem_take<uint4>(&smem, (size_t)sim_tile::STAGES * sim_tile::STAGE);
+    gk = ks_smem_take<float>(&smem, sim_tile::BM);
+    gq = ks_smem_take<float>(&smem, sim_tile::BN);
+    worst = ks_smem_take<float>(&smem, sim_tile::BN);
+    groups = ks_smem_take<int32_t>(&smem, sim_tile::BM);
+    query_groups = ks_smem_take<int32_t>(&smem, sim_tile::BN);
+    rare = ks_smem_take<int32_t>(&smem, 2);
+    lists = n ? ks_smem_take<sim_entry>(&smem, n * KS_WARP) : NULL;
+    buffers = n ? ks_smem_take<sim_entry>(&smem, n * TILE_BUFFER) : NULL;
+    used = n ? ks_smem_take<int>(&smem, n) : NULL;
+  }
+};
+
+/* Rows of 64 columns to a stage; a thread has a unit of every 32nd row. One address, which moves on: kept apart they
+ * would take the registers of the sums. */
+template <int ROWS> KS_DEVICE void sim_tile_copy(uint4 *to, const product_rows &r, int64_t row0, int col0) {
+  enum { STEP = sim_tile::THREADS / PRODUCT_UNITS };
+  const int first = (int)threadIdx.x / PRODUCT_UNITS, unit = (int)threadIdx.x % PRODUCT_UNITS;
+  const int64_t left = r.n_rows - row0 - first;
+  const bool is_col = col0 + unit * PRODUCT_CHUNK < r.n_cols;
+  const char *from = (const char *)r.p + ((row0 + first) * r.n_cols + col0 + unit * PRODUCT_CHUNK) * 2;
+  const int64_t stride = r.n_cols * 2 * STEP;
+  to += product_unit(first, unit);
+#pragma unroll
+  for (int i = 0; i < ROWS / STEP; i++) {
+    const bool is_there = is_col && i * STEP < left;
+    ks_cp_async_16(to + i * STEP * PRODUCT_UNITS, is_there ? from : (const char *)r.p, is_there);
+    from += stride;
+  }
+}
+
+/* ---------------------------------------------------------------- scores */
+
+/* Where sum `at` of a thread lies: at = (16-key tile * N_TILES + 8-query tile) * 4 + place in the product. */
+KS_DEVICE int sim_tile_m(int at) {
+  return sim_tile::first_m() + at / (4 * sim_tile::N_TILES) * 16 + at % 4 / 2 * 8;
+}
+KS_DEVICE int sim_tile_n(int at) {
+  return sim_tile::first_n() + at / 4 % sim_tile::N_TILES * 8 + at % 2;
+}
+/* f(at, sum) for every sum. */
+template <class F> KS_DEVICE void sim_tile_each(sim_tile *c, F f) {
+#pragma unroll
+  for (int at = 0; at < sim_tile::N_SUMS; at++)
+    f(at, c->acc[at / (4 * sim_tile::N_TILES)][at / 4 % sim_tile::N_TILES][at % 4]);
+}
+
+KS_DEVICE double sim_tile_exact_factor(const double *factors, const float *scales, int64_t row,
+                                       int64_t n_rows) {
+  if (row >= n_rows) return 0.0;
+  return factors ? factors[row] : scales ? (double)scales[row] : 1.0;
+}
+
+/* Where some factor is no float: one sum after another, from local memory, as registers have room for the sums only. */
+KS_DEVICE void sim_tile_scale_exactly(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
+                                      int64_t k0) {
+  float x[sim_tile::N_SUMS];
+  sim_tile_each(c, [&](int at, float &v) { x[at] = v; });
+#pragma unroll 1
+  for (int at = 0; at < sim_tile::N_SUMS; at++) {
+    const int m = sim_tile_m(at), n = sim_tile_n(at);
+    x[at] = sim_score(x[at], sh.gq[n], sh.gk[m],
+                      sim_tile_exact_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows),
+                      sim_tile_exact_factor(j.k_factors, j.k_scales, k0 + m, j.k.n_rows));
+  }
+  sim_tile_each(c, [&](int at, float &v) { v = x[at]; });
+}
+
+/* Sums become scores. */
+KS_DEVICE void sim_tile_scale(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
+                              int64_t k0) {
+  float gk[sim_tile::M_TILES][2];
+#pragma unroll
+  for (int i = 0; i < sim_tile::M_TILES; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      gk[i][h] = sh.gk[c->first_m() + 16 * i + 8 * h];
+  if (sh.rare[0] || sh.rare[1] == (int32_t)(k0 / sim_tile::BM) + 1) {
+    sim_tile_scale_exactly(j, sh, c, q0, k0);
+    return;
+  }
+#pragma unroll
+  for (int jj = 0; jj < sim_tile::N_TILES; jj++) {
+    const float2 gq = *(const float2 *)(const void *)(sh.gq + c->first_n() + 8 * jj);
+#pragma unroll
+    for (int i = 0; i < sim_tile::M_TILES; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        c->acc[i][jj][e] = fmaf(c->acc[i][jj][e], (e % 2 ? gq.y : gq.x) * gk[i][e / 2], 0.0f);
+  }
+}
+
+KS_DEVICE void sim_tile_take_matrix(const sim_job &j, sim_tile *c, int64_t q0, int64_t k0) {
+  c->each([&](int m, int n, float &v) {
+    if (q0 + n < j.q.n_rows && k0 + m < j.k.n_rows) j.s[(q0 + n) * j.k.n_rows + k0 + m] = v;
+  });
+}
+
+/* The tree of sim_take_mean: keys 32 apart, then 16, 8, 4, 2, 1. One query after another, from local memory. */
+KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
+                                  int64_t k0) {
+  const int64_t n_stretches = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
+  float x[sim_tile::N_SUMS];
+  sim_tile_each(c, [&](int at, float &v) { x[at] = v; });
+#pragma unroll 1
+  for (int column = 0; column < 2 * sim_tile::N_TILES; column++) {
+    const int first = column / 2 * 4 + column % 2, n = sim_tile_n(first);
+    const int32_t group = sh.query_groups[n];
+    double part[2][2];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < sim_tile::M_TILES; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int m = c->first_m() + 16 * i + 8 * h;
+        const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
+        const double v = counts ? (double)x[first + 4 * sim_tile::N_TILES * i + 2 * h] : 0.0;
+        part[i % 2][h] = (i < 2 ? 0.0 : part[i % 2][h]) + v;
+        count += counts;
+      }
+    double sum = (part[0][0] + part[1][0]) + (part[0][1] + part[1][1]);
+#pragma unroll
+    for (int d = 16; d >= 4; d /= 2) {
+      sum += __shfl_xor_sync(KS_FULL_MASK, sum, d);
+      count += __shfl_xor_sync(KS_FULL_MASK, count, d);
+    }
+    const int64_t stretch = k0 / SIM_STRETCH + c->warp() / sim_tile::WARPS_N;
+    const sim_partial p = {sum, count};
+    if (c->lane() < 4 && q0 + n < j.q.n_rows && stretch < n_stretches)
+      j.partial[(q0 + n) * n_stretches + stretch] = p;
+  }
+}
+
+/* ---------------------------------------------------------------- the best */
+
+/* Of a whole first tile: each query's least of 32 maxima of 8 scores. At least 32 are not below it. */
+KS_DEVICE void sim_tile_first_floor(const sim_tile_shared &sh, sim_tile *c) {
+  float *least = (float *)sh.buffers; /* [WARPS_M, BN] */
+#pragma unroll
+  for (int jj = 0; jj < sim_tile::N_TILES; jj++)
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < sim_tile::M_TILES; i++)
+        most = fmaxf(most, fmaxf(c->acc[i][jj][odd], c->acc[i][jj][2 + odd]));
+#pragma unroll
+      for (int d = 16; d >= 4; d /= 2)
+        most = fminf(most, __shfl_xor_sync(KS_FULL_MASK, most, d));
+      if (c->lane() < 4)
+        least[c->warp() / sim_tile::WARPS_N * sim_tile::BN + c->first_n() + 8 * jj + odd] = most;
+    }
+  __syncthreads();
+  for (int n = (int)threadIdx.x; n < sim_tile::BN; n += sim_tile::THREADS) {
+    float most = least[n];
+#pragma unroll
+    for (int w = 1; w < sim_tile::WARPS_M; w++)
+      most = fminf(most, least[w * sim_tile::BN + n]);
+    if (sh.worst[n] != INFINITY) sh.worst[n] = most;
+  }
+  __syncthreads();
+}
+
+/* Buffers of TILE_JOIN_FROM or more go into their lists. A warp has 16 queries. */
+KS_DEVICE void sim_tile_join(const sim_job &j, const sim_tile_shared &sh) {
+  enum { PER_WARP = sim_tile::BN / sim_tile::WARPS };
+  const int lane = sim_tile::lane(), q0 = sim_tile::warp() * PER_WARP;
+  int used = lane < PER_WARP ? sh.used[q0 + lane] : 0;
+  used = used < TILE_BUFFER ? used : TILE_BUFFER;
+  unsigned mask = __ballot_sync(KS_FULL_MASK, used >= TILE_JOIN_FROM);
+  while (mask) {
+    sim_entry best[2], x[2];
+    int n[2], has[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      has[i] = mask != 0;
+      const int at = has[i] ? __ffs((int)mask) - 1 : 0;
+      mask &= mask - 1;
+      n[i] = q0 + at;
+      x[i] = lane < __shfl_sync(KS_FULL_MASK, used, at) && has[i] ? sh.buffers[n[i] * TILE_BUFFER + lane] : 0;
+      best[i] = sh.lists[n[i] * KS_WARP + lane];
+    }
+    sim_sort<2>(x, lane);
+    sim_join<2>(best, x, lane);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!has[i]) continue;
+      sh.lists[n[i] * KS_WARP + lane] = best[i];
+      if (lane == j.best_k - 1 && best[i] != 0 && sh.worst[n[i]] != INFINITY)
+        sh.worst[n[i]] = sim_entry_score(best[i]);
+      if (lane == 0) sh.used[n[i]] = 0;
+    }
+  }
+}
+
+/* A score to its query's buffer; false: no place. */
+KS_DEVICE bool sim_tile_push(const sim_job &j, const sim_tile_shared &sh, float score, int64_t k0, int m,
+                             int n) {
+  const sim_entry x = sim_entry_of(score, (uint32_t)(k0 + m));
+  if (k0 + m >= j.k.n_rows || x < sh.lists[n * KS_WARP + j.best_k - 1]) return true;
+  const int at = atomicAdd(sh.used + n, 1);
+  if (at < TILE_BUFFER) sh.buffers[n * TILE_BUFFER + at] = x;
+  return at < TILE_BUFFER;
+}
+
+KS_DEVICE void sim_tile_take_top(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t k0,
+                                 bool is_first) {
+  float x[sim_tile::N_SUMS]; /* of scores that pass: local memory, hardly ever used */
+  uint32_t passes[sim_tile::N_WORDS] = {}, any = 0;
+  if (is_first && k0 + sim_tile::BM <= j.k.n_rows) sim_tile_first_floor(sh, c);
+#pragma unroll
+  for (int jj = 0; jj < sim_tile::N_TILES; jj++) {
+    const float2 worst = *(const float2 *)(const void *)(sh.worst + c->first_n() + 8 * jj);
+#pragma unroll
+    for (int i = 0; i < sim_tile::M_TILES; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int at = (i * sim_tile::N_TILES + jj) * 4 + e;
+        if (!(c->acc[i][jj][e] < (e % 2 ? worst.y : worst.x)))
+          passes[at / 32] |= 1u << at % 32, x[at] = c->acc[i][jj][e];
+      }
+  }
+#pragma unroll
+  for (int w = 0; w < sim_tile::N_WORDS; w++)
+    any |= passes[w];
+  while (__syncthreads_or(any != 0)) {
+    any = 0;
+#pragma unroll
+    for (int w = 0; w < sim_tile::N_WORDS; w++) {
+      uint32_t left = passes[w];
+      while (left) {
+        const int at = w * 32 + __ffs((int)left) - 1;
+        if (sim_tile_push(j, sh, x[at], k0, sim_tile_m(at), sim_tile_n(at))) passes[w] &= ~(1u << at % 32);
+        left &= left - 1;
+      }
+      any |= passes[w];
+    }
+    __syncthreads();
+    sim_tile_join(j, sh);
+  }
+}
+
+/* What is left in buffers, and out. */
+KS_DEVICE void sim_tile_publish(const sim_job &j, const sim_tile_shared &sh, int64_t q0, int64_t part) {
+  const int lane = sim_tile::lane();
+  for (int n = sim_tile::warp() * 2; n < sim_tile::BN && q0 + n < j.q.n_rows; n += 2 * sim_tile::WARPS) {
+    sim_entry best[2], x[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      x[i] = lane < sh.used[n + i] ? sh.buffers[(n + i) * TILE_BUFFER + lane] : 0;
+      best[i] = sh.lists[(n + i) * KS_WARP + lane];
+    }
+    sim_sort<2>(x, lane);
+    sim_join<2>(best, x, lane);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (q0 + n + i < j.q.n_rows && lane < j.best_k)
+        j.entries[((q0 + n + i) * j.n_parts + part) * j.best_k + lane] = best[i];
+  }
+}
+
+/* ---------------------------------------------------------------- the kernel */
+
+KS_DEVICE float sim_tile_factor(const double *factors, const float *scales, int64_t row, int64_t n_rows) {
+  return row >= n_rows ? 0.0f : sim_float_factor(factors ? factors[row] : scales ? (double)scales[row] : 1.0);
+}
+
+KS_DEVICE void sim_tile_begin(const sim_job &j, const sim_tile_shared &sh, int64_t q0) {
+  if (threadIdx.x == 0) sh.rare[0] = sh.rare[1] = 0;
+  __syncthreads();
+  for (int n = (int)threadIdx.x; n < sim_tile::BN; n += sim_tile::THREADS) {
+    const float g = sim_tile_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
+    sh.gq[n] = g;
+    if (g == INFINITY) sh.rare[0] = 1;
+    sh.worst[n] = q0 + n < j.q.n_rows ? NAN : INFINITY; /* all pass, none */
+    sh.query_groups[n] = j.groups && q0 + n < j.q.n_rows ? j.query_groups[q0 + n] : 0;
+    if (j.mode == SIM_TOP) sh.used[n] = 0;
+  }
+  if (j.mode == SIM_TOP)
+    for (int i = (int)threadIdx.x; i < sim_tile::BN * KS_WARP; i += sim_tile::THREADS)
+      sh.lists[i] = 0;
+}
+
+/* What a thread knows of its key of a tile: read with the first stage, written with the second, when nobody looks
+ * at the last tile's any more. */
+struct sim_tile_key {
+  float g;
+  int32_t group;
+
+  KS_DEVICE void read(const sim_job &j, int64_t k) {
+    g = sim_tile_factor(j.k_factors, j.k_scales, k, j.k.n_rows);
+    group = j.groups && k < j.k.n_rows ? j.groups[k] : 0;
+  }
+  KS_DEVICE void write(const sim_tile_shared &sh, int64_t k0) const {
+    sh.gk[threadIdx.x] = g;
+    sh.groups[threadIdx.x] = group;
+    if (g == INFINITY) sh.rare[1] = (int32_t)(k0 / sim_tile::BM) + 1;
+  }
+};
+static_assert(sim_tile::THREADS == sim_tile::BM, "a thread has a key");
+
+template <int MODE>
+__global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(SIM_TILE_JOB j) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  typedef sim_tile P;
+  const sim_tile_shared sh(MODE);
+  const unsigned part = blockIdx.x % (unsigned)j.n_parts;
+  const int64_t q0 = (int64_t)(blockIdx.x / (unsigned)j.n_parts) * P::BN;
+  const int n_tiles = (int)((j.k.n_rows + P::BM - 1) / P::BM), begin = (int)(part * j.tiles_per_part),
+            end = begin + (int)j.tiles_per_part < n_tiles ? begin + (int)j.tiles_per_part : n_tiles;
+  const int n_steps = (int)((j.k.n_cols + P::COLS - 1) / P::COLS);
+  int ahead = begin, ahead_step = 0, stage_in = 0, stage_out = 0;
+  auto fetch = [&]() {
+    if (ahead < end) {
+      uint4 *to = sh.stages + stage_in * P::STAGE;
+      sim_tile_copy<P::BM>(to, j.k, (int64_t)ahead * P::BM, ahead_step * P::COLS);
+      sim_tile_copy<P::BN>(to + P::BM * PRODUCT_UNITS, j.q, q0, ahead_step * P::COLS);
+      stage_in = stage_in + 1 == P::STAGES ? 0 : stage_in + 1;
+      if (++ahead_step == n_steps) ahead_step = 0, ahead++;
+    }
+    ks_cp_async_commit();
+  };
+  for (int s = 0; s < P::STAGES - 1; s++)
+    fetch();
+  sim_tile_begin(j, sh, q0);
+  for (int tile = begin; tile < end; tile++) {
+    const int64_t k0 = (int64_t)tile * P::BM;
+    P c;
+    sim_tile_key key;
+    c.clear();
+    for (int step = 0; step < n_steps; step++) {
+      ks_cp_async_wait<P::STAGES - 2>();
+      __syncthreads();
+      if (step == 0) key.read(j, k0 + (int)threadIdx.x);
+      if (step == (n_steps > 1)) key.write(sh, k0);
+      fetch();
+      const uint4 *stage = sh.stages + stage_out * P::STAGE;
+      c.step(stage, stage + P::BM * PRODUCT_UNITS, P::BN);
+      stage_out = stage_out + 1 == P::STAGES ? 0 : stage_out + 1;
+    }
+    if (n_steps < 3) __syncthreads();
+    sim_tile_scale(j, sh, &c, q0, k0);
+    if constexpr (MODE == SIM_TOP)
+      sim_tile_take_top(j, sh, &c, k0, tile == begin);
+    else if constexpr (MODE == SIM_MEAN)
+      sim_tile_take_mean(j, sh, &c, q0, k0);
+    else
+      sim_tile_take_matrix(j, &c, q0, k0);
+  }
+  if constexpr (MODE == SIM_TOP) {
+    __syncthreads();
+    sim_tile_publish(j, sh, q0, part);
+  }
+#endif
+}
+
+template <int MODE> static ks_status sim_launch_tile_as(ks_ctx *ctx, const char *op, const sim_job *j) {
+  return ks_launch(ctx, op, similarity_tile_kernel<MODE>, dim3(ks_blocks_for(j->n_parts * j->n_q_tiles, 1)),
+                   dim3(sim_tile::THREADS), sim_tile_smem_bytes(MODE == SIM_TOP), *j);
+}
+ks_status sim_launch_tile(ks_ctx *ctx, const char *op, const sim_job *j) {
+  return j->mode == SIM_TOP    ? sim_launch_tile_as<SIM_TOP>(ctx, op, j)
+         : j->mode == SIM_MEAN ? sim_launch_tile_as<SIM_MEAN>(ctx, op, j)
+                               : sim_launch_tile_as<SIM_MATRIX>(ctx, op, j);
+}
