@@ -153,7 +153,7 @@ struct ks_smem {
   KS_DEVICE ks_smem() : used(0) {
   }
 };
-extern __shared__ __align__(128) unsigned char ks_smem_base[];
+extern __shared__ __align__(1024) unsigned char ks_smem_base[];
 template <class T> KS_DEVICE T *ks_smem_take(ks_smem *s, size_t n) {
   T *p = (T *)(ks_smem_base + s->used);
   s->used += ks_smem_bytes<T>(n);

@@ -1,5 +1,6 @@
 /* Launches with their limits, errors of the runtime in words, and the choice of variants. */
 #include "kernels/cuda/cuda_impl.h"
+#include "kernels/cuda/tensor_map.h"
 
 #include <ctype.h>
 #include <stdio.h>
@@ -209,6 +210,7 @@ static int find_op(const char *op, size_t n) {
 
 static bool suits(const ks_ctx *ctx, const ks_op_variant *v) {
   if (strcmp(v->name, "cublaslt") == 0 && !ks_cuda_has_blas(ctx)) return false;
+  if (strcmp(v->name, "wgmma") == 0 && !ks_cuda_has_wgmma(ctx, NULL)) return false;
   return ctx->act_dtype == KS_DTYPE_BF16 ? v->bf16 : v->f32;
 }
 
@@ -246,6 +248,10 @@ static ks_status choose_one(ks_ctx *ctx, const char *s, size_t n) {
     if (strlen(table[i].name) != n_name || memcmp(table[i].name, name, n_name) != 0) continue;
     if (strcmp(table[i].name, "cublaslt") == 0 && !ks_cuda_has_blas(ctx))
       return KS_FAIL(KS_EENV, "cuda: variant cublaslt of %s: %s", op, ks_cuda_blas_missing(ctx));
+    const char *why = NULL;
+    if (strcmp(table[i].name, "wgmma") == 0 && !ks_cuda_has_wgmma(ctx, &why))
+      return KS_FAIL(KS_EUNSUPPORTED, "cuda: variant wgmma of %s %s; this is %s", op, why,
+                     ks_cuda_of(ctx)->device.name);
     if (!suits(ctx, &table[i])) break;
     ks_cuda_of(ctx)->chosen[first] = (ks_cuda_variant)i;
     return KS_OK;

@@ -13,6 +13,8 @@
  *   cublaslt  the product by cuBLASLt, then expand adds the adapters' term: one more pass over y
  *   mma       product and adapters' term in one kernel (linear_mma.cu): no extra pass; bf16 only
  *   simt      plain fma throughout (linear_simt.cu)
+ *   wgmma     product and adapters' term in one kernel by Hopper's own products (linear_wgmma.cu); bf16 on sm_90 only, and mma for
+ *             what it does not take. Not measured yet, so no default
  *
  * Block weights, machines without cuBLASLt and shapes that it has no algorithm for take mma (bf16) or simt (float32; bf16
  * before sm_80, which has no such tensor cores). Generation passes in bf16 take linear_decode.cu for few rows and a form of
@@ -35,7 +37,7 @@
  *   Next, not built: wgmma and TMA for sm_90. */
 #include "kernels/cuda/linear.cuh"
 
-typedef enum { BY_BLAS, BY_MMA, BY_SIMT } way;
+typedef enum { BY_BLAS, BY_MMA, BY_SIMT, BY_WGMMA } way;
 
 static way way_of(const ks_ctx *ctx, const char *op, const ks_linear_args *a) {
   const ks_cuda_variant v = ks_cuda_variant_of(ctx, op);
@@ -43,6 +45,7 @@ static way way_of(const ks_ctx *ctx, const char *op, const ks_linear_args *a) {
              bf16_cores = bf16 && ks_cuda_device_of(ctx)->major >= 8;
   if (v == KS_CUDA_linear_forward_simt || v == KS_CUDA_linear_backward_simt) return BY_SIMT;
   if (a->w->n_in == 0 || a->w->n_out == 0) return BY_SIMT;
+  if (v == KS_CUDA_linear_forward_wgmma || v == KS_CUDA_linear_backward_wgmma) return BY_WGMMA;
   if (v == KS_CUDA_linear_forward_mma || v == KS_CUDA_linear_backward_mma) return BY_MMA;
   if (ks_cuda_has_blas(ctx) && !ks_dtype_is_quantized(a->w->dtype) &&
       (!bf16 || (bf16_cores && !a->generation)))
@@ -91,6 +94,10 @@ static ks_status run_product(ks_ctx *ctx, const char *op, const ks_linear_args *
   const void *u = backward ? a->v : a->u;
   bool taken = true;
   if (by == BY_BLAS) KS_TRY(ks_cuda_blas_takes(ctx, &m, &taken));
+  if (by == BY_WGMMA) {
+    if (ks_wgmma_takes(ctx, &p)) return ks_wgmma_linear(ctx, op, &p, a, batch, u);
+    by = BY_MMA;
+  }
   if (!taken) by = bf16 ? BY_MMA : BY_SIMT;
   if (by == BY_MMA) return ks_mma_linear(ctx, op, &p, batch, u);
   KS_TRY(by == BY_BLAS ? ks_cuda_matmul(ctx, &m) : ks_simt_product(ctx, op, &p));

@@ -6,6 +6,7 @@
  *   lora_mma.cu        shrink, expand and gradients on tensor cores (bf16)
  *   linear_simt.cu     every part of the layer in plain fma, any type
  *   linear_mma.cu      product and adapters in one kernel on tensor cores (bf16 activations; bf16 or block weights)
+ *   linear_wgmma.cu    the same by Hopper's own products
  *   linear_decode.cu   the same for few rows
  */
 #ifndef KS_CUDA_LINEAR_CUH
@@ -132,6 +133,10 @@ ks_status ks_mma_gradient(ks_ctx *ctx, const char *op, const lora_gradient_args 
 /* With adapters when batch.max_rank > 0: u (or v) was computed before. */
 ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                         const void *u);
+/* By Hopper's own products (linear_wgmma.cu), where ks_wgmma_takes says so. `a`: the operation that batch describes. */
+bool ks_wgmma_takes(const ks_ctx *ctx, const linear_product *p);
+ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const ks_linear_args *a,
+                          const lora_batch *batch, const void *u);
 ks_status ks_decode_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                            const void *u);
 

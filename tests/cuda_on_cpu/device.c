@@ -9,6 +9,7 @@ static struct {
   size_t total, used, pinned, smem_optin;
   int major, minor;
 } device = {.total = (size_t)1 << 30, .smem_optin = 64 << 10, .major = 8, .minor = 0};
+static int is_hopper;
 enum { SMEM_DEFAULT = 48 << 10 };
 
 static ks_shim_allocation *allocations;
@@ -27,6 +28,18 @@ void ks_shim_set_capability(int major, int minor) {
 }
 void ks_shim_set_smem(size_t bytes_per_block) {
   device.smem_optin = bytes_per_block;
+}
+void ks_shim_set_hopper(int on) {
+  is_hopper = on;
+}
+static size_t smem_optin(void) {
+  return is_hopper ? (size_t)227 << 10 : device.smem_optin;
+}
+static int major(void) {
+  return is_hopper ? 9 : device.major;
+}
+static int minor(void) {
+  return is_hopper ? 0 : device.minor;
 }
 size_t ks_shim_memory_used(void) {
   return device.used;
@@ -117,8 +130,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *prop, int index) {
   *prop = (struct cudaDeviceProp){.name = "CUDA on CPU",
                                   .totalGlobalMem = device.total,
                                   .sharedMemPerBlock = SMEM_DEFAULT,
-                                  .sharedMemPerBlockOptin = device.smem_optin,
-                                  .sharedMemPerMultiprocessor = device.smem_optin + 1024,
+                                  .sharedMemPerBlockOptin = smem_optin(),
+                                  .sharedMemPerMultiprocessor = smem_optin() + 1024,
                                   .reservedSharedMemPerBlock = 1024,
                                   .regsPerBlock = 65536,
                                   .regsPerMultiprocessor = 65536,
@@ -127,8 +140,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *prop, int index) {
                                   .maxThreadsPerMultiProcessor = 1024,
                                   .maxThreadsDim = {1024, 1024, 64},
                                   .maxGridSize = {0x7fffffff, 65535, 65535},
-                                  .major = device.major,
-                                  .minor = device.minor,
+                                  .major = major(),
+                                  .minor = minor(),
                                   .multiProcessorCount = 4,
                                   .l2CacheSize = 4 << 20,
                                   .unifiedAddressing = 1,
@@ -292,7 +305,7 @@ size_t ks_shim_smem_limit(const void *func) {
 
 cudaError_t cudaFuncSetAttribute(const void *func, enum cudaFuncAttribute attr, int value) {
   if (attr == cudaFuncAttributePreferredSharedMemoryCarveout) return ks_shim_result(cudaSuccess);
-  if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || (size_t)value > device.smem_optin)
+  if (attr != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || (size_t)value > smem_optin())
     return ks_shim_result(cudaErrorInvalidValue);
   size_t i = 0;
   while (i < n_raised && raised[i].func != func)
@@ -310,8 +323,8 @@ cudaError_t cudaFuncSetAttribute(const void *func, enum cudaFuncAttribute attr, 
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attr, const void *func) {
   *attr = (struct cudaFuncAttributes){.maxThreadsPerBlock = 1024,
-                                      .binaryVersion = 10 * device.major + device.minor,
-                                      .ptxVersion = 10 * device.major + device.minor,
+                                      .binaryVersion = 10 * major() + minor(),
+                                      .ptxVersion = 10 * major() + minor(),
                                       .maxDynamicSharedSizeBytes = (int)ks_shim_smem_limit(func)};
   return ks_shim_result(cudaSuccess);
 }

@@ -56,7 +56,7 @@ struct CUgraphExec_st {
 static struct CUstream_st default_stream;
 static cudaStream_t streams = &default_stream;
 static uint64_t n_records;
-enum { MAX_ARG_BYTES = 4096 };
+enum { MAX_ARG_BYTES = 4096, ARG_ALIGN = 128 /* of a tensor map */ };
 
 /* ---------------------------------------------------------------- lists of work */
 
@@ -228,16 +228,23 @@ static bool fits(dim3 grid, dim3 block) {
          threads <= 1024;
 }
 
+static size_t round_up(size_t bytes) {
+  return (bytes + ARG_ALIGN - 1) & ~(size_t)(ARG_ALIGN - 1);
+}
+
 cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, void **args), dim3 grid,
                            dim3 block, void **args, const size_t *arg_sizes, int n_args, size_t smem_bytes,
                            cudaStream_t stream, const char *name) {
-  size_t bytes = (size_t)n_args * sizeof(void *);
+  const size_t bytes = (size_t)n_args * sizeof(void *);
   if (!func || !invoke) return ks_shim_result(cudaErrorInvalidDeviceFunction);
   if (!fits(grid, block)) return ks_shim_result(cudaErrorInvalidConfiguration);
   if (smem_bytes > ks_shim_smem_limit(func)) return ks_shim_result(cudaErrorInvalidValue);
-  for (int i = 0; i < n_args; i++)
-    bytes += (arg_sizes[i] + 15) & ~(size_t)15;
-  if (bytes > MAX_ARG_BYTES + (size_t)n_args * sizeof(void *)) return ks_shim_result(cudaErrorInvalidValue);
+  size_t arg_bytes = 0, room = round_up(bytes) + ARG_ALIGN;
+  for (int i = 0; i < n_args; i++) {
+    arg_bytes += (arg_sizes[i] + 15) & ~(size_t)15;
+    room += round_up(arg_sizes[i]);
+  }
+  if (arg_bytes > MAX_ARG_BYTES) return ks_shim_result(cudaErrorInvalidValue);
   for (int i = 0; i < n_args; i++)
     if (points_to_host(args[i], arg_sizes[i])) {
       char text[256];
@@ -249,13 +256,13 @@ cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, vo
       return ks_shim_result(ks_shim_sticky);
     }
   void **copy = NULL;
-  const size_t room = (bytes + 31) & ~(size_t)15;
-  if (posix_memalign((void **)&copy, 16, room) != 0) return ks_shim_result(cudaErrorMemoryAllocation);
-  char *at = (char *)copy + (((size_t)n_args * sizeof(void *) + 15) & ~(size_t)15);
+  if (posix_memalign((void **)&copy, ARG_ALIGN, room) != 0)
+    return ks_shim_result(cudaErrorMemoryAllocation);
+  char *at = (char *)copy + round_up(bytes);
   for (int i = 0; i < n_args; i++) {
     copy[i] = at;
     memcpy(at, args[i], arg_sizes[i]);
-    at += (arg_sizes[i] + 15) & ~(size_t)15;
+    at += round_up(arg_sizes[i]);
   }
   const ks_shim_kernel kernel = {.op = name ? name : "kernel",
                                  .func = func,

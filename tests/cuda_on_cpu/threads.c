@@ -3,8 +3,9 @@
  * A fiber runs until it blocks. The lanes of a warp run one after another, in the chosen order, until each
  * waits; when all wait at the same warp collective it is completed and the warp goes round again, when all
  * wait at a block barrier (or are done) the next warp runs. After the last warp the barrier is completed and
- * the round begins again with the first warp. So every mistake with barriers is found at the end of a warp's
- * or a block's turn, and nothing can hang but a loop that spins.
+ * the round begins again with the first warp. A lane that waits for a barrier in shared memory runs again as
+ * soon as that is complete; a warp of which some lanes wait so is left as it is. So every mistake with barriers
+ * is found at the end of a warp's or a block's turn, and nothing can hang but a loop that spins.
  *
  * This file is compiled without sanitizers: it switches stacks (which AddressSanitizer is told) and is the
  * inner loop. What kernels access is checked where they access it. */
@@ -20,9 +21,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK = 128 << 10, REPORT = 8192, MAX_ARRAYS = 64 };
+enum { WARP = 32, MAX_THREADS = 1024, STACK = 128 << 10, REPORT = 8192, MAX_ARRAYS = 64, SMEM_FIRST = 1024 };
 
-typedef enum { READY, AT_WARP, AT_BLOCK, DONE } fiber_state;
+typedef enum { READY, AT_WARP, AT_BLOCK, AT_BARRIER, DONE } fiber_state;
 typedef struct warp warp;
 typedef struct {
   void *dst;
@@ -42,6 +43,8 @@ typedef struct {
   warp *warp;
   fiber_state state;
   ks_shim_at at;
+  const void *barrier; /* in shared memory, for which it waits */
+  unsigned parity;
   async_copy *copies; /* under way, oldest first */
   int n_copies, cap_copies, group;
 } fiber;
@@ -70,10 +73,11 @@ static struct {
   int turn; /* position in warp_order */
   int warp_order[WARP];
   int arrived, sum, result;
+  int n_at_barrier; /* threads that wait for a barrier in shared memory */
   bool mixed;
   ks_shim_at at;
   void *array[MAX_ARRAYS]; /* shared memory */
-  size_t array_bytes[MAX_ARRAYS], smem_used;
+  size_t array_bytes[MAX_ARRAYS], array_at[MAX_ARRAYS], smem_used;
   int n_arrays;
   bool failed;
 } block;
@@ -324,45 +328,100 @@ KS_SHIM_NORETURN static void fail_waiting(const char *what, int from, int to) {
 
 static void complete(warp *w);
 
-/* The first warp from block.turn on with threads that are not done. */
+static inline bool may_run(const fiber *f) {
+  return f->state == READY || (f->state == AT_BARRIER && ks_shim_barrier_is_past(f->barrier, f->parity));
+}
+
+/* The first lane from w->turn on that can run. */
+static inline fiber *next_lane(warp *w) {
+  for (; w->turn < w->n_live; w->turn++)
+    if (may_run(w->order[w->turn])) return w->order[w->turn];
+  w->turn = 0;
+  return NULL;
+}
+
+static bool waits_for_barrier(const warp *w) {
+  for (int i = 0; i < w->n_live; i++)
+    if (w->order[i]->state == AT_BARRIER) return true;
+  return false;
+}
+
+static void forget_done(warp *w) {
+  const int n = w->n_live;
+  w->n_live = 0;
+  for (int i = 0; i < n; i++)
+    if (w->order[i]->state != DONE) w->order[w->n_live++] = w->order[i];
+}
+
+/* The first warp from block.turn on with a thread that can run. */
 static fiber *next_warp(void) {
   for (; block.turn < block.n_warps; block.turn++) {
     warp *w = &warps[block.warp_order[block.turn]];
-    if (w->n_live) return w->order[0];
+    w->turn = 0;
+    fiber *f = w->n_live ? next_lane(w) : NULL;
+    if (f) return f;
   }
   return NULL;
 }
 
-/* All warps had their turn: every thread waits at a barrier of the block or is done. */
+static void set_ready(fiber_state from) {
+  for (int i = 0; i < block.n_threads; i++)
+    if (fibers[i].state == from) fibers[i].state = READY;
+}
+
+/* All warps had their turn: every thread waits or is done. */
 static fiber *next_round(void) {
+  while (block.n_at_barrier > 0) {
+    block.turn = 0;
+    fiber *first = next_warp();
+    if (first) return first;
+    if (!ks_shim_hopper_advance())
+      fail_waiting("threads wait for a barrier that nothing completes", 0, block.n_threads);
+  }
   if (block.mixed) fail_waiting("threads of one block wait at different barriers", 0, block.n_threads);
   block.result = block.sum;
   block.sum = block.arrived = 0;
   block.turn = 0;
+  set_ready(AT_BLOCK);
   fiber *first = next_warp();
   return first ? first : &caller;
 }
 
 /* Who runs when a lane of w has stopped. */
 static fiber *next_of(warp *w) {
-  if (++w->turn < w->n_live) return w->order[w->turn];
-  w->turn = 0;
+  fiber *next;
+  w->turn++;
+  if ((next = next_lane(w))) return next;
+  if (block.n_at_barrier > 0 && (next = next_lane(w))) return next;
   if (w->arrived) {
-    if (w->arrived < w->n || w->mixed)
+    const bool is_whole = w->arrived == w->n && !w->mixed;
+    if (!is_whole && (w->mixed || block.n_at_barrier == 0 || !waits_for_barrier(w)))
       fail_waiting("a warp collective wants all lanes of the warp", w->lane[0]->number,
                    w->lane[0]->number + w->n);
-    complete(w);
-    return w->order[0];
+    if (is_whole) {
+      complete(w);
+      return next_lane(w);
+    }
   }
-  fiber *in_order[WARP];
-  const int n = w->n_live;
-  memcpy(in_order, w->order, sizeof in_order);
-  w->n_live = 0;
-  for (int i = 0; i < n; i++)
-    if (in_order[i]->state != DONE) w->order[w->n_live++] = in_order[i];
+  forget_done(w);
   block.turn++;
-  fiber *next = next_warp();
+  next = next_warp();
   return next ? next : next_round();
+}
+
+void ks_shim_wait_barrier(const void *b, unsigned parity) {
+  fiber *self = now;
+  if (ks_shim_barrier_is_past(b, parity)) return;
+  self->state = AT_BARRIER;
+  self->at = KS_SHIM_BARRIER;
+  self->frame = __builtin_frame_address(0);
+  self->barrier = b;
+  self->parity = parity;
+  block.n_at_barrier++;
+  fiber *next = next_of(self->warp);
+  if (next != self) go(self, next);
+  block.n_at_barrier--;
+  self->state = READY;
 }
 
 int ks_shim_block_wait(ks_shim_at at, int value) {
@@ -518,6 +577,8 @@ static void complete(warp *w) {
   }
   w->arrived = 0;
   w->parity ^= 1;
+  for (int l = 0; l < w->n; l++)
+    w->lane[l]->state = READY;
 }
 
 /* ---------------------------------------------------------------- shared memory, asynchronous copies */
@@ -529,7 +590,7 @@ void *ks_shim_smem(int k, size_t bytes) {
                    block.array_bytes[k]);
     return block.array[k];
   }
-  const size_t limit = block.kernel->smem_bytes;
+  const size_t limit = block.kernel->smem_bytes, at = block.smem_used;
   block.smem_used += (bytes + 15) & ~(size_t)15;
   if (block.smem_used > limit || k >= MAX_ARRAYS)
     ks_shim_fail("the first %d arrays of shared memory take %zu bytes, the launch gives %zu", k + 1,
@@ -538,9 +599,39 @@ void *ks_shim_smem(int k, size_t bytes) {
   if (!p) ks_shim_fail("no memory for %zu bytes of shared memory", bytes);
   memset(p, 0xff, bytes);
   block.array[k] = p;
+  block.array_at[k] = at;
   block.array_bytes[k] = bytes;
   block.n_arrays = k + 1;
   return p;
+}
+
+uint32_t ks_shim_smem_address(const void *p) {
+  for (int k = 0; k < block.n_arrays; k++) {
+    const size_t at = (size_t)((const char *)p - (const char *)block.array[k]);
+    if ((const char *)p >= (const char *)block.array[k] && at < block.array_bytes[k])
+      return (uint32_t)(SMEM_FIRST + block.array_at[k] + at);
+  }
+  ks_shim_fail("%p lies in no array of shared memory", p);
+}
+
+void *ks_shim_smem_pointer(uint32_t address, size_t bytes) {
+  for (int k = 0; k < block.n_arrays; k++) {
+    const size_t at = (size_t)address - SMEM_FIRST - block.array_at[k];
+    if (address >= SMEM_FIRST + block.array_at[k] && at < block.array_bytes[k] &&
+        bytes <= block.array_bytes[k] - at)
+      return (char *)block.array[k] + at;
+  }
+  ks_shim_fail("%zu bytes at address %u of shared memory lie in no array", bytes, address);
+}
+
+int ks_shim_thread(void) {
+  return now->number;
+}
+int ks_shim_n_threads(void) {
+  return block.n_threads;
+}
+int ks_shim_order(void) {
+  return order;
 }
 
 void ks_shim_cp_async(void *dst, const void *src, uint32_t bytes) {
@@ -651,7 +742,8 @@ static void run_block(uint64_t number) {
   blockIdx.x = (unsigned)(number % gridDim.x);
   blockIdx.y = (unsigned)(number / gridDim.x % gridDim.y);
   blockIdx.z = (unsigned)(number / gridDim.x / gridDim.y);
-  block.turn = block.arrived = block.sum = block.n_arrays = 0;
+  block.turn = block.arrived = block.sum = block.n_arrays = block.n_at_barrier = 0;
+  ks_shim_hopper_begin(block.n_threads);
   block.smem_used = 0;
   const uint64_t key = mix((uint64_t)order) ^ number;
   permutation(block.warp_order, block.n_warps, key);
@@ -667,6 +759,13 @@ static void run_block(uint64_t number) {
     }
   }
   go(&caller, next_warp());
+  const char *wrong = block.failed ? NULL : ks_shim_hopper_end();
+  if (wrong) {
+    say_launch();
+    say(": %s", wrong);
+    fprintf(stderr, "CUDA on CPU: %s\n", report);
+    block.failed = true;
+  }
   for (int i = 0; i < block.n_arrays; i++)
     free(block.array[i]);
 }

@@ -14,6 +14,19 @@ typedef struct {
   size_t smem_bytes;
 } ks_shim_kernel;
 
+/* Between threads.c and hopper.c: what one of them needs of the other while a block runs. */
+int ks_shim_thread(void); /* number of the running thread in its block */
+int ks_shim_n_threads(void);
+int ks_shim_order(void);
+/* The running thread waits until ks_shim_barrier_is_past(b, parity). */
+void ks_shim_wait_barrier(const void *b, unsigned parity);
+bool ks_shim_barrier_is_past(const void *b, unsigned parity);
+/* Nothing can run: makes one of the copies under way; false when there are none. */
+bool ks_shim_hopper_advance(void);
+void ks_shim_hopper_begin(int n_threads);
+/* What is wrong with how a block ends, or NULL. */
+const char *ks_shim_hopper_end(void);
+
 /* False when the launch failed; ks_shim_report() then says how. */
 bool ks_shim_run(const ks_shim_kernel *kernel);
 uint64_t ks_shim_switch_count(void);

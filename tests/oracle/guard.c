@@ -10,6 +10,8 @@ static const char *const cuda_places[] = {"cuda-f32", "cuda-bf16", NULL};
 
 /* The shim's (tests/cuda_on_cpu/): in which order the threads of a block run. */
 __attribute__((weak)) void ks_shim_set_order(int order);
+/* And whether it is a GPU of compute capability 9.0, which some variants need. */
+__attribute__((weak)) void ks_shim_set_hopper(int on);
 
 bool ks_test_is_cuda(void) {
   const char *backend = getenv("KS_TEST_BACKEND");
@@ -334,6 +336,7 @@ static int64_t run_place(const test_place *t, ks_results *first) {
   for (int i = 0; i < (ks_test_is_cuda() ? 3 : 2); i++) {
     char name[256];
     ks_results now = {0};
+    if (ks_shim_set_hopper) ks_shim_set_hopper(t->variants && strstr(t->variants, "=wgmma"));
     ks_ctx *ctx = make_ctx(t->place, threads[i], t->variants);
     if (!ctx) break;
     if (ks_shim_set_order) ks_shim_set_order(orders[i]);
@@ -348,6 +351,7 @@ static int64_t run_place(const test_place *t, ks_results *first) {
     bad += ks_results_check_same(name, &now, first);
     ks_results_free(&now);
   }
+  if (ks_shim_set_hopper) ks_shim_set_hopper(0);
   return bad;
 }
 

@@ -225,6 +225,17 @@ struct cudaFuncAttributes {
 cudaError_t cudaFuncSetAttribute(const void *func, enum cudaFuncAttribute attr, int value);
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attr, const void *func);
 
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess = 0,
+  cudaDriverEntryPointSymbolNotFound = 1,
+  cudaDriverEntryPointVersionNotSufficent = 2
+};
+#define cudaEnableDefault 0x0
+/* Knows cuTensorMapEncodeTiled. */
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **func, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *result);
+
 #ifdef __cplusplus
 }
 #include "ks_shim_builtins.h"

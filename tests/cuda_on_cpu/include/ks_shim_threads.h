@@ -26,6 +26,7 @@ extern "C" {
   X(SYNCWARP, "__syncwarp")                                                                                  \
   X(LDMATRIX, "ks_ldmatrix")                                                                                 \
   X(MMA, "ks_mma_bf16")                                                                                      \
+  X(BARRIER, "ks_barrier_wait")                                                                              \
   X(SYNCTHREADS, "__syncthreads")                                                                            \
   X(SYNCTHREADS_COUNT, "__syncthreads_count")                                                                \
   X(SYNCTHREADS_OR, "__syncthreads_or")                                                                      \
@@ -53,6 +54,10 @@ void ks_shim_mma(float *d, const uint32_t *a, const uint32_t *b);
 
 /* The k-th array of shared memory of this block: the same for all its threads, `bytes` long and no more. */
 void *ks_shim_smem(int k, size_t bytes);
+/* Addresses of shared memory as instructions know them: the first array begins at 1024, as on sm_90. A pointer outside every
+ * array, and a range that leaves its array, fail. */
+uint32_t ks_shim_smem_address(const void *p);
+void *ks_shim_smem_pointer(uint32_t address, size_t bytes);
 
 void ks_shim_cp_async(void *dst, const void *src, uint32_t bytes); /* src NULL: zeros */
 void ks_shim_cp_async_commit(void);
