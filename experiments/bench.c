@@ -236,6 +236,7 @@ ks_status ks_bench_add(ks_bench *b, const char *name, const char *shape, ks_samp
     r->peak_share = share(r->gflops, bf16 ? b->rates.matrix_bf16 : b->rates.matrix_f32);
     r->read_share = share(r->gbytes, b->rates.read);
     r->copy_share = share(r->gbytes, b->rates.copy);
+    r->roofline_share = fmax(r->peak_share, r->read_share); /* NAN where neither is known */
   } else {
     r->peak_share = share(r->gflops, (before->peak + after.peak) / 2);
     r->read_share = share(r->gbytes, (before->read + after.read) / 2);

@@ -44,20 +44,32 @@
   X(f64, gbytes, "GB/s", "bytes that must move, at the median")                                              \
   X(pct, read_share, "", "of the measured read bandwidth; CPU: over the same working set")                   \
   X(pct, copy_share, "", "of the measured bandwidth of a device copy")                                       \
-  X(f64, memory_mb, "MB", "backend memory at its peak")                                                      \
+  X(pct, roofline_share, "", "the longer of operations and bytes at their ceilings, of the time")            \
+  X(f64, memory_mb, "MB",                                                                                    \
+    "backend memory at its peak; goals: of this case alone, everything that the context holds")              \
+  X(f64, launches, "", "kernels and products that a call puts on the stream one by one (goals)")             \
+  X(f64, graphs, "", "CUDA graphs that a call launches (goals)")                                             \
+  X(f64, waits, "", "a call's waits for the device (goals)")                                                 \
+  X(pct, idle_share, "", "of the wall time with nothing queued on the device (goals, whole runs)")           \
   X(f64, sm_mhz_before, "MHz", "SM clock before the samples")                                                \
   X(f64, sm_mhz_after, "MHz", "and after")                                                                   \
   X(f64, ratio, "", "to the case named in the note")                                                         \
+  X(str, group, "", "of bench_goals.def: timed in turn")                                                     \
+  X(str, parameters, "",                                                                                     \
+    "of bench_goals.def, as measured; lines of JSON have them as \"case\": {op, key: value}")                \
   X(str, verdict, "",                                                                                        \
     "ok, noisy (p80 > 1.25 p20), throttled, suspect (over a ceiling), incorrect, unsupported, "              \
     "skipped(reason)")                                                                                       \
   X(str, note, "", "")
 
 typedef struct {
-  char name[40], shape[96], dtype[8], acts[8], variant[64], mode[8], ended[12], verdict[24], note[200];
+  char name[40], shape[96], dtype[8], acts[8], variant[64], mode[8], ended[12], group[24], parameters[160],
+      verdict[24], note[320];
   int64_t threads, n;
   double min_ms, p20_ms, p25_ms, median_ms, p75_ms, p80_ms, p99_ms, iqr, hot_ms, step_ms, rate, gflops,
-      peak_share, gbytes, read_share, copy_share, memory_mb, sm_mhz_before, sm_mhz_after, ratio;
+      peak_share, gbytes, read_share, copy_share, roofline_share, memory_mb, launches, graphs, waits,
+      idle_share, sm_mhz_before, sm_mhz_after, ratio;
+  const char *op;  /* of bench_goals.def, or NULL */
   double *samples; /* [n] milliseconds in the order they were taken, or NULL */
 } ks_bench_row;
 
@@ -135,6 +147,31 @@ ks_status ks_bench_sample(ks_bench *b, ks_status (*fn)(void *), void *arg, ks_sa
 /* Cold samples of fn(arg), which waits for nothing unless `waits`; then hot_ms, and below 20 us step_ms (not
  * of those that wait). */
 ks_status ks_bench_sample_cold(ks_bench *b, ks_status (*fn)(void *), void *arg, bool waits, ks_samples *out);
+/* One piece of work and how it is timed. */
+typedef struct {
+  ks_bench *b;
+  ks_status (*fn)(void *);
+  void *arg;
+  bool waits;      /* fn waits for the device itself */
+  bool is_warm;    /* caches are not flushed before a sample */
+  double delay_us; /* device time in which the host can queue fn: ks_bench_warm_up sets it */
+} ks_bench_subject;
+ks_status ks_bench_warm_up(ks_bench_subject *x);
+/* A sample: wall-clock time until the device is done; the device's time. */
+ks_status ks_bench_sample_hot_once(const ks_bench_subject *x, double *ms);
+ks_status ks_bench_sample_device_once(const ks_bench_subject *x, double *ms);
+/* hot_ms, and for what is short step_ms. */
+ks_status ks_bench_batches(const ks_bench_subject *x, ks_samples *s);
+
+/* Several, a sample of each in turn, so that clocks and heat are shared: until all quartiles are less than 1 %
+ * apart (30 rounds at least), or n times b->seconds have gone and b->min_samples rounds. */
+typedef struct {
+  ks_status (*sample)(void *arg, double *ms);
+  void *arg;
+  ks_samples *samples; /* made */
+} ks_bench_turn;
+ks_status ks_bench_sample_in_turn(ks_bench *b, ks_bench_turn *turns, int64_t n);
+ks_status ks_samples_create(ks_samples *out);
 void ks_samples_scale(ks_samples *s, double factor);
 void ks_samples_free(ks_samples *s);
 
@@ -184,6 +221,13 @@ ks_status ks_bench_write_csv(const char *path, const ks_bench *b, const ks_bench
 ks_status ks_bench_write_jsonl(const char *path, const ks_bench *b, const ks_bench_meta *meta);
 /* Before anything is measured: whether the file can be appended to. */
 ks_status ks_bench_check_csv(const char *path);
+
+/* ---- what is measured against a goal: experiments/bench_goals.def */
+
+/* Every case of the list (b->only: a row, a group, or the beginning of a name and *), bf16; prints what was reached. scale > 1
+ * divides all sizes, to try it without a GPU's speed. */
+ks_status ks_bench_goals(ks_bench *b, int64_t scale);
+void ks_bench_list_goals(void);
 
 /* ---- cases; X(name, what) each implemented as ks_status ks_bench_<name>(ks_bench *, const ks_bench_shape *)
  */

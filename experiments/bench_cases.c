@@ -1,5 +1,5 @@
 /* The cases on whole models: LoRA step, prefill, decode, embeddings. */
-#include "experiments/bench.h"
+#include "experiments/bench_step.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -8,155 +8,46 @@ enum { ALL_TARGETS = (1 << KS_N_TARGETS) - 1, RANK = 8 };
 
 /* ---------------------------------------------------------------- LoRA step */
 
-typedef struct {
-  ks_bench *b;
-  ks_model *model;
-  ks_run *run;
-  ks_batch batch;
-  ks_adapter **adapters;
-  ks_adapter_view *views;
-  ks_segment *segments;
-  int64_t n_adapters, n_targets;
-  int32_t *tokens, *targets;
-  int64_t *offsets, *rows;
-  float *scale, *loss;
-  ks_adamw_job *jobs;
-  double *norms;
-  double mean_loss, least_norm; /* of the last step; the least gradient norm of any adapter */
-  int64_t step;
-} lora_step;
-
-static ks_status queue_step(lora_step *s) {
-  KS_TRY(ks_forward_backward(s->run, &s->batch, s->rows, s->targets, s->scale, s->n_targets, s->loss));
-  s->step++;
-  for (int64_t i = 0; i < s->n_adapters; i++) {
-    ks_adapter *a = s->adapters[i];
-    s->jobs[i] = (ks_adamw_job){.p = a->weights,
-                                .m = a->m,
-                                .v = a->v,
-                                .grad = a->grads,
-                                .n = a->n_params,
-                                .lr = 1e-3,
-                                .beta1 = 0.9,
-                                .beta2 = 0.999,
-                                .eps = 1e-8,
-                                .weight_decay = 0.01,
-                                .max_grad_norm = 1,
-                                .step = s->step};
-  }
-  return ks_adamw(s->b->ctx, &(ks_adamw_args){.jobs = s->jobs, .n_jobs = s->n_adapters, .norm = s->norms});
-}
-
-/* One whole step: forward, loss, backward, clip, AdamW of every adapter. */
-static ks_status step_once(void *arg) {
-  lora_step *s = arg;
-  KS_TRY(ks_step_begin(s->b->ctx, 1));
-  ks_status status = queue_step(s), ended = ks_step_end(s->b->ctx);
-  KS_TRY(status != KS_OK ? status : ended);
-  KS_TRY(ks_sync(s->b->ctx));
-  s->mean_loss = 0;
-  for (int64_t i = 0; i < s->n_targets; i++)
-    s->mean_loss += (double)s->loss[i] / (double)s->n_targets;
-  s->least_norm = INFINITY;
-  for (int64_t i = 0; i < s->n_adapters; i++)
-    s->least_norm = fmin(s->least_norm, s->norms[i]);
-  return KS_OK;
-}
-
-static ks_status step_create(ks_bench *b, ks_model *model, int64_t n_seqs, int64_t seq_len,
-                             int64_t n_adapters, lora_step *s) {
-  int64_t n_rows = n_seqs * seq_len, at = 0;
-  *s = (lora_step){.b = b, .model = model, .n_adapters = n_adapters};
-  KS_TRY(ks_alloc_array(&s->tokens, (size_t)n_rows, sizeof *s->tokens, "bench"));
-  KS_TRY(ks_alloc_array(&s->targets, (size_t)n_rows, sizeof *s->targets, "bench"));
-  KS_TRY(ks_alloc_array(&s->rows, (size_t)n_rows, sizeof *s->rows, "bench"));
-  KS_TRY(ks_alloc_array(&s->scale, (size_t)n_rows, sizeof *s->scale, "bench"));
-  KS_TRY(ks_alloc_array(&s->loss, (size_t)n_rows, sizeof *s->loss, "bench"));
-  KS_TRY(ks_alloc_array(&s->offsets, (size_t)n_seqs + 1, sizeof *s->offsets, "bench"));
-  KS_TRY(ks_alloc_array(&s->adapters, (size_t)n_adapters, sizeof(ks_adapter *), "bench"));
-  KS_TRY(ks_alloc_array(&s->views, (size_t)n_adapters, sizeof *s->views, "bench"));
-  KS_TRY(ks_alloc_array(&s->segments, (size_t)n_adapters, sizeof *s->segments, "bench"));
-  KS_TRY(ks_alloc_array(&s->jobs, (size_t)n_adapters, sizeof *s->jobs, "bench"));
-  KS_TRY(ks_alloc_array(&s->norms, (size_t)n_adapters, sizeof *s->norms, "bench"));
-  ks_rng rng = ks_rng_make(1, KS_RNG_TEST, 0);
-  for (int64_t i = 0; i < n_rows; i++)
-    s->tokens[i] = (int32_t)ks_rng_below(&rng, (uint64_t)model->config.vocab_size);
-  for (int64_t i = 0; i <= n_seqs; i++)
-    s->offsets[i] = i * seq_len;
-  for (int64_t i = 0; i < n_rows; i++) {
-    if ((i + 1) % seq_len == 0) continue; /* nothing follows the last token */
-    s->rows[at] = i;
-    s->targets[at] = s->tokens[i + 1];
-    s->scale[at++] = 1.0F / (float)((seq_len - 1) * (n_seqs / n_adapters));
-  }
-  s->n_targets = at;
-  for (int64_t i = 0; i < n_adapters; i++) {
-    KS_TRY(ks_adapter_create(b->ctx, &model->config,
-                             &(ks_adapter_params){.rank = RANK, .alpha = 16, .targets = ALL_TARGETS},
-                             (uint64_t)i, &s->adapters[i]));
-    s->views[i] = ks_adapter_view_of(s->adapters[i]);
-    s->segments[i] = (ks_segment){
-        .row_begin = i * n_rows / n_adapters, .n_rows = n_rows / n_adapters, .adapter = (int32_t)i};
-  }
-  s->batch = (ks_batch){.tokens = s->tokens,
-                        .n_rows = n_rows,
-                        .seq_offsets = s->offsets,
-                        .n_seqs = n_seqs,
-                        .segments = s->segments,
-                        .n_segments = n_adapters,
-                        .adapters = s->views,
-                        .n_adapters = n_adapters};
-  return ks_run_create(
-      model, &(ks_run_params){.max_rows = n_rows, .max_seqs = n_seqs, .max_rank = RANK, .backward = true},
-      &s->run);
-}
-
-static void step_destroy(lora_step *s) {
-  ks_run_destroy(s->run);
-  for (int64_t i = 0; s->adapters && i < s->n_adapters; i++)
-    ks_adapter_destroy(s->adapters[i]);
-  void *arrays[] = {s->tokens,   s->targets, s->rows,     s->scale, s->loss, s->offsets,
-                    s->adapters, s->views,   s->segments, s->jobs,  s->norms};
-  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-    free(arrays[i]);
-}
-
 static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int64_t n_seqs, int64_t seq_len,
                             int64_t n_adapters, ks_bench_row **row) {
   *row = NULL;
   if (!ks_bench_wants(b, name)) return KS_OK;
-  lora_step s;
+  ks_bench_step s = {0};
   ks_samples samples = {0};
   ks_ceilings before;
   char shape[96];
   ks_status status;
-  KS_TRY_OUT(step_create(b, model, n_seqs, seq_len, n_adapters, &s));
+  const ks_bench_step_params params = {.model = model,
+                                       .n_seqs = n_seqs,
+                                       .seq_len = seq_len,
+                                       .n_adapters = n_adapters,
+                                       .rank = RANK,
+                                       .targets = ALL_TARGETS,
+                                       .key = 1};
+  KS_TRY_OUT(ks_bench_step_create(&params, &s));
   KS_TRY_OUT(ks_weight_prepare_backward(b->ctx, model->head));
-  KS_TRY_OUT(step_once(&s));
-  double first_loss = s.mean_loss, first_norm = s.least_norm;
+  KS_TRY_OUT(ks_bench_step_once(&s));
   const int64_t n_tokens = n_seqs * seq_len;
   const ks_bench_load load = {.work = (double)n_tokens,
                               .flops =
                                   ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_tokens, seq_len)};
   KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
-  KS_TRY_OUT(ks_bench_sample(b, step_once, &s, &samples));
+  KS_TRY_OUT(ks_bench_sample(b, ks_bench_step_once, &s, &samples));
   snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, all linear", (long long)n_seqs,
            (long long)seq_len, (long long)n_adapters, RANK);
   KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, &load, &before, row));
-  /* A benchmark of training that trains nothing is worth nothing. */
-  bool learns = first_norm > 0 && s.least_norm > 0 && isfinite(s.least_norm) && s.mean_loss < first_loss;
-  if (!learns) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
+  if (!ks_bench_step_learns(&s)) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
   snprintf((*row)->note, sizeof(*row)->note,
-           "gradient norm %.3g to %.3g, loss %.4f to %.4f in %lld timed and warm-up steps", first_norm,
-           s.least_norm, first_loss, s.mean_loss, (long long)s.step);
+           "gradient norm %.3g to %.3g, loss %.4f to %.4f in %lld timed and warm-up steps", s.first_norm,
+           s.least_norm, s.first_loss, s.mean_loss, (long long)s.n_steps);
 out:
   ks_samples_free(&samples);
-  step_destroy(&s);
+  ks_bench_step_destroy(&s);
   return status;
 }
 
 static ks_status model_for(ks_bench *b, const ks_bench_shape *shape, ks_model **out) {
-  return ks_model_create_random(b->ctx, &shape->config, b->dtype, 1, out);
+  return ks_model_create_random_quickly(b->ctx, &shape->config, b->dtype, 1, out);
 }
 
 ks_status ks_bench_lora_step(ks_bench *b, const ks_bench_shape *shape) {

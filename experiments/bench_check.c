@@ -76,13 +76,13 @@ typedef struct {
 
 static bool same_whole_numbers(const comparison *c, char *why, size_t size) {
   int64_t n_wrong = 0, first = -1;
-  for (int64_t i = 0; i < c->got_array->n; i++) {
+  for (int64_t i = 0; i < c->ref_array->n; i++) {
     if (value_at(c->got_array, c->got, i) == value_at(c->ref_array, c->ref, i)) continue;
     if (n_wrong++ == 0) first = i;
   }
   if (n_wrong <= c->o->may_differ) return true;
   snprintf(why, size, "array %d: %lld of %lld differ from the CPU's, the first at %lld", c->number,
-           (long long)n_wrong, (long long)c->got_array->n, (long long)first);
+           (long long)n_wrong, (long long)c->ref_array->n, (long long)first);
   return false;
 }
 
@@ -127,11 +127,29 @@ ks_status ks_bench_op_compare(const ks_bench_op *o, const ks_bench_op *ref, bool
   for (int i = 0; i < o->n_arrays && status == KS_OK && *same; i++) {
     const comparison c = {o, &o->arrays[i], &ref->arrays[i], got[i], wanted[i], i};
     if (!got[i] || o->arrays[i].role == KS_ARRAY_ORDER) continue;
+    KS_ASSERT(o->arrays[i].n >= ref->arrays[i].n);
     *same = is_whole(&o->arrays[i]) ? same_whole_numbers(&c, why, size) : near_numbers(&c, why, size);
   }
   free_results(got);
   free_results(wanted);
   return status;
+}
+
+bool ks_bench_op_is_filled(const ks_bench_op *o, void *const results[KS_BENCH_MOST_ARRAYS], char *why,
+                           size_t size) {
+  for (int i = 0; i < o->n_arrays; i++) {
+    const ks_bench_array *a = &o->arrays[i];
+    int64_t n_left = 0;
+    if (!results[i] || is_whole(a)) continue;
+#pragma omp parallel for schedule(static) reduction(+ : n_left)
+    for (int64_t j = 0; j < a->n; j++)
+      n_left += isnan(value_at(a, results[i], j));
+    if (n_left == 0) continue;
+    snprintf(why, size, "array %d: %lld of %lld elements are not numbers", i, (long long)n_left,
+             (long long)a->n);
+    return false;
+  }
+  return true;
 }
 
 ks_status ks_bench_op_unchanged(const ks_bench_op *o, void *const before[KS_BENCH_MOST_ARRAYS], bool *same,

@@ -104,10 +104,11 @@ ks_bench_cost ks_bench_cost_attention_backward(const ks_bench_op *o) {
                              4 * query_bytes(o) + 4 * key_bytes(o) + 4 * (double)(o->d.rows * o->d.n_heads)};
 }
 
-/* x, W, dx, loss.   Logits and the gradient: 4 M K N */
+/* x, W, loss; dx.   Logits 2 M K N, and the gradient as much again */
 ks_bench_cost ks_bench_cost_head_loss(const ks_bench_op *o) {
-  return (ks_bench_cost){.flops = 4 * elements(o) * (double)o->d.n_out,
-                         .bytes = 2 * act(o) * elements(o) + weight(o) + 4 * (double)o->d.rows};
+  const double sides = o->d.kind == 0 ? 2 : 1;
+  return (ks_bench_cost){.flops = 2 * sides * elements(o) * (double)o->d.n_out,
+                         .bytes = sides * act(o) * elements(o) + weight(o) + 4 * (double)o->d.rows};
 }
 
 /* logits */

@@ -15,7 +15,7 @@ enum {
   N_BATCHES = 5
 };
 static const double most_seconds = 15, enough_seconds = 0.5, warm_seconds = 0.1, near_quartiles = 0.01,
-                    plateau_spread = 0.05, launch_bound_ms = 0.02, batch_ms = 20;
+                    plateau_spread = 0.05, launch_bound_ms = 0.02, batch_ms = 20, waiting_delay_us = 50;
 
 static int compare_double(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
@@ -58,13 +58,7 @@ static const char *why_stop(const ks_bench *b, stopping *stop, ks_samples *s) {
 
 /* ---------------------------------------------------------------- samples */
 
-typedef struct {
-  ks_bench *b;
-  ks_status (*fn)(void *);
-  void *arg;
-  bool waits;      /* fn waits for the device itself */
-  double delay_us; /* device time in which the host can queue fn */
-} subject;
+typedef ks_bench_subject subject;
 
 static ks_status call_and_wait(const subject *x) {
   KS_TRY(x->fn(x->arg));
@@ -79,7 +73,7 @@ static ks_status warm_up(const subject *x) {
   return KS_OK;
 }
 
-static ks_status sample_hot(const subject *x, double *ms) {
+ks_status ks_bench_sample_hot_once(const subject *x, double *ms) {
   const double start = ks_clock_seconds();
   KS_TRY(call_and_wait(x));
   *ms = 1e3 * (ks_clock_seconds() - start);
@@ -87,9 +81,9 @@ static ks_status sample_hot(const subject *x, double *ms) {
 }
 
 /* Nothing touches memory between the flush and the region. */
-static ks_status sample_cold(const subject *x, double *ms) {
+ks_status ks_bench_sample_device_once(const subject *x, double *ms) {
   ks_meter *meter = x->b->meter;
-  KS_TRY(ks_meter_flush(meter));
+  if (!x->is_warm) KS_TRY(ks_meter_flush(meter));
   KS_TRY(ks_meter_delay(meter, x->delay_us));
   KS_TRY(ks_meter_begin(meter));
   KS_TRY(x->fn(x->arg));
@@ -97,14 +91,16 @@ static ks_status sample_cold(const subject *x, double *ms) {
   return ks_meter_read(meter, ms);
 }
 
+ks_status ks_samples_create(ks_samples *out) {
+  *out = (ks_samples){.hot_ms = NAN, .step_ms = NAN};
+  KS_TRY(ks_alloc_array(&out->ms, MOST_SAMPLES, sizeof *out->ms, "samples"));
+  return ks_alloc_array(&out->raw, MOST_SAMPLES, sizeof *out->raw, "samples");
+}
+
 static ks_status collect(const subject *x, ks_status (*sample)(const subject *, double *), ks_samples *out) {
   ks_bench *b = x->b;
   stopping stop = {.started = ks_clock_seconds()};
-  out->n = 0;
-  out->ended = NULL;
-  out->hot_ms = out->step_ms = NAN;
-  KS_TRY(ks_alloc_array(&out->ms, MOST_SAMPLES, sizeof *out->ms, "samples"));
-  KS_TRY(ks_alloc_array(&out->raw, MOST_SAMPLES, sizeof *out->raw, "samples"));
+  KS_TRY(ks_samples_create(out));
   ks_meter_read_clocks(b->meter, &out->before);
   while (!out->ended) {
     KS_TRY(ks_progress_report(b->progress, "bench", ks_clock_seconds() - stop.started, b->seconds));
@@ -117,11 +113,49 @@ static ks_status collect(const subject *x, ks_status (*sample)(const subject *, 
   return KS_OK;
 }
 
+/* ---------------------------------------------------------------- in turn */
+
+static const char *why_stop_in_turn(const ks_bench *b, const ks_bench_turn *turns, int64_t n,
+                                    int64_t n_rounds, double gone) {
+  double widest = 0;
+  if (n_rounds >= MOST_SAMPLES) return "count";
+  if (n_rounds < b->min_samples) return NULL;
+  if (gone >= b->seconds * (double)n) return "time";
+  if (n_rounds < ENOUGH_SAMPLES || n_rounds % LOOK_EVERY) return NULL;
+  for (int64_t i = 0; i < n; i++)
+    widest = fmax(widest, quartile_distance(turns[i].samples));
+  return widest < near_quartiles ? "iqr" : NULL;
+}
+
+ks_status ks_bench_sample_in_turn(ks_bench *b, ks_bench_turn *turns, int64_t n) {
+  ks_meter_clocks before, after;
+  const char *ended = NULL;
+  int64_t n_rounds = 0;
+  ks_meter_read_clocks(b->meter, &before);
+  const double started = ks_clock_seconds();
+  while (!ended) {
+    for (int64_t i = 0; i < n; i++) {
+      KS_TRY(ks_progress_report(b->progress, "bench", ks_clock_seconds() - started, b->seconds * (double)n));
+      KS_TRY(turns[i].sample(turns[i].arg, &turns[i].samples->raw[n_rounds]));
+      turns[i].samples->n = n_rounds + 1;
+    }
+    ended = why_stop_in_turn(b, turns, n, ++n_rounds, ks_clock_seconds() - started);
+  }
+  ks_meter_read_clocks(b->meter, &after);
+  for (int64_t i = 0; i < n; i++) {
+    turns[i].samples->ended = ended;
+    turns[i].samples->before = before;
+    turns[i].samples->after = after;
+    quartile_distance(turns[i].samples); /* sorts */
+  }
+  return KS_OK;
+}
+
 ks_status ks_bench_sample(ks_bench *b, ks_status (*fn)(void *), void *arg, ks_samples *out) {
   const subject x = {.b = b, .fn = fn, .arg = arg};
   *out = (ks_samples){0};
   KS_TRY(warm_up(&x));
-  return collect(&x, sample_hot, out);
+  return collect(&x, ks_bench_sample_hot_once, out);
 }
 
 /* ---------------------------------------------------------------- batches and steps */
@@ -160,22 +194,32 @@ static ks_status per_call(const subject *x, ks_status (*run)(const subject *, in
   return KS_OK;
 }
 
+/* What waits runs while its host waits: there only its beginning must be queued. */
+ks_status ks_bench_warm_up(subject *x) {
+  KS_TRY(warm_up(x));
+  const double start = ks_clock_seconds();
+  KS_TRY(x->fn(x->arg));
+  x->delay_us = x->waits ? waiting_delay_us : fmin(2e6 * (ks_clock_seconds() - start), 2000);
+  return ks_sync(x->b->ctx);
+}
+
+ks_status ks_bench_batches(const subject *x, ks_samples *s) {
+  const ks_bench *b = x->b;
+  const double about = s->ms[s->n / 2];
+  const int64_t n = b->seconds > 0 ? (int64_t)fmax(1, fmin(BATCH_MOST, batch_ms / fmax(about, 1e-6))) : 1;
+  KS_TRY(per_call(x, run_batch, n, &s->hot_ms));
+  if (b->info.has_timer && !x->waits && s->hot_ms < launch_bound_ms)
+    KS_TRY(per_call(x, run_step, STEP_CALLS, &s->step_ms));
+  return KS_OK;
+}
+
 ks_status ks_bench_sample_cold(ks_bench *b, ks_status (*fn)(void *), void *arg, bool waits, ks_samples *out) {
   subject x = {.b = b, .fn = fn, .arg = arg, .waits = waits};
   *out = (ks_samples){0};
-  KS_TRY(warm_up(&x));
-  double start = ks_clock_seconds();
-  KS_TRY(fn(arg));
-  if (!waits) x.delay_us = fmin(2e6 * (ks_clock_seconds() - start), 2000);
-  KS_TRY(ks_sync(b->ctx));
-  KS_TRY(collect(&x, sample_cold, out));
+  KS_TRY(ks_bench_warm_up(&x));
+  KS_TRY(collect(&x, ks_bench_sample_device_once, out));
   out->cold = true;
-  const double about = out->ms[out->n / 2];
-  const int64_t n = b->seconds > 0 ? (int64_t)fmax(1, fmin(BATCH_MOST, batch_ms / fmax(about, 1e-6))) : 1;
-  KS_TRY(per_call(&x, run_batch, n, &out->hot_ms));
-  if (b->info.has_timer && !waits && out->hot_ms < launch_bound_ms)
-    KS_TRY(per_call(&x, run_step, STEP_CALLS, &out->step_ms));
-  return KS_OK;
+  return ks_bench_batches(&x, out);
 }
 
 void ks_samples_scale(ks_samples *s, double factor) {

@@ -14,9 +14,9 @@ const ks_bench_op_kind ks_bench_op_kinds[] = {
 static const size_t type_sizes[] = {[KS_ARRAY_F32] = 4, [KS_ARRAY_BF16] = 2, [KS_ARRAY_I8] = 1,
                                     [KS_ARRAY_F64] = 8, [KS_ARRAY_I32] = 4,  [KS_ARRAY_I64] = 8};
 
-/* splitmix64: a hundred million numbers in a moment, the same on every machine. */
-static double uniform(uint64_t *state) {
-  uint64_t z = *state += 0x9e3779b97f4a7c15u;
+/* splitmix64, the i-th number after the seed: the same for any number of threads, and for an array's beginning. */
+static double uniform(uint64_t seed, int64_t i) {
+  uint64_t z = seed + (uint64_t)(i + 1) * 0x9e3779b97f4a7c15u;
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
   z = (z ^ z >> 27) * 0x94d049bb133111ebu;
   return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
@@ -47,14 +47,14 @@ typedef union {
 
 /* What the array was made with; of activations of a bf16 run, bf16 values in any type. */
 static void fill_host(const ks_bench_op *o, const ks_bench_array *a, void *host) {
-  uint64_t state = a->seed;
   typed to = {host};
   if (a->role == KS_ARRAY_OUTPUT || a->role == KS_ARRAY_ORDER) {
     memset(host, 0xff, (size_t)a->n * type_sizes[a->type]); /* NaN */
     return;
   }
+#pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < a->n; i++) {
-    const double u = uniform(&state);
+    const double u = uniform(a->seed, i);
     float v =
         (float)(a->whole ? floor(a->low + u * (a->high - a->low + 1)) : a->low + u * (a->high - a->low));
     if (o->bf16) v = float_of(bf16_of(v));

@@ -23,7 +23,7 @@ typedef struct {
   int64_t n_adapters; /* linear, adamw */
   int32_t rank;
   int64_t best_k;
-  int kind;        /* pooling, entropy, metric; sample: 0 greedy, 1 top-p */
+  int kind; /* pooling, entropy, metric; sample: 0 greedy, 1 top-p; head_loss: 0 and its gradient, 1 losses alone */
   ks_dtype stored; /* similarity: type of the embeddings */
 } ks_bench_dims;
 
@@ -116,12 +116,16 @@ void ks_bench_op_free(ks_bench_op *o); /* NULL-safe; may follow a failed make */
 ks_status ks_bench_op_results(const ks_bench_op *o, void *results[KS_BENCH_MOST_ARRAYS]);
 
 /* Whether o's results are those of the CPU, `ref`, within the tolerance of bench_check.c; *why: first
- * difference. */
+ * difference. ref may have fewer rows (sequences, adapters, queries): they are the first of o's. */
 ks_status ks_bench_op_compare(const ks_bench_op *o, const ks_bench_op *ref, bool *same, char *why,
                               size_t size);
 /* Whether they are the same bits as `before` (of ks_bench_op_results). */
 ks_status ks_bench_op_unchanged(const ks_bench_op *o, void *const before[KS_BENCH_MOST_ARRAYS], bool *same,
                                 char *why, size_t size);
+
+/* Whether no element of these results (of ks_bench_op_results) is NaN, as all were before the first run. */
+bool ks_bench_op_is_filled(const ks_bench_op *o, void *const results[KS_BENCH_MOST_ARRAYS], char *why,
+                           size_t size);
 
 ks_bench_cost ks_bench_op_cost(const ks_bench_op *o);
 /* Bytes of a frozen matrix as stored. */

@@ -60,6 +60,7 @@ void ks_bench_print_rates(const ks_bench *b) {
   X("read", 6, pct, read_share)                                                                              \
   X("copy", 6, pct, copy_share)                                                                              \
   X("MB", 7, f64, memory_mb)                                                                                 \
+  X("idle", 5, pct, idle_share)                                                                              \
   X("ratio", 6, f64, ratio)                                                                                  \
   X("ended", -7, str, ended)                                                                                 \
   X("verdict", -11, str, verdict)
@@ -207,12 +208,29 @@ static json_t *run_line(const ks_bench *b, const ks_bench_meta *m) {
       "matrix_bf16_gflops", number_or_null(b->rates.matrix_bf16));
 }
 
+/* {"op": ..., key: number or word} of "key=value key=value". */
+static json_t *case_object(const ks_bench_row *r) {
+  json_t *o = json_object();
+  json_object_set_new(o, "op", json_string(r->op));
+  for (const char *at = r->parameters; *at;) {
+    const size_t n = strcspn(at, " "), n_key = strcspn(at, "=");
+    char key[32], value[64], *end = value;
+    snprintf(key, sizeof key, "%.*s", (int)n_key, at);
+    snprintf(value, sizeof value, "%.*s", (int)(n - n_key - 1), at + n_key + 1);
+    const long long number = strtoll(value, &end, 10);
+    json_object_set_new(o, key, *end || end == value ? json_string(value) : json_integer(number));
+    at += n + (at[n] == ' ');
+  }
+  return o;
+}
+
 static json_t *row_line(const ks_bench_row *r, const ks_bench_meta *meta) {
   json_t *line = json_object(), *samples = json_array();
   json_object_set_new(line, "time", json_string(meta->time));
 #define X(type, name, unit, what) json_object_set_new(line, #name, JSON_##type(r->name));
   KS_BENCH_COLUMNS(X)
 #undef X
+  if (r->op) json_object_set_new(line, "case", case_object(r));
   for (int64_t i = 0; r->samples && i < r->n; i++)
     json_array_append_new(samples, json_real(r->samples[i]));
   json_object_set_new(line, "samples_ms", samples);

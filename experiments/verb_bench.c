@@ -15,7 +15,10 @@ static const ks_option options[] = {
     {"seconds", "S", "time for the samples of a case (2); 0: one call to warm up, no batches, no ceilings"},
     {"samples", "N", "at least so many (5; on a GPU 30)"},
     {"rows", "N", "rows of the operations' cases (sizes of real use)"},
-    {"only", "NAME", "measure only the row of this name (lora_step.15m)"},
+    {"only", "NAME",
+     "measure only the row of this name (lora_step.15m); goals: a group too, or the beginning of a name and "
+     "*"},
+    {"scale", "N", "goals: divide all sizes by N, to try them anywhere (1)"},
     {"csv", "FILE", "also append the rows to FILE as comma-separated values"},
     {"jsonl", "FILE", "also append the run and its rows, with every sample, as lines of JSON"},
     {"list", NULL, "list the cases"},
@@ -31,7 +34,9 @@ static const ks_command command = {
     "operations only (forward, input and adapter gradients), GB/s the bytes that must move.\n"
     "CPU: peak: fma loops in registers; read: reading the same working set; both measured beside the row.\n"
     "GPU: peak: a large product on random data; read, copy: of a large array; all measured in the run.\n"
-    "Operations: median of cold samples (caches flushed); hot: of a batch; step: within a CUDA graph."};
+    "Operations: median of cold samples (caches flushed); hot: of a batch; step: within a CUDA graph.\n"
+    "goals alone (not among the cases without a name): what is measured against a goal, at sizes of its own, "
+    "bf16."};
 
 static const struct {
   const char *name, *what;
@@ -41,7 +46,8 @@ static const struct {
     KS_BENCH_MAP(X)
 #undef X
 };
-enum { N_CASES = sizeof cases / sizeof *cases };
+enum { N_CASES = sizeof cases / sizeof *cases, LEAST_ROUNDS = 5 };
+static const char goals[] = "goals";
 
 /* ---------------------------------------------------------------- choosing */
 
@@ -71,17 +77,23 @@ static ks_status check_list(const char *option, const char *list, const char *co
   return *list ? KS_OK : KS_FAIL(KS_ECONFIG, "--%s: name at least one", option);
 }
 
-static bool chosen(const ks_args *args, const char *name) {
+static bool named(const ks_args *args, const char *name) {
   for (int64_t i = 0; i < args->n_operands; i++)
     if (strcmp(args->operands[i], name) == 0) return true;
-  return args->n_operands == 0;
+  return false;
+}
+
+static bool chosen(const ks_args *args, const char *name) {
+  return args->n_operands == 0 || named(args, name);
 }
 
 static ks_status check_choice(const ks_args *args, const char *shapes, const char *dtypes) {
-  const char *case_names[N_CASES], *shape_names[16], *dtype_names[] = {"f32", "bf16", "q8_0", "q4_0", "nf4"};
+  const char *case_names[N_CASES + 1], *shape_names[16],
+      *dtype_names[] = {"f32", "bf16", "q8_0", "q4_0", "nf4"};
   int64_t n_shapes = 0;
   for (int i = 0; i < N_CASES; i++)
     case_names[i] = cases[i].name;
+  case_names[N_CASES] = goals;
   while (ks_bench_shapes[n_shapes].name && n_shapes < 16) {
     shape_names[n_shapes] = ks_bench_shapes[n_shapes].name;
     n_shapes++;
@@ -90,9 +102,9 @@ static ks_status check_choice(const ks_args *args, const char *shapes, const cha
   KS_TRY(check_list("dtype", dtypes, dtype_names, 5));
   for (int64_t i = 0; i < args->n_operands; i++) {
     bool known = false;
-    for (int j = 0; j < N_CASES && !known; j++)
+    for (int j = 0; j <= N_CASES && !known; j++)
       known = strcmp(args->operands[i], case_names[j]) == 0;
-    const char *near = known ? NULL : ks_cli_nearest(args->operands[i], case_names, N_CASES);
+    const char *near = known ? NULL : ks_cli_nearest(args->operands[i], case_names, N_CASES + 1);
     if (!known)
       return KS_FAIL(KS_ECONFIG, "there is no case \"%s\"%s%s; see keepsake bench --list", args->operands[i],
                      near ? "; did you mean " : "", near ? near : "");
@@ -114,6 +126,8 @@ static ks_status run_case(ks_bench *b, int which, const ks_bench_shape *shape) {
 }
 
 static ks_status run_cases(const ks_args *args, ks_bench *b, const char *shapes, const char *dtypes) {
+  int64_t scale = 1;
+  KS_TRY(ks_args_int(args, "scale", 1, 1 << 20, &scale));
   static const ks_dtype types[] = {KS_DTYPE_F32, KS_DTYPE_BF16, KS_DTYPE_Q8_0, KS_DTYPE_Q4_0, KS_DTYPE_NF4};
   b->is_first_dtype = true;
   for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
@@ -123,6 +137,10 @@ static ks_status run_cases(const ks_args *args, ks_bench *b, const char *shapes,
       for (const ks_bench_shape *s = ks_bench_shapes; s->name; s++)
         if (chosen(args, cases[i].name) && listed(shapes, s->name)) KS_TRY(run_case(b, i, s));
     b->is_first_dtype = false;
+  }
+  if (named(args, goals)) {
+    if (!ks_args_has(args, "samples")) b->min_samples = b->seconds > 0 ? LEAST_ROUNDS : 1;
+    KS_TRY(ks_bench_goals(b, scale));
   }
   if (b->n_rows == 0)
     return KS_FAIL(KS_ECONFIG, "nothing to measure: no chosen case has the row %s", b->only ? b->only : "");
@@ -199,6 +217,8 @@ int ks_verb_bench(int argc, char **argv) {
   if (ks_args_has(&args, "list"))
     for (int i = 0; i < N_CASES; i++)
       printf("%-12s  %s\n", cases[i].name, cases[i].what);
+  if (ks_args_has(&args, "list"))
+    ks_bench_list_goals();
   else
     status = bench(&args, argc, argv);
   ks_args_free(&args);

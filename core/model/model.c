@@ -145,11 +145,15 @@ void ks_model_destroy(ks_model *m) {
 
 /* ---------------------------------------------------------------- random */
 
+enum { POOL_SPARE = 1 << 16, PLACES_APART = 4099 };
+
 /* Elements are drawn by their place in the model, whatever the number of threads. */
 typedef struct {
   packer pack;
   uint64_t seed, tensor;
-  float *values; /* room for the largest matrix */
+  float *values; /* room for the largest matrix and `spare` more */
+  int64_t spare; /* > 0: drawn once; each matrix begins elsewhere within so many */
+  uint16_t *halves; /* the same as bf16, for weights that are */
 } random_source;
 
 static void random_fill(random_source *r, int64_t n) {
@@ -162,17 +166,28 @@ static void random_fill(random_source *r, int64_t n) {
   }
 }
 
+/* The next matrix's values: anew, or again from another place on. */
+static ks_tensor random_values(random_source *r, int64_t n_out, int64_t n_in) {
+  if (r->spare == 0) {
+    random_fill(r, n_out * n_in);
+    return (ks_tensor){(const unsigned char *)r->values, KS_DTYPE_F32, n_out, n_in};
+  }
+  const int64_t at = (int64_t)(r->tensor++ * PLACES_APART) % r->spare;
+  if (r->halves) return (ks_tensor){(const unsigned char *)(r->halves + at), KS_DTYPE_BF16, n_out, n_in};
+  return (ks_tensor){(const unsigned char *)(r->values + at), KS_DTYPE_F32, n_out, n_in};
+}
+
 static ks_status random_matrix(random_source *r, int64_t n_out, int64_t n_in, bool biased, ks_weight **out) {
-  ks_tensor t = {(const unsigned char *)r->values, KS_DTYPE_F32, n_out, n_in}, bias = {0};
+  ks_tensor t, bias = {0};
   float *bias_values = NULL;
   ks_status status;
   if (biased) {
     KS_TRY_OUT(ks_alloc_array(&bias_values, (size_t)n_out, sizeof *bias_values, "model: bias"));
-    random_fill(r, n_out);
+    if (r->spare == 0) random_fill(r, n_out);
     memcpy(bias_values, r->values, (size_t)n_out * sizeof *bias_values);
     bias = (ks_tensor){(const unsigned char *)bias_values, KS_DTYPE_F32, n_out, 1};
   }
-  random_fill(r, n_out * n_in);
+  t = random_values(r, n_out, n_in);
   KS_TRY_OUT(pack_matrix(&r->pack, &t, &bias, 0, out));
 out:
   free(bias_values);
@@ -180,9 +195,14 @@ out:
 }
 
 static ks_status random_norm(random_source *r, int64_t n, float **out) {
+  float *ones = NULL;
+  KS_TRY(ks_alloc_array(&ones, (size_t)n, sizeof *ones, "model: norm"));
   for (int64_t i = 0; i < n; i++)
-    r->values[i] = 1.0f;
-  return pack_vector(&r->pack, &(ks_tensor){(const unsigned char *)r->values, KS_DTYPE_F32, n, 1}, out);
+    ones[i] = 1.0f;
+  ks_status status =
+      pack_vector(&r->pack, &(ks_tensor){(const unsigned char *)ones, KS_DTYPE_F32, n, 1}, out);
+  free(ones);
+  return status;
 }
 
 static ks_status random_all(random_source *r) {
@@ -223,24 +243,53 @@ static void hash_recipe(ks_model *m, ks_dtype dtype, uint64_t seed) {
   ks_sha256_finish(&h, m->sha256);
 }
 
-ks_status ks_model_create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed,
-                                 ks_model **out) {
-  random_source r = {.pack = {.dtype = dtype}, .seed = seed};
+static uint16_t bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+/* All draws at once. */
+static ks_status fill_pool(random_source *r, int64_t n) {
+  random_fill(r, n);
+  if (r->pack.dtype != KS_DTYPE_BF16) return KS_OK;
+  KS_TRY(ks_alloc_array(&r->halves, (size_t)n, sizeof *r->halves, "model: random weights"));
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++)
+    r->halves[i] = bf16_of(r->values[i]);
+  return KS_OK;
+}
+
+static ks_status create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed,
+                               int64_t spare, ks_model **out) {
+  random_source r = {.pack = {.dtype = dtype}, .seed = seed, .spare = spare};
   ks_status status;
   *out = NULL;
   KS_TRY_OUT(ks_model_config_check(config));
   KS_TRY_OUT(model_create(ctx, config, &r.pack.model));
   int64_t widest = ks_max_i64(config->n_heads * config->head_dim,
                               ks_max_i64(config->vocab_size, config->intermediate_size));
-  KS_TRY_OUT(ks_alloc_array(&r.values, (size_t)(widest * config->hidden_size), sizeof *r.values,
-                            "model: random weights"));
+  const int64_t n = widest * config->hidden_size + spare;
+  KS_TRY_OUT(ks_alloc_array(&r.values, (size_t)n, sizeof *r.values, "model: random weights"));
+  if (spare > 0) KS_TRY_OUT(fill_pool(&r, n));
   KS_TRY_OUT(random_all(&r));
-  hash_recipe(r.pack.model, dtype, seed);
+  hash_recipe(r.pack.model, dtype, seed ^ (uint64_t)spare << 40);
   strcpy(r.pack.model->format, "random");
   *out = r.pack.model;
   r.pack.model = NULL;
 out:
   ks_model_destroy(r.pack.model);
   free(r.values);
+  free(r.halves);
   return status;
+}
+
+ks_status ks_model_create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed,
+                                 ks_model **out) {
+  return create_random(ctx, config, dtype, seed, 0, out);
+}
+
+ks_status ks_model_create_random_quickly(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype,
+                                         uint64_t seed, ks_model **out) {
+  return create_random(ctx, config, dtype, seed, POOL_SPARE, out);
 }

@@ -81,6 +81,9 @@ typedef struct {
 ks_status ks_model_load(ks_ctx *ctx, const char *path, const ks_model_load_params *params, ks_model **out);
 /* Normal(0, 0.02) weights, norms 1: for benchmarks and tests. */
 ks_status ks_model_create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed, ks_model **out);
+/* The same distribution in a tenth of the time: drawn once for the largest matrix, read from another place on for each. For
+ * benchmarks of large models. */
+ks_status ks_model_create_random_quickly(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed, ks_model **out);
 void ks_model_destroy(ks_model *m); /* NULL-safe */
 /* KS_EDATA with the offending field when a configuration makes no sense (zero sizes, n_heads % n_kv_heads, odd head_dim,
  * sizes whose products overflow). */

@@ -320,8 +320,29 @@ Test(load_llama2c, random_model) {
   cr_expect_not_null(a->layers[1].q_norm);
   cr_expect_eq(a->n_params, 2 * 160 + 16 + 2 * (2 * 256 + 2 * 128 + 3 * 384 + 32 + 2 * 16 + 2 * 8));
   ks_mem_free(ctx, y);
-  for (int i = 0; i < 3; i++)
-    ks_model_destroy(models[i]);
+  ks_model_destroy(b);
+  ks_model_destroy(other);
+  /* Quickly: the same distribution, every matrix from another place on. */
+  const ks_dtype types[2] = {KS_DTYPE_F32, KS_DTYPE_BF16};
+  for (int i = 0; i < 2; i++) {
+    cr_assert_eq(ks_mem_alloc(ctx, sizeof rows[0], &y), KS_OK);
+    cr_assert_eq(ks_model_create_random_quickly(ctx, &c, types[i], 7, &b), KS_OK, "%s", ks_error_message());
+    cr_expect_str_neq(a->sha256, b->sha256);
+    cr_expect_eq(a->n_params, b->n_params);
+    const ks_weight *matrices[2] = {b->embedding, b->head};
+    for (int k = 0; k < 2; k++) {
+      cr_assert_eq(ks_embed_forward(ctx, &(ks_embed_args){matrices[k], tokens, y, 10}), KS_OK);
+      cr_assert_eq(ks_mem_download(ctx, rows[k], y, sizeof rows[k]), KS_OK);
+      squares = 0;
+      for (int j = 0; j < 160; j++)
+        squares += (double)(rows[k][j] * rows[k][j]);
+      cr_expect(squares / 160 > 0.0004 * (1 - 5 * 0.112) && squares / 160 < 0.0004 * (1 + 5 * 0.112));
+    }
+    cr_expect_neq(memcmp(rows[0], rows[1], sizeof rows[0]), 0);
+    ks_mem_free(ctx, y);
+    ks_model_destroy(b);
+  }
+  ks_model_destroy(a);
   c.n_heads = 3;
   c.n_kv_heads = 2;
   cr_expect_eq(ks_model_create_random(ctx, &c, KS_DTYPE_F32, 7, &a), KS_EDATA);
