@@ -42,6 +42,23 @@ struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {
   /* Key 16 i + 8 half of a thread, query 8 j + odd. */
   static KS_DEVICE int first_m() { return warp() / WARPS_N * 64 + lane() / 4; }
   static KS_DEVICE int first_n() { return warp() % WARPS_N * 64 + lane() % 4 * 2; }
+  /* Columns [16 k, 16 k + 16) of a stage. */
+  KS_DEVICE void sixteen(const uint4 *a, const uint4 *b, int k) {
+    const int a_row = warp() / WARPS_N * 64 + lane() % 16,
+              b_row = warp() % WARPS_N * 64 + lane() / 16 * 8 + lane() % 8;
+    uint32_t fa[M_TILES][4], fb[N_TILES / 2][4];
+#pragma unroll
+    for (int i = 0; i < M_TILES; i++)
+      ks_ldmatrix_x4(fa[i], a + product_unit(a_row + 16 * i, 2 * k + lane() / 16));
+#pragma unroll
+    for (int i = 0; i < N_TILES / 2; i++)
+      ks_ldmatrix_x4(fb[i], b + product_unit(b_row + 16 * i, 2 * k + lane() / 8 % 2));
+#pragma unroll
+    for (int i = 0; i < M_TILES; i++)
+#pragma unroll
+      for (int jj = 0; jj < N_TILES; jj++)
+        ks_mma_bf16(acc[i][jj], fa[i], fb[jj / 2] + jj % 2 * 2);
+  }
 };
 static_assert((int)sim_tile::BM == (int)SIM_TILE_KEYS && (int)sim_tile::BN == (int)SIM_TILE_QUERIES,
               "what launches are told");
@@ -71,23 +88,66 @@ struct sim_tile_shared {
   }
 };
 
-/* Rows of 64 columns to a stage; a thread has a unit of every 32nd row. One address, which moves on: kept apart they
- * would take the registers of the sums. */
-template <int ROWS> KS_DEVICE void sim_tile_copy(uint4 *to, const product_rows &r, int64_t row0, int col0) {
-  enum { STEP = sim_tile::THREADS / PRODUCT_UNITS };
-  const int first = (int)threadIdx.x / PRODUCT_UNITS, unit = (int)threadIdx.x % PRODUCT_UNITS;
-  const int64_t left = r.n_rows - row0 - first;
-  const bool is_col = col0 + unit * PRODUCT_CHUNK < r.n_cols;
-  const char *from = (const char *)r.p + ((row0 + first) * r.n_cols + col0 + unit * PRODUCT_CHUNK) * 2;
-  const int64_t stride = r.n_cols * 2 * STEP;
-  to += product_unit(first, unit);
-#pragma unroll
-  for (int i = 0; i < ROWS / STEP; i++) {
-    const bool is_there = is_col && i * STEP < left;
-    ks_cp_async_16(to + i * STEP * PRODUCT_UNITS, is_there ? from : (const char *)r.p, is_there);
-    from += stride;
+/* Where the next stage comes from. A thread has a unit (8 columns) of every 32nd row; the rows of a stage come in four
+ * pieces, one behind the products of each 16 columns, so that the tensor cores do not wait for addresses. */
+struct sim_tile_fetch {
+  enum { STEP = sim_tile::THREADS / PRODUCT_UNITS, PIECES = 4 };
+  const char *key, *query; /* of the thread's first row */
+  int n_keys, n_queries;   /* from that row on */
+  int tile, end, step, n_steps, stage;
+
+  static KS_DEVICE int row() { return (int)threadIdx.x / PRODUCT_UNITS; }
+  static KS_DEVICE int unit() { return (int)threadIdx.x % PRODUCT_UNITS; }
+  static KS_DEVICE const char *at(const product_rows &r, int64_t row0) {
+    return (const char *)r.p +
+           ((row0 + row()) * r.n_cols + unit() * PRODUCT_CHUNK) * (int64_t)sizeof(ks_bf16);
   }
-}
+  static KS_DEVICE int left(const product_rows &r, int64_t row0, int n) {
+    return (int)min((int64_t)n, r.n_rows - row0) - row();
+  }
+
+  KS_DEVICE void begin(const sim_job &j, int64_t q0, int first, int last) {
+    tile = first, end = last, step = stage = 0;
+    n_steps = (int)((j.k.n_cols + sim_tile::COLS - 1) / sim_tile::COLS);
+    n_queries = left(j.q, q0, sim_tile::BN);
+    query = at(j.q, q0);
+    begin_tile(j);
+  }
+  KS_DEVICE void begin_tile(const sim_job &j) {
+    n_keys = left(j.k, (int64_t)tile * sim_tile::BM, sim_tile::BM);
+    key = at(j.k, (int64_t)tile * sim_tile::BM);
+  }
+  template <int ROWS>
+  KS_DEVICE void copy(const product_rows &r, const char *from, uint4 *to, int n, int p) const {
+    const int64_t stride = r.n_cols * STEP * (int64_t)sizeof(ks_bf16);
+    const bool is_col = step * sim_tile::COLS + unit() * PRODUCT_CHUNK < r.n_cols;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP / PIECES; i++) {
+      const int at = p * (ROWS / STEP / PIECES) + i;
+      const bool is_there = is_col && at * STEP < n;
+      ks_cp_async_16(to + at * STEP * PRODUCT_UNITS, is_there ? from + at * stride : (const char *)r.p,
+                     is_there);
+    }
+  }
+  KS_DEVICE void piece(const sim_job &j, uint4 *stages, int p) const {
+    if (tile >= end) return;
+    uint4 *to = stages + stage * sim_tile::STAGE + product_unit(row(), unit());
+    copy<sim_tile::BM>(j.k, key, to, n_keys, p);
+    copy<sim_tile::BN>(j.q, query, to + sim_tile::BM * PRODUCT_UNITS, n_queries, p);
+  }
+  /* To the stage after this one. */
+  KS_DEVICE void next(const sim_job &j) {
+    ks_cp_async_commit();
+    stage = stage + 1 == sim_tile::STAGES ? 0 : stage + 1;
+    key += sim_tile::COLS * sizeof(ks_bf16);
+    query += sim_tile::COLS * sizeof(ks_bf16);
+    if (++step < n_steps) return;
+    step = 0;
+    query -= n_steps * (int64_t)(sim_tile::COLS * sizeof(ks_bf16));
+    tile++;
+    begin_tile(j);
+  }
+};
 
 /* ---------------------------------------------------------------- scores */
 
@@ -368,20 +428,15 @@ __global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(S
   const int64_t q0 = (int64_t)(blockIdx.x / (unsigned)j.n_parts) * P::BN;
   const int n_tiles = (int)((j.k.n_rows + P::BM - 1) / P::BM), begin = (int)(part * j.tiles_per_part),
             end = begin + (int)j.tiles_per_part < n_tiles ? begin + (int)j.tiles_per_part : n_tiles;
-  const int n_steps = (int)((j.k.n_cols + P::COLS - 1) / P::COLS);
-  int ahead = begin, ahead_step = 0, stage_in = 0, stage_out = 0;
-  auto fetch = [&]() {
-    if (ahead < end) {
-      uint4 *to = sh.stages + stage_in * P::STAGE;
-      sim_tile_copy<P::BM>(to, j.k, (int64_t)ahead * P::BM, ahead_step * P::COLS);
-      sim_tile_copy<P::BN>(to + P::BM * PRODUCT_UNITS, j.q, q0, ahead_step * P::COLS);
-      stage_in = stage_in + 1 == P::STAGES ? 0 : stage_in + 1;
-      if (++ahead_step == n_steps) ahead_step = 0, ahead++;
-    }
-    ks_cp_async_commit();
-  };
-  for (int s = 0; s < P::STAGES - 1; s++)
-    fetch();
+  sim_tile_fetch fetch;
+  int stage = 0;
+  fetch.begin(j, q0, begin, end);
+  const int n_steps = fetch.n_steps;
+  for (int s = 0; s < P::STAGES - 1; s++) {
+    for (int p = 0; p < sim_tile_fetch::PIECES; p++)
+      fetch.piece(j, sh.stages, p);
+    fetch.next(j);
+  }
   sim_tile_begin(j, sh, q0);
   for (int tile = begin; tile < end; tile++) {
     const int64_t k0 = (int64_t)tile * P::BM;
@@ -393,10 +448,14 @@ __global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(S
       __syncthreads();
       if (step == 0) key.read(j, k0 + (int)threadIdx.x);
       if (step == (n_steps > 1)) key.write(sh, k0);
-      fetch();
-      const uint4 *stage = sh.stages + stage_out * P::STAGE;
-      c.step(stage, stage + P::BM * PRODUCT_UNITS, P::BN);
-      stage_out = stage_out + 1 == P::STAGES ? 0 : stage_out + 1;
+      const uint4 *a = sh.stages + stage * P::STAGE, *b = a + P::BM * PRODUCT_UNITS;
+#pragma unroll
+      for (int k = 0; k < P::COLS / 16; k++) {
+        c.sixteen(a, b, k);
+        fetch.piece(j, sh.stages, k);
+      }
+      fetch.next(j);
+      stage = stage + 1 == P::STAGES ? 0 : stage + 1;
     }
     if (n_steps < 3) __syncthreads();
     sim_tile_scale(j, sh, &c, q0, k0);
