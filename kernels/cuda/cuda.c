@@ -150,6 +150,7 @@ static ks_status cuda_ctx_init(ks_ctx *ctx, const ks_ctx_params *params) {
   KS_CUDA_TRY(ctx, "cuda", cudaSetDevice(0));
   KS_CUDA_TRY(ctx, "cuda", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
   KS_TRY(describe_device(ctx));
+  cuda->early_launches = env_is_set("KS_CUDA_PDL") && cuda->device.major >= 9;
   if (params->isa && strcmp(params->isa, "auto") != 0 && strcmp(params->isa, cuda->isa_name) != 0)
     return KS_FAIL(KS_EENV, "cuda: the GPU is %s, not '%s'; use \"auto\"", cuda->isa_name, params->isa);
   KS_TRY(ks_cuda_blas_init(ctx));

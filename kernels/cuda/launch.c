@@ -139,7 +139,17 @@ static cudaError_t launch(const ks_cuda *cuda, const ks_cuda_launch_params *p) {
   return ks_shim_launch(p->func, p->invoke, p->grid, p->block, p->args, p->arg_sizes, p->n_args,
                         p->smem_bytes, cuda->stream, p->op);
 #else
-  return cudaLaunchKernel(p->func, p->grid, p->block, p->args, p->smem_bytes, cuda->stream);
+  if (!p->early || !cuda->capturing || !cuda->early_launches)
+    return cudaLaunchKernel(p->func, p->grid, p->block, p->args, p->smem_bytes, cuda->stream);
+  cudaLaunchAttribute early = {.id = cudaLaunchAttributeProgrammaticStreamSerialization,
+                               .val.programmaticStreamSerializationAllowed = 1};
+  const cudaLaunchConfig_t config = {.gridDim = p->grid,
+                                     .blockDim = p->block,
+                                     .dynamicSmemBytes = p->smem_bytes,
+                                     .stream = cuda->stream,
+                                     .attrs = &early,
+                                     .numAttrs = 1};
+  return cudaLaunchKernelExC(&config, p->func, p->args);
 #endif
 }
 

@@ -36,8 +36,8 @@ static ks_status ks_launch_packed(ks_ctx *ctx, ks_cuda_launch_params *p, std::tu
 }
 
 template <class... P, class... A>
-static ks_status ks_launch(ks_ctx *ctx, const char *op, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
-                           A... args) {
+static ks_status ks_launch_as(bool early, ks_ctx *ctx, const char *op, void (*kernel)(P...), dim3 grid, dim3 block,
+                              size_t smem_bytes, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "a kernel's parameters and a launch's arguments");
   std::tuple<typename std::remove_cv<P>::type...> values(args...);
   ks_cuda_launch_params p = {};
@@ -49,7 +49,33 @@ static ks_status ks_launch(ks_ctx *ctx, const char *op, void (*kernel)(P...), di
   p.grid = grid;
   p.block = block;
   p.smem_bytes = smem_bytes;
+  p.early = early;
   return ks_launch_packed(ctx, &p, &values, std::make_index_sequence<sizeof...(P)>{});
+}
+template <class... P, class... A>
+static ks_status ks_launch(ks_ctx *ctx, const char *op, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+                           A... args) {
+  return ks_launch_as(false, ctx, op, kernel, grid, block, smem_bytes, args...);
+}
+/* Of a kernel that calls ks_grid_wait: see ks_cuda_launch_params.early. */
+template <class... P, class... A>
+static ks_status ks_launch_early(ks_ctx *ctx, const char *op, void (*kernel)(P...), dim3 grid, dim3 block,
+                                 size_t smem_bytes, A... args) {
+  return ks_launch_as(true, ctx, op, kernel, grid, block, smem_bytes, args...);
+}
+
+/* For kernels that may begin before those queued earlier have ended (ks_launch_early). Every thread calls ks_grid_wait once; what
+ * earlier kernels write is read, and anything that they read is written, behind it: above it only addresses are made and frozen
+ * weights read. ks_grid_start_next: the next such kernel may begin; its blocks come as room for them is left. */
+KS_DEVICE void ks_grid_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+KS_DEVICE void ks_grid_start_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 /* Blocks of `per_block` for n things; at most the largest first dimension of a grid. */

@@ -124,6 +124,12 @@ static ks_status run_gradients(ks_ctx *ctx, const char *op, const ks_linear_args
 
 extern "C" ks_status ks_cuda_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
   const char *op = "linear_forward";
+  if (a->generation) {
+    const ks_linears_args alone = {a, 1, NULL, NULL};
+    bool taken = false;
+    KS_TRY(ks_decode_linears(ctx, &alone, &taken));
+    if (taken) return KS_OK;
+  }
   const way by = way_of(ctx, op, a);
   lora_batch batch;
   KS_TRY(ks_lora_describe(ctx, a, &batch));

@@ -7,7 +7,7 @@
  *   linear_simt.cu     every part of the layer in plain fma, any type
  *   linear_mma.cu      product and adapters in one kernel on tensor cores (bf16 activations; bf16 or block weights)
  *   linear_wgmma.cu    the same by Hopper's own products
- *   linear_decode.cu   the same for few rows
+ *   linear_decode*.cu  generation passes: linear_decode.cuh
  */
 #ifndef KS_CUDA_LINEAR_CUH
 #define KS_CUDA_LINEAR_CUH
@@ -137,7 +137,10 @@ ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, co
 bool ks_wgmma_takes(const ks_ctx *ctx, const linear_product *p);
 ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const ks_linear_args *a,
                           const lora_batch *batch, const void *u);
+/* The same for up to LINEAR_FEW_ROWS rows of a generation pass. */
 ks_status ks_decode_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                            const void *u);
+/* ks_linears_forward of generation passes, one part or several; *taken false: nothing was done, it does not take these. */
+ks_status ks_decode_linears(ks_ctx *ctx, const ks_linears_args *a, bool *taken);
 
 #endif

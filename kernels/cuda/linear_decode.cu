@@ -1,278 +1,141 @@
-/* Linear layers of few rows (decoding), bf16 activations, bf16 or block weights, adapters included, up to 64 rows at a time:
+/* Generation passes: which kernels a call of linear layers is made of, and their adapters (see linear_decode.cuh).
  *
- *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] (+ y[i, o])
+ *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU
+ *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU]
  *
- * Bytes: W once (2, 1.06, 0.56 or 0.53 bytes an element), x from the L2, y. FLOPs: 2 rows a weight. Memory-bound: 2048 x 2048
- * bf16 is 8.4 MB, 2.0 us at 4.25 TB/s (H200), 82 us at 102 GB/s (Orin Nano Super).
- *
- * Geometry: a block does 16 outputs, its 8 warps one run of k each; four steps of 32 k of W are on their way in registers
- * (32 KB a block), two of x. A lane reads 16 bytes of a row of W (8 codes of a block); lanes of four then exchange words, so
- * that the operands of the mma hold k in its natural order. Sums of the runs meet in shared memory. A warp makes the
- * adapters' term of every eighth segment of the rows, while the first steps of W are under way.
- *
- * Determinism: the same bits as linear_mma.cu in its generation form: the same mma in the same order of k within a run, runs
- * added in rising order, the adapters' ranks in the same groups, the same last additions. Rows are the mma's own rows: none
- * sees another. Serial chain L = n_in / 128 mma + 8. Alignment: n_in a multiple of 8 and pointers of 16 bytes for vector
- * reads, else element by element.
- *
- * Ladder (H200, bf16, commit f74fb33, one row, weights not in cache; the measurement itself costs about 3 us)
- *   16 outputs a block, 8 runs, operands through registers: n_out x n_in 2048 x 2048 11 us (computed 2), 8192 x 2048 25 us,
- *       2048 x 8192 36 us (computed 8): 31 and 22 % of the rate of a copy. 128 blocks for 2048 outputs leave each SM 32 KB
- *       under way: suspected to be too little.
- *   Next, not built: 16 bytes of codes a lane for 4-bit blocks (now 4 bytes: 128 bytes a request); several layers in one
- *       launch. */
-#include "kernels/cuda/linear.cuh"
-#include "kernels/cuda/tile.cuh"
+ * Each arrow is a launch; brackets: where there is one. */
+#include "kernels/cuda/linear_decode.cuh"
 
-enum {
-  DECODE_N = 16, /* outputs of a block */
-  DECODE_K = 32, /* of a step */
-  DECODE_THREADS = LINEAR_RUNS * KS_WARP,
-  DECODE_AHEAD = 4,  /* steps of W in registers, */
-  DECODE_X_AHEAD = 2 /* and of x */
-};
-
-/* What a lane knows of its warp's share. */
-struct decode_place {
-  int64_t row0, n0; /* first row and output */
-  int64_t end, run; /* k of this warp end there; length of a run */
-  int n_rows, g, t;
-  bool x_aligned, w_aligned;
-};
-
-/* ---------------------------------------------------------------- operands */
-
-/* Rows g and g + 8 of each 16 rows of x, eight k from col on. */
-template <int MT>
-KS_DEVICE void read_x(uint4 (&x)[2 * MT], const linear_product &p, const decode_place &at, int64_t k0) {
-  const int64_t col = k0 + 8 * at.t;
-#pragma unroll
-  for (int i = 0; i < 2 * MT; i++) {
-    const int row = 8 * i + at.g;
-    x[i] = make_uint4(0, 0, 0, 0);
-    if (row < at.n_rows && k0 < at.end)
-      x[i] = tile_read_8((const ks_bf16 *)p.x + (at.row0 + row) * p.w.n_in, col, p.w.n_in, at.x_aligned);
-  }
-}
-
-/* Eight values of W as they are stored: bf16, or codes and the scale's bits in w. */
-template <bool BLOCKS>
-KS_DEVICE uint4 read_w(const linear_product &p, const decode_place &at, int64_t row, int64_t k0) {
-  const int64_t col = k0 + 8 * at.t;
-  const uint8_t *values = p.w.values + row * p.w.row_bytes;
-  if (row >= p.w.n_out || k0 >= at.end) return make_uint4(0, 0, 0, 0);
-  if (!BLOCKS) return tile_read_8((const ks_bf16 *)(const void *)values, col, p.w.n_in, at.w_aligned);
-  const uint32_t scale = p.w.scales[row * p.w.scales_per_row + (col >> p.w.log_block)];
-  if (p.w.dtype != KS_DTYPE_Q8_0)
-    return make_uint4(*(const uint32_t *)(const void *)(values + col / 2), 0, 0, scale);
-  const uint2 codes = *(const uint2 *)(const void *)(values + col);
-  return make_uint4(codes.x, codes.y, 0, scale);
-}
-
-template <bool BLOCKS> KS_DEVICE void unpack_w(uint32_t (&w)[4], uint4 stored, int dtype, const float *lut) {
-  if (BLOCKS) {
-    ks_unpack_8(dtype, lut, make_uint2(stored.x, stored.y), ks_scale_value((uint16_t)stored.w), w);
-    return;
-  }
-  w[0] = stored.x, w[1] = stored.y, w[2] = stored.z, w[3] = stored.w;
-}
-
-/* One step: two mma of k = 16 for each 16 rows and 8 outputs. */
-template <int MT, bool BLOCKS>
-KS_DEVICE void decode_step(float (&acc)[MT][2][4], const uint4 (&x)[2 * MT], const uint4 (&stored)[2],
-                           int dtype, const float *lut, int t) {
-  uint32_t w[2][4], a[2 * MT][4];
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    unpack_w<BLOCKS>(w[n], stored[n], dtype, lut);
-    tile_quad_transpose(w[n], t);
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * MT; i++) {
-    a[i][0] = x[i].x, a[i][1] = x[i].y, a[i][2] = x[i].z, a[i][3] = x[i].w;
-    tile_quad_transpose(a[i], t);
-  }
-#pragma unroll
-  for (int k = 0; k < 4; k += 2)
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-      const uint32_t rows[4] = {a[2 * m][k], a[2 * m + 1][k], a[2 * m][k + 1], a[2 * m + 1][k + 1]};
-#pragma unroll
-      for (int n = 0; n < 2; n++)
-        ks_mma_bf16(acc[m][n], rows, w[n] + k);
-    }
-}
+#include "kernels/base/size.h"
+#include <stdlib.h>
 
 /* ---------------------------------------------------------------- adapters */
 
-/* Ranks r0 .. of the adapters: term [16 MT][16], zeros where a row has none. */
-template <int MT>
-KS_DEVICE void decode_adapters(float *term, const lora_batch &batch, const ks_bf16 *u, int r0,
-                               const decode_place &at, int64_t n_out) {
-  for (int i = (int)threadIdx.x; i < 16 * MT * DECODE_N; i += DECODE_THREADS)
-    term[i] = 0;
-  __syncthreads();
-  int64_t s = batch.first_seg[at.row0 / LORA_SPAN_ROWS] + (int)threadIdx.x / KS_WARP;
-  for (; s < batch.n_segs; s += LINEAR_RUNS) {
-    const lora_seg &seg = batch.segs[s];
-    if (seg.row_begin >= at.row0 + at.n_rows) break;
-    const int64_t begin = seg.row_begin - at.row0, end = begin + seg.n_rows;
-    const int rank = seg.rank, limit = rank < r0 + LORA_GROUP ? rank : r0 + LORA_GROUP;
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-      if (begin >= 16 * (m + 1) || end <= 16 * m || r0 >= rank) continue;
-      float sum[2][4] = {};
-      for (int k = r0; k < limit; k += 16) {
-        uint32_t a[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int row = 16 * m + at.g + i % 2 * 8;
-          a[i] = row >= begin && row < end
-                     ? tile_read_pair(u + (at.row0 + row) * batch.u_stride, k + 2 * at.t + i / 2 * 8, rank)
-                     : 0u;
-        }
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const int64_t col = at.n0 + 8 * n + at.g;
-          const uint32_t b[2] = {tile_read_column(seg.b_t, n_out, k + 2 * at.t, rank, col, seg.scale),
-                                 tile_read_column(seg.b_t, n_out, k + 2 * at.t + 8, rank, col, seg.scale)};
-          ks_mma_bf16(sum[n], a, b);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int row = 16 * m + at.g + i % 4 / 2 * 8;
-        if (row >= begin && row < end)
-          term[row * DECODE_N + i / 4 * 8 + 2 * at.t + i % 2] = sum[i / 4][i % 4];
-      }
+static const ks_lora *lora_of(const ks_linear_args *part, int64_t s) {
+  static const ks_lora none = {};
+  if (s >= part->n_segments || part->segments[s].adapter < 0) return &none;
+  return &part->loras[part->segments[s].adapter];
+}
+
+/* Segments are the same in all parts that have any. */
+static const ks_linear_args *with_segments(const ks_linears_args *a) {
+  for (int64_t i = 0; i < a->n_parts; i++)
+    if (a->parts[i].n_segments > 0) return &a->parts[i];
+  return &a->parts[0];
+}
+
+static void describe_segments(const ks_linear_args *with, int64_t item_rows, decode_rows *segs, decode_rows *items) {
+  for (int64_t s = 0; s < with->n_segments; s++) {
+    const ks_segment *seg = &with->segments[s];
+    segs[s] = {(int32_t)seg->row_begin, (int32_t)seg->n_rows, (int32_t)s, 0};
+    for (int64_t row = 0; seg->adapter >= 0 && row < seg->n_rows; row += item_rows)
+      *items++ = {(int32_t)(seg->row_begin + row), (int32_t)ks_min_i64(item_rows, seg->n_rows - row), (int32_t)s, 0};
+  }
+}
+
+static ks_status describe_adapters(ks_ctx *ctx, const ks_linears_args *a, int64_t item_rows, decode_adapters *out) {
+  const ks_linear_args *with = with_segments(a);
+  const int64_t n_segs = with->n_segments, n_items = with->n_rows / item_rows + n_segs;
+  *out = {};
+  for (int64_t i = 0; i < a->n_parts; i++)
+    for (int64_t s = 0; s < n_segs; s++)
+      if (with->segments[s].n_rows > 0) out->max_rank = max(out->max_rank, lora_of(&a->parts[i], s)->rank);
+  if (out->max_rank == 0) return KS_OK;
+  out->n_segs = n_segs;
+  out->n_items = n_items;
+  const size_t n_of = (size_t)(a->n_parts * n_segs), n_rows = (size_t)(n_segs + n_items),
+               bytes = n_of * sizeof(decode_adapter) + n_rows * sizeof(decode_rows);
+  decode_adapter *of = NULL;
+  KS_TRY(ks_alloc_array((uint8_t **)&of, bytes, 1, "linear: adapters"));
+  for (int64_t i = 0; i < a->n_parts; i++)
+    for (int64_t s = 0; s < n_segs; s++) {
+      const ks_lora *l = lora_of(&a->parts[i], s);
+      of[i * n_segs + s] = {l->a, l->b_t, l->scale, l->rank};
     }
+  decode_rows *segs = (decode_rows *)(void *)(of + n_of);
+  describe_segments(with, item_rows, segs, segs + n_segs);
+  const void *device = NULL;
+  const ks_status status = ks_cuda_stage(ctx, of, bytes, &device);
+  free(of);
+  KS_TRY(status);
+  out->of = (const decode_adapter *)device;
+  out->segs = (const decode_rows *)(const void *)(out->of + n_of);
+  out->items = out->segs + n_segs;
+  return KS_OK;
+}
+
+/* ---------------------------------------------------------------- the call */
+
+static void describe_parts(const ks_linears_args *a, decode_args *p) {
+  const int64_t tile = a->swiglu ? DECODE_TILE / 2 : DECODE_TILE;
+  for (int64_t i = 0; i < a->n_parts; i++) {
+    const ks_linear_args *from = &a->parts[i];
+    const ks_cuda_weight *impl = (const ks_cuda_weight *)from->w->impl;
+    p->parts[i] = {(const ks_bf16 *)impl->values, from->y,          from->residual, impl->bias,
+                   (ks_bf16 *)from->u,            from->w->n_out,   from->u_stride, p->n_tiles};
+    if (i == 0 || !a->swiglu) p->n_tiles += (int32_t)((from->w->n_out + tile - 1) / tile);
   }
+  p->n_parts = (int32_t)a->n_parts;
+  p->y_is_f32 = a->parts[0].y_is_f32;
+  p->n_in = a->parts[0].w->n_in;
+  p->n_rows = a->parts[0].n_rows;
+  p->x = (const ks_bf16 *)a->parts[0].x;
+  const int64_t steps = (p->n_in + 31) / 32;
+  p->run = (int32_t)((steps + LINEAR_RUNS - 1) / LINEAR_RUNS * 32);
 }
 
-/* ---------------------------------------------------------------- the kernel */
-
-template <int MT, bool BLOCKS>
-KS_DEVICE void decode_run(float (&acc)[MT][2][4], uint4 (&w)[DECODE_AHEAD][2], const linear_product &p,
-                          const decode_place &at, int64_t begin, const float *lut) {
-  uint4 x[DECODE_X_AHEAD][2 * MT];
-#pragma unroll
-  for (int d = 0; d < DECODE_X_AHEAD; d++)
-    read_x<MT>(x[d], p, at, begin + d * DECODE_K);
-  for (int64_t k0 = begin; k0 < at.end; k0 += DECODE_AHEAD * DECODE_K)
-#pragma unroll
-    for (int d = 0; d < DECODE_AHEAD; d++) {
-      const int64_t k = k0 + d * DECODE_K;
-      if (k >= at.end) continue;
-      decode_step<MT, BLOCKS>(acc, x[d % DECODE_X_AHEAD], w[d], p.w.dtype, lut, at.t);
-#pragma unroll
-      for (int n = 0; n < 2; n++)
-        w[d][n] = read_w<BLOCKS>(p, at, at.n0 + 8 * n + at.g, k + DECODE_AHEAD * DECODE_K);
-      read_x<MT>(x[d % DECODE_X_AHEAD], p, at, k + DECODE_X_AHEAD * DECODE_K);
-    }
-}
-
-template <int MT>
-KS_DEVICE void decode_keep(float *sums, const float (&acc)[MT][2][4], const decode_place &at) {
-  float *mine = sums + (int)threadIdx.x / KS_WARP * 16 * MT * DECODE_N;
-#pragma unroll
-  for (int i = 0; i < 8 * MT; i++) {
-    const int row = i / 8 * 16 + at.g + i % 4 / 2 * 8, col = i / 4 % 2 * 8 + 2 * at.t + i % 2;
-    mine[row * DECODE_N + col] = acc[i / 8][i / 4 % 2][i % 4];
+static void describe_fused(const ks_linears_args *a, decode_args *p) {
+  if (a->norm) {
+    p->x = (const ks_bf16 *)a->norm->x;
+    p->norm_w = a->norm->w;
+    p->norm_threads = ks_norm_threads(p->n_in);
+    p->eps = a->norm->eps;
+    p->inverse = 1.0f / (float)p->n_in;
   }
+  if (a->swiglu) p->h = (ks_bf16 *)a->swiglu->h;
 }
 
-template <class Y>
-KS_DEVICE void decode_store(const linear_product &p, int64_t row, int64_t col, float value) {
-  Y *y = (Y *)p.y + row * p.w.n_out + col;
-  if (p.bias) value += p.bias[col];
-  if (p.residual) value += ks_to_float(((const Y *)p.residual)[row * p.w.n_out + col]);
-  *y = ks_from_float<Y>(value);
+static ks_status run_part(ks_ctx *ctx, const ks_linear_args *a) {
+  linear_product p = {};
+  lora_batch batch;
+  KS_TRY(ks_lora_describe(ctx, a, &batch));
+  p.w = ks_weight_view_of(a->w);
+  p.x = a->x;
+  p.y = a->y;
+  p.residual = a->residual;
+  p.bias = ((const ks_cuda_weight *)a->w->impl)->bias;
+  p.n_rows = a->n_rows;
+  p.y_is_f32 = a->y_is_f32;
+  p.generation = 1;
+  return ks_mma_linear(ctx, "linear_forward", &p, &batch, a->u);
 }
 
-template <int MT, bool BLOCKS>
-__global__ void __launch_bounds__(DECODE_THREADS, MT == 1 ? 2 : 1)
-    linear_decode_kernel(const __grid_constant__ linear_product p, const __grid_constant__ lora_batch batch,
-                         const ks_bf16 *u) {
-  enum {
-    TILE = 16 * MT * DECODE_N,
-    OWN = TILE / DECODE_THREADS
-  }; /* elements of the block, and of a thread at the end */
-  ks_smem smem;
-  float *sums = ks_smem_take<float>(&smem, LINEAR_RUNS * TILE), *term = ks_smem_take<float>(&smem, TILE),
-        *lut = ks_smem_take<float>(&smem, 16);
-  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP;
-  decode_place at;
-  at.row0 = (int64_t)blockIdx.y * 16 * MT;
-  at.n0 = (int64_t)blockIdx.x * DECODE_N;
-  at.n_rows = (int)(p.n_rows - at.row0 < 16 * MT ? p.n_rows - at.row0 : 16 * MT);
-  at.g = lane / 4;
-  at.t = lane % 4;
-  const int64_t n_steps = (p.w.n_in + DECODE_K - 1) / DECODE_K;
-  at.run = (n_steps + LINEAR_RUNS - 1) / LINEAR_RUNS * DECODE_K;
-  const int64_t begin = warp * at.run;
-  at.end = begin + at.run < p.w.n_in ? begin + at.run : p.w.n_in;
-  at.x_aligned = ks_is_vector_aligned((const ks_bf16 *)p.x, p.w.n_in);
-  at.w_aligned = ks_is_vector_aligned((const ks_bf16 *)(const void *)p.w.values, p.w.n_in);
-
-  uint4 w[DECODE_AHEAD][2];
-#pragma unroll
-  for (int i = 0; i < 2 * DECODE_AHEAD; i++)
-    w[i / 2][i % 2] = read_w<BLOCKS>(p, at, at.n0 + 8 * (i % 2) + at.g, begin + i / 2 * DECODE_K);
-  if (BLOCKS && threadIdx.x < 16) lut[threadIdx.x] = p.w.lut[threadIdx.x];
-  if (batch.max_rank > 0) decode_adapters<MT>(term, batch, u, 0, at, p.w.n_out);
-  if (BLOCKS) __syncthreads();
-  float acc[MT][2][4] = {};
-  decode_run<MT, BLOCKS>(acc, w, p, at, begin, lut);
-  decode_keep<MT>(sums, acc, at);
-  __syncthreads();
-  float total[OWN] = {};
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const int e = i * DECODE_THREADS + (int)threadIdx.x;
-    for (int r = 0; r < LINEAR_RUNS && r * at.run < p.w.n_in; r++)
-      total[i] += sums[r * TILE + e];
-    if (batch.max_rank > 0) total[i] += term[e];
+static bool applies(const ks_ctx *ctx, const ks_linears_args *a) {
+  if (ks_ctx_act_dtype(ctx) != KS_DTYPE_BF16 || ks_cuda_device_of(ctx)->major < 8 ||
+      ks_cuda_variant_of(ctx, "linear_forward") == KS_CUDA_linear_forward_simt)
+    return false;
+  for (int64_t i = 0; i < a->n_parts; i++) {
+    const ks_linear_args *p = &a->parts[i];
+    if (!p->generation || p->dropout > 0 || p->w->n_in == 0 || p->w->n_out == 0 || p->n_rows > INT32_MAX / 2) return false;
   }
-  for (int r0 = LORA_GROUP; r0 < batch.max_rank; r0 += LORA_GROUP) {
-    __syncthreads();
-    decode_adapters<MT>(term, batch, u, r0, at, p.w.n_out);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < OWN; i++)
-      total[i] += term[i * DECODE_THREADS + (int)threadIdx.x];
-  }
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const int e = i * DECODE_THREADS + (int)threadIdx.x;
-    const int64_t row = at.row0 + e / DECODE_N, col = at.n0 + e % DECODE_N;
-    if (e / DECODE_N >= at.n_rows || col >= p.w.n_out) continue;
-    if (p.y_is_f32)
-      decode_store<float>(p, row, col, total[i]);
-    else
-      decode_store<ks_bf16>(p, row, col, total[i]);
-  }
+  return true;
 }
 
-/* ---------------------------------------------------------------- launches */
-
-template <int MT, bool BLOCKS>
-static ks_status launch(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
-                        const void *u) {
-  const dim3 grid(ks_blocks_for(p->w.n_out, DECODE_N), ks_blocks_for(p->n_rows, 16 * MT));
-  const size_t bytes = ks_smem_bytes<float>(LINEAR_RUNS * 16 * MT * DECODE_N) +
-                       ks_smem_bytes<float>(16 * MT * DECODE_N) + ks_smem_bytes<float>(16);
-  return ks_launch(ctx, op, linear_decode_kernel<MT, BLOCKS>, grid, dim3(DECODE_THREADS), bytes, *p, *batch,
-                   (const ks_bf16 *)u);
-}
-
-template <bool BLOCKS>
-static ks_status launch_any(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
-                            const void *u) {
-  if (p->n_rows <= 16) return launch<1, BLOCKS>(ctx, op, p, batch, u);
-  return p->n_rows <= 32 ? launch<2, BLOCKS>(ctx, op, p, batch, u) : launch<4, BLOCKS>(ctx, op, p, batch, u);
-}
-
-ks_status ks_decode_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
-                           const void *u) {
-  return p->w.scales ? launch_any<true>(ctx, op, p, batch, u) : launch_any<false>(ctx, op, p, batch, u);
+ks_status ks_decode_linears(ks_ctx *ctx, const ks_linears_args *a, bool *taken) {
+  decode_args p = {};
+  *taken = applies(ctx, a);
+  if (!*taken) return KS_OK;
+  describe_parts(a, &p);
+  const bool few = ks_decode_few_takes(ctx, a, &p);
+  if (!few) p.rows_at_once = 0;
+  KS_TRY(describe_adapters(ctx, a, few ? p.rows_at_once : DECODE_ITEM_ROWS, &p.adapters));
+  if (few)
+    describe_fused(a, &p);
+  else if (a->norm)
+    KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
+  if (p.adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, &p));
+  if (few) return ks_decode_few(ctx, &p);
+  for (int64_t i = 0; i < a->n_parts; i++)
+    KS_TRY(run_part(ctx, &a->parts[i]));
+  return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
 }
