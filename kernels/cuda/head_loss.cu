@@ -22,6 +22,8 @@
  *            4 dx = g W by the linear layer's input gradient (2 B)
  *            Loss alone: 2 d flops, 8/128 B; no logit reaches device memory: bound by the product.
  *            With gradient: 4 d flops + 8 B: 4.99e-3 d + 1.9 ps.
+ *   wgmma    the same with step 1 by Hopper's own products in tiles of 128 x 256 (head_loss_wgmma.cu); bf16, d a multiple
+ *            of 8, sm_90 only. Not measured yet, so no default.
  *   chunked  any type and d, block weights. Logits of a block of rows in float32 by the linear layer
  *            (4 B), one kernel for maximum, sum, loss and g (4 B, or 8 B when rows leave the cache, and
  *            2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 4.99e-3 d + 2.8 to 3.8 ps.
@@ -49,21 +51,17 @@
  *   v2  fused; expected: the rate of mma.sync, so about 60 % of 801 TFLOP/s for the loss alone on
  *       Hopper. Measured with gradient: 2048 x 128256 x 2048 8.19 ms, 263 TFLOP/s or 31 ps a pair, twice the
  *       15.6 ps that this makes with dx = g W; which of the four steps is slow is not known yet.
- *   next, not built: wgmma and TMA on sm_90, tcgen05 on sm_100; 128 x 256 tiles; exp(m_T - M) / S
- *       applied inside the product with W instead of by a pass (4 B less) */
+ *   v3  wgmma; expected: 620 TFLOP/s for the loss alone at d = 2048 (head_loss_wgmma.cu). Not measured yet.
+ *   next, not built: tcgen05 on sm_100; exp(m_T - M) / S applied inside the product with W instead of by
+ *       a pass (4 B less) */
+#include "kernels/cuda/head_loss.cuh"
 #include "kernels/cuda/product.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 enum { HEAD_TILE = 128, HEAD_THREADS = 256, HEAD_SOFTMAX_THREADS = 512 };
 static const int64_t HEAD_BLOCK_BYTES = 128 << 20, HEAD_MIN_ROWS = 256, HEAD_MAX_ROWS = 2048;
-#define HEAD_LOG2E 1.4426950408889634f
 
-/* exp(x - max); max -inf means that all are, and counts as 0. */
-KS_DEVICE float head_exp(float x, float max) {
-  return ks_exp2((x - (max == -INFINITY ? 0.0f : max)) * HEAD_LOG2E);
-}
-
-/* The same with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway.
- */
+/* head_exp with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway. */
 KS_DEVICE float head_exp_exact(float x, float max) {
   return expf(x - (max == -INFINITY ? 0.0f : max));
 }
@@ -79,16 +77,6 @@ struct head_tile_args {
   ks_bf16 *e;      /* [n_rows, n_vocab] or NULL */
   int64_t n_row_tiles, n_tiles;
 };
-
-/* Over the lanes that share rows of a warp's tiles: columns lie in lanes 4 g .. 4 g + 3. */
-KS_DEVICE float head_quad_max(float x) {
-  x = ks_max_nan(x, __shfl_xor_sync(KS_FULL_MASK, x, 1));
-  return ks_max_nan(x, __shfl_xor_sync(KS_FULL_MASK, x, 2));
-}
-KS_DEVICE float head_quad_sum(float x) {
-  x += __shfl_xor_sync(KS_FULL_MASK, x, 1);
-  return x + __shfl_xor_sync(KS_FULL_MASK, x, 2);
-}
 
 template <int STAGES> struct head_product : product_mma<2, 4, 4, 4, STAGES> {
   enum { WARPS_N = 4, MT = 4, NT = 4, PITCH = HEAD_TILE + 8 };
@@ -251,14 +239,14 @@ __global__ void head_combine_kernel(const float2 *partial, const float *z_target
 /* e becomes g = scale (p - onehot) in place: a block a row. */
 __global__ void head_rescale_kernel(ks_bf16 *e, const float2 *partial, const float2 *state,
                                     const int32_t *targets, const float *row_scale, int64_t n_vocab,
-                                    int64_t n_tiles) {
+                                    int64_t n_tiles, int tile) {
   const int64_t row = blockIdx.x, target = targets[row];
   const float2 *own = partial + row * n_tiles;
   const float max = state[row].x, factor = state[row].y, scale = row_scale ? row_scale[row] : 1.0f;
   ks_bf16 *g = e + row * n_vocab;
   if (n_vocab % 8 != 0) {
     for (int64_t j = threadIdx.x; j < n_vocab; j += HEAD_THREADS) {
-      const float p = ks_to_float(g[j]) * (head_exp(own[j / HEAD_TILE].x, max) * factor);
+      const float p = ks_to_float(g[j]) * (head_exp(own[j / tile].x, max) * factor);
       g[j] = ks_from_float<ks_bf16>(j == target ? p - scale : p);
     }
     return;
@@ -267,7 +255,7 @@ __global__ void head_rescale_kernel(ks_bf16 *e, const float2 *partial, const flo
   for (int64_t j = (int64_t)threadIdx.x * 8; j < n_vocab; j += HEAD_THREADS * 8) {
     ks_vec<ks_bf16> v;
     ks_load_vec(&v, g + j);
-    const float f = head_exp(own[j / HEAD_TILE].x, max) * factor;
+    const float f = head_exp(own[j / tile].x, max) * factor;
 #pragma unroll
     for (int c = 0; c < 8; c++)
       v.x[c] = v.x[c] * f - (j + c == target ? scale : 0.0f);
@@ -333,14 +321,18 @@ struct head_room {
   size_t z, g, partial, state, z_target, loss, bytes;
 };
 
-/* By the variant, the device and the shape of the weight alone. */
-static bool head_is_fused(const ks_ctx *ctx, const ks_weight *w) {
-  return ks_cuda_variant_of(ctx, "head_loss") == KS_CUDA_head_loss_fused && w->dtype == KS_DTYPE_BF16 &&
-         w->n_in % 8 == 0 && ks_cuda_device_of(ctx)->major >= 8;
+/* Vocabulary entries of a tile; 0: chunked. By the variant, the device and the shape of the weight alone. */
+static int head_tile_of(const ks_ctx *ctx, const ks_weight *w) {
+  const ks_cuda_variant v = ks_cuda_variant_of(ctx, "head_loss");
+  if (w->dtype != KS_DTYPE_BF16 || w->n_in % 8 != 0 || ks_cuda_device_of(ctx)->major < 8) return 0;
+  if (v == KS_CUDA_head_loss_wgmma)
+    return ks_tensor_map_takes(((const ks_cuda_weight *)w->impl)->values, w->n_out, w->n_in) ? HEAD_WIDE_TILE
+                                                                                             : 0;
+  return v == KS_CUDA_head_loss_fused ? HEAD_TILE : 0;
 }
 
-static int64_t head_tiles(const ks_weight *w) {
-  return (w->n_out + HEAD_TILE - 1) / HEAD_TILE;
+static int64_t head_tiles(const ks_weight *w, int tile) {
+  return (w->n_out + tile - 1) / tile;
 }
 
 static size_t head_take(head_room *r, size_t bytes) {
@@ -350,7 +342,8 @@ static size_t head_take(head_room *r, size_t bytes) {
 }
 
 static head_room head_room_of(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows) {
-  const bool fused = head_is_fused(ctx, w), is_f32 = ks_ctx_act_dtype(ctx) == KS_DTYPE_F32;
+  const int tile = head_tile_of(ctx, w);
+  const bool fused = tile > 0, is_f32 = ks_ctx_act_dtype(ctx) == KS_DTYPE_F32;
   const size_t z_size = fused ? 0 : sizeof(float), g_size = is_f32 ? 0 : sizeof(ks_bf16);
   const int64_t row_bytes = (w->n_out > 0 ? w->n_out : 1) * (int64_t)(z_size + g_size);
   int64_t rows = HEAD_BLOCK_BYTES / row_bytes / HEAD_TILE * HEAD_TILE;
@@ -361,7 +354,7 @@ static head_room head_room_of(const ks_ctx *ctx, const ks_weight *w, int64_t n_r
   r.z = head_take(&r, pairs * z_size);
   r.g = g_size ? head_take(&r, pairs * g_size) : r.z;
   if (fused) {
-    r.partial = head_take(&r, n * (size_t)head_tiles(w) * sizeof(float2));
+    r.partial = head_take(&r, n * (size_t)head_tiles(w, tile) * sizeof(float2));
     r.state = head_take(&r, n * sizeof(float2));
     r.z_target = head_take(&r, n * sizeof(float));
   }
@@ -391,32 +384,46 @@ static ks_status head_gradient(ks_ctx *ctx, const head_block *b) {
   return b->w->n_in ? ks_cuda_linear_backward(ctx, &a) : KS_OK;
 }
 
-static ks_status head_fused(ks_ctx *ctx, const head_block *b) {
-  const ks_cuda_weight *impl = (const ks_cuda_weight *)b->w->impl;
-  const int64_t n_in = b->w->n_in, n_vocab = b->w->n_out;
-  float2 *state = (float2 *)(b->base + b->room->state);
+/* Step 1: tiles of 128 x 128. */
+static ks_status head_narrow(ks_ctx *ctx, const head_block *b, const head_wide_args *wide) {
   head_tile_args p = {};
-  p.x = product_rows_of(b->x, b->n_rows, n_in, KS_DTYPE_BF16);
-  p.w = product_rows_of(impl->values, n_vocab, n_in, KS_DTYPE_BF16);
+  p.x = product_rows_of(b->x, b->n_rows, b->w->n_in, KS_DTYPE_BF16);
+  p.w = product_rows_of(((const ks_cuda_weight *)b->w->impl)->values, b->w->n_out, b->w->n_in, KS_DTYPE_BF16);
+  p.bias = wide->bias;
+  p.targets = wide->targets;
+  p.partial = wide->partial;
+  p.z_target = wide->z_target;
+  p.e = wide->e;
+  p.n_row_tiles = (b->n_rows + HEAD_TILE - 1) / HEAD_TILE;
+  p.n_tiles = wide->n_tiles;
+  const size_t three = product_units<head_product<3>>() * sizeof(uint4),
+               two = product_units<head_product<2>>() * sizeof(uint4);
+  const bool is_large = (size_t)ks_cuda_device_of(ctx)->smem_per_block >= three;
+  return ks_launch(ctx, "head_loss", is_large ? head_tile_kernel<3> : head_tile_kernel<2>,
+                   dim3(ks_blocks_for(p.n_row_tiles * p.n_tiles, 1)), dim3(HEAD_THREADS),
+                   is_large ? three : two, p);
+}
+
+static ks_status head_fused(ks_ctx *ctx, const head_block *b, int tile) {
+  const ks_cuda_weight *impl = (const ks_cuda_weight *)b->w->impl;
+  float2 *state = (float2 *)(b->base + b->room->state);
+  head_wide_args p = {};
   p.bias = impl->bias;
   p.targets = b->targets;
   p.partial = (float2 *)(b->base + b->room->partial);
   p.z_target = (float *)(b->base + b->room->z_target);
   p.e = b->dx ? (ks_bf16 *)(b->base + b->room->g) : NULL;
-  p.n_row_tiles = (b->n_rows + HEAD_TILE - 1) / HEAD_TILE;
-  p.n_tiles = head_tiles(b->w);
-  const size_t three = product_units<head_product<3>>() * sizeof(uint4),
-               two = product_units<head_product<2>>() * sizeof(uint4);
-  const bool is_large = (size_t)ks_cuda_device_of(ctx)->smem_per_block >= three;
-  const dim3 grid(ks_blocks_for(p.n_row_tiles * p.n_tiles, 1));
-  KS_TRY(ks_launch(ctx, "head_loss", is_large ? head_tile_kernel<3> : head_tile_kernel<2>, grid,
-                   dim3(HEAD_THREADS), is_large ? three : two, p));
+  p.n_rows = b->n_rows;
+  p.n_in = b->w->n_in;
+  p.n_vocab = b->w->n_out;
+  p.n_tiles = head_tiles(b->w, tile);
+  KS_TRY(tile == HEAD_WIDE_TILE ? ks_wgmma_head(ctx, b->x, impl->values, &p) : head_narrow(ctx, b, &p));
   KS_TRY(ks_launch(ctx, "head_loss", head_combine_kernel,
                    dim3(ks_blocks_for(b->n_rows, HEAD_THREADS / KS_WARP)), dim3(HEAD_THREADS), 0, p.partial,
                    p.z_target, b->row_scale, state, b->loss, b->n_rows, p.n_tiles));
   if (!b->dx) return KS_OK;
   KS_TRY(ks_launch(ctx, "head_loss", head_rescale_kernel, dim3((unsigned)b->n_rows), dim3(HEAD_THREADS), 0,
-                   p.e, p.partial, state, b->targets, b->row_scale, n_vocab, p.n_tiles));
+                   p.e, p.partial, state, b->targets, b->row_scale, p.n_vocab, p.n_tiles, tile));
   return head_gradient(ctx, b);
 }
 
@@ -446,10 +453,12 @@ extern "C" size_t ks_cuda_head_loss_workspace(const ks_ctx *ctx, const ks_weight
 
 extern "C" ks_status ks_cuda_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) {
   const head_room room = head_room_of(ctx, a->w, a->n_rows);
+  const int tile = head_tile_of(ctx, a->w);
   const void *targets, *row_scale = NULL;
   float *loss = (float *)((char *)a->workspace + room.loss);
-  if ((uintptr_t)a->workspace % 16 != 0 || (head_is_fused(ctx, a->w) && (uintptr_t)a->x % 16 != 0))
-    return KS_FAIL(KS_EINVAL, "head_loss: x and workspace must be aligned to 16 bytes, as what ks_mem_alloc gives is");
+  if ((uintptr_t)a->workspace % 16 != 0 || (tile > 0 && (uintptr_t)a->x % 16 != 0))
+    return KS_FAIL(KS_EINVAL,
+                   "head_loss: x and workspace must be aligned to 16 bytes, as what ks_mem_alloc gives is");
   KS_TRY(ks_cuda_stage(ctx, a->targets, (size_t)a->n_rows * sizeof(int32_t), &targets));
   if (a->row_scale) KS_TRY(ks_cuda_stage(ctx, a->row_scale, (size_t)a->n_rows * sizeof(float), &row_scale));
   for (int64_t row = 0; row < a->n_rows; row += room.block) {
@@ -463,7 +472,7 @@ extern "C" ks_status ks_cuda_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) 
     b.n_rows = a->n_rows - row < room.block ? a->n_rows - row : room.block;
     b.room = &room;
     b.base = (char *)a->workspace;
-    KS_TRY(head_is_fused(ctx, a->w) ? head_fused(ctx, &b) : head_chunked(ctx, &b));
+    KS_TRY(tile > 0 ? head_fused(ctx, &b, tile) : head_chunked(ctx, &b));
   }
   return ks_cuda_deliver(ctx, a->loss, loss, (size_t)a->n_rows * sizeof(float));
 }

@@ -30,6 +30,10 @@ static const head_case cases[] = {
     {127, 56, 127, KS_FILL_SIGNED, 3, KS_DTYPE_F32, true, false, false},
     {129, 72, 129, KS_FILL_SIGNED, 3, KS_DTYPE_F32, false, false, true},
     {5, 264, 400, KS_FILL_SIGNED, 1, KS_DTYPE_F32, true, true, true},
+    /* tiles of 128 x 256: one less, one more, several, more of k than there are stages */
+    {127, 136, 255, KS_FILL_SIGNED, 3, KS_DTYPE_F32, true, true, true},
+    {129, 64, 257, KS_FILL_SIGNED, 3, KS_DTYPE_F32, true, false, false},
+    {3, 520, 520, KS_FILL_SIGNED, 2, KS_DTYPE_F32, true, false, true},
     {13, 72, 136, KS_FILL_SIGNED, 2, KS_DTYPE_Q8_0, true, false, true},
     {7, 40, 61, KS_FILL_SIGNED, 2, KS_DTYPE_Q4_0, false, false, false},
     {4, 130, 40, KS_FILL_SIGNED, 2, KS_DTYPE_NF4, true, true, false},
