@@ -23,7 +23,8 @@ enum {
   ENTROPY_THREADS = 256,
   ENTROPY_WARPS = ENTROPY_THREADS / KS_WARP,
   ENTROPY_COUNTERS = 4096,
-  ENTROPY_HELD = 9216
+  ENTROPY_HELD = 9216,
+  ENTROPY_PIECES = 4 /* of 16 bytes, a thread */
 };
 
 typedef struct {
@@ -167,6 +168,195 @@ __global__ void entropy_kernel(const float *x, double *h, entropy_shape a) {
   if (threadIdx.x == 0) h[blockIdx.x] = result;
 }
 
+/* ---------------------------------------------------------------- histograms of rows in shared memory */
+
+/* Bins as float32 finds them: rint(place) of place = (v - low) * n_bins / (high - low) - 1/2. Where that is nearer to the middle
+ * between two whole numbers than `sure` allows, and where float32 cannot hold the range (sure < 0), float64 decides. Errors, as
+ * parts of n_bins: 2^-24 each of v - low (two floats), of the factor, of the product, of the offset: sure = 1/2 - n_bins 2^-20. */
+typedef struct {
+  float low, factor, offset, most, sure;
+} entropy_quick;
+
+typedef struct {
+  double low, high, width;
+  int n_bins;
+} entropy_range;
+
+KS_DEVICE entropy_quick entropy_quick_of(const entropy_range &r) {
+  const double range = r.high - r.low, factor = (double)r.n_bins / range;
+  entropy_quick q;
+  q.low = (float)r.low;
+  q.factor = (float)factor;
+  q.offset = (float)((q.low - r.low) * factor - 0.5);
+  q.most = (float)r.n_bins - 0.75f;
+  q.sure = range > 0x1p-100 && range < 0x1p100 ? 0.5f - (float)r.n_bins * 0x1p-20f : -1.0f;
+  return q;
+}
+
+/* Rare, so not inlined; `r` is shared. */
+static __device__ __noinline__ int entropy_exact_bin(const entropy_range *r, float x) {
+  return entropy_bin(fmin(fmax((double)x, r->low), r->high), r->low, r->high, r->width, r->n_bins);
+}
+
+/* A row in shared memory; every thread has its own 16-byte pieces of it. */
+typedef struct {
+  float *x;
+  int64_t n;
+} entropy_copied;
+/* f of each value of this thread; WHOLE: n is a multiple of 4. */
+template <bool WHOLE, class F> KS_DEVICE void entropy_each(const entropy_copied &row, F f) {
+#pragma unroll 1
+  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4) {
+    const float4 v = *(const float4 *)(row.x + j);
+    const float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (WHOLE || j + i < row.n) f(x[i]);
+  }
+}
+template <bool WHOLE> KS_DEVICE void entropy_copy(const entropy_copied &row, const float *x) {
+  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4)
+    if (WHOLE)
+      ks_cp_async_16(row.x + j, x + j, true);
+    else
+      for (int i = j; i < j + 4 && i < row.n; i++)
+        ks_cp_async_4(row.x + i, x + i, true);
+  ks_cp_async_commit();
+}
+
+/* Ends of the row; false: it holds a NaN or infinity. `room`: 2 floats a warp. */
+template <bool WHOLE>
+KS_DEVICE bool entropy_ends(const entropy_copied &row, float *room, float *least, float *most) {
+  const int warp = (int)threadIdx.x / KS_WARP, n_warps = (int)blockDim.x / KS_WARP;
+  float low = INFINITY, high = -INFINITY, wrong = 0; /* x * 0 is 0 or NaN */
+  entropy_each<WHOLE>(
+      row, [&](float x) { low = fminf(low, x), high = fmaxf(high, x), wrong = fmaf(x, 0.0f, wrong); });
+#pragma unroll
+  for (int d = KS_WARP / 2; d > 0; d /= 2) {
+    low = fminf(low, __shfl_xor_sync(KS_FULL_MASK, low, d));
+    high = fmaxf(high, __shfl_xor_sync(KS_FULL_MASK, high, d));
+  }
+  if (threadIdx.x % KS_WARP == 0) room[2 * warp] = low, room[2 * warp + 1] = high;
+  if (__syncthreads_or(!(wrong == 0.0f))) return false;
+  for (int w = 0; w < n_warps; w++)
+    low = fminf(low, room[2 * w]), high = fmaxf(high, room[2 * w + 1]);
+  *least = low, *most = high;
+  return true;
+}
+
+/* The row's range after clipping to mean +- clip standard deviations. */
+template <bool WHOLE>
+KS_DEVICE void entropy_clip(const entropy_copied &row, double clip, double *room, entropy_range *r) {
+  double sum = 0, squares = 0;
+  entropy_each<WHOLE>(row, [&](float x) { sum += (double)x; });
+  const double mean = ks_block_sum(sum, room) / (double)row.n;
+  entropy_each<WHOLE>(row, [&](float x) {
+    const double off = (double)x - mean;
+    squares += __dmul_rn(off, off);
+  });
+  const double reach = __dmul_rn(clip, sqrt(ks_block_sum(squares, room) / (double)row.n));
+  r->low = fmin(fmax(r->low, mean - reach), mean + reach);
+  r->high = fmin(fmax(r->high, mean - reach), mean + reach);
+}
+
+/* Counts this thread's values in its copy of the histogram, counts[bin, copy]; those beyond the ends go to the first and the last
+ * bin. */
+template <bool WHOLE>
+KS_DEVICE void entropy_count(const entropy_copied &row, int32_t *counts, int copies, const entropy_quick &q,
+                             const entropy_range *r) {
+  const float round = 0x1.8p23f; /* adding it leaves the whole number in the low bits of the mantissa */
+  const uint32_t copy = threadIdx.x & (unsigned)(copies - 1),
+                 first = copy - ks_float_to_bits(round) * (uint32_t)copies;
+#pragma unroll 1
+  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4) {
+    const float4 v = *(const float4 *)(row.x + j);
+    const float x[4] = {v.x, v.y, v.z, v.w};
+    uint32_t at[4];
+    float off = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float place = fminf(fmaxf(fmaf(x[i] - q.low, q.factor, q.offset), -0.25f), q.most),
+                  shifted = place + round;
+      off = fmaxf(off, fabsf(place - (shifted - round)));
+      at[i] = ks_float_to_bits(shifted) * (uint32_t)copies + first;
+    }
+    if (!(off < q.sure)) {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (WHOLE || j + i < row.n) at[i] = (uint32_t)(entropy_exact_bin(r, x[i]) * copies) + copy;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (WHOLE || j + i < row.n) atomicAdd(&counts[at[i]], 1);
+  }
+}
+
+/* Bits of n values counted in `copies` histograms, side by side: counts[bin, copy]. */
+KS_DEVICE double entropy_of_counts(const int32_t *counts, int n_bins, int copies, int64_t n, double *room) {
+  double sum = 0;
+  int all = 0;
+  for (int b = (int)threadIdx.x; b < n_bins; b += (int)blockDim.x) {
+    int count = 0;
+    for (int c = 0; c < copies; c++) /* each lane begins in a bank of its own */
+      count += counts[b * copies + ((b + c) & (copies - 1))];
+    all |= count == n;
+    if (count > 1) sum += (double)count * log2((double)count);
+  }
+  all = __syncthreads_or(all);
+  sum = ks_block_sum(sum, room);
+  return all ? 0.0 : log2((double)n) - sum / (double)n;
+}
+
+/* copies: a power of two. */
+template <bool WHOLE>
+__global__ void __launch_bounds__(ENTROPY_THREADS, 5)
+    entropy_rows_kernel(const float *x, double *h, entropy_shape a) {
+  ks_smem smem;
+  double *room = ks_smem_take<double>(&smem, KS_WARP);
+  float *ends = ks_smem_take<float>(&smem, 2 * KS_WARP);
+  entropy_range *range = ks_smem_take<entropy_range>(&smem, 1);
+  int32_t *counts = ks_smem_take<int32_t>(&smem, (size_t)(a.copies * a.n_bins));
+  const entropy_copied row = {ks_smem_take<float>(&smem, (size_t)(a.n_cols + 3) / 4 * 4), a.n_cols};
+  entropy_copy<WHOLE>(row, x + blockIdx.x * a.n_cols);
+  for (int b = (int)threadIdx.x; b < a.copies * a.n_bins; b += (int)blockDim.x)
+    counts[b] = 0;
+  ks_cp_async_wait<0>();
+  float least, most;
+  double result = NAN;
+  if (entropy_ends<WHOLE>(row, ends, &least, &most)) {
+    entropy_range r = {(double)least, (double)most, 0, a.n_bins};
+    if (a.kind == KS_ENTROPY_CLIPPED) entropy_clip<WHOLE>(row, a.clip, room, &r);
+    result = 0;
+    if (r.high > r.low) {
+      const entropy_quick q = entropy_quick_of(r);
+      r.width = (r.high - r.low) / (double)r.n_bins;
+      if (threadIdx.x == 0) *range = r;
+      __syncthreads();
+      entropy_count<WHOLE>(row, counts, a.copies, q, range);
+      __syncthreads();
+      result = entropy_of_counts(counts, a.n_bins, a.copies, a.n_cols, room);
+    }
+  }
+  if (threadIdx.x == 0) h[blockIdx.x] = result;
+}
+
+/* Blocks of as many warps as a row needs, and up to 32 histograms side by side. */
+static ks_status entropy_launch_rows(ks_ctx *ctx, const ks_entropy_args *a, double *h, entropy_shape shape) {
+  const int64_t per_warp = KS_WARP * ENTROPY_PIECES * 4,
+                threads = ks_min_i64((a->n_cols + per_warp - 1) / per_warp * KS_WARP, ENTROPY_THREADS);
+  const bool whole = ks_is_vector_aligned(a->x, a->n_cols);
+  shape.copies = KS_WARP;
+  while (shape.copies * shape.n_bins > ENTROPY_COUNTERS)
+    shape.copies /= 2;
+  return ks_launch(ctx, "entropy", whole ? entropy_rows_kernel<true> : entropy_rows_kernel<false>,
+                   dim3(ks_blocks_for(a->n_rows, 1)), dim3((unsigned)threads),
+                   ks_smem_bytes<double>(KS_WARP) + ks_smem_bytes<float>(2 * KS_WARP) +
+                       ks_smem_bytes<entropy_range>(1) +
+                       ks_smem_bytes<int32_t>((size_t)(shape.copies * shape.n_bins)) +
+                       ks_smem_bytes<float>((size_t)(a->n_cols + 3) / 4 * 4),
+                   a->x, h, shape);
+}
+
 extern "C" ks_status ks_cuda_entropy(ks_ctx *ctx, const ks_entropy_args *a) {
   const bool bins = a->kind == KS_ENTROPY_HISTOGRAM || a->kind == KS_ENTROPY_CLIPPED;
   const size_t bytes = (size_t)a->n_rows * sizeof(double);
@@ -176,10 +366,14 @@ extern "C" ks_status ks_cuda_entropy(ks_ctx *ctx, const ks_entropy_args *a) {
                                n_bins,    copies,  a->n_cols <= ENTROPY_HELD};
   double *h;
   KS_TRY(ks_cuda_workspace(ctx, bytes, (void **)&h));
-  KS_TRY(ks_launch(ctx, "entropy", entropy_kernel, dim3(ks_blocks_for(a->n_rows, 1)), dim3(ENTROPY_THREADS),
-                   ks_smem_bytes<double>(KS_WARP) + ks_smem_bytes<int32_t>((size_t)copies * (size_t)n_bins) +
-                       ks_smem_bytes<float>(shape.held ? (size_t)a->n_cols : 0),
-                   a->x, h, shape));
+  if (bins && a->n_cols > 0 && a->n_cols <= ENTROPY_HELD)
+    KS_TRY(entropy_launch_rows(ctx, a, h, shape));
+  else
+    KS_TRY(ks_launch(ctx, "entropy", entropy_kernel, dim3(ks_blocks_for(a->n_rows, 1)), dim3(ENTROPY_THREADS),
+                     ks_smem_bytes<double>(KS_WARP) +
+                         ks_smem_bytes<int32_t>((size_t)copies * (size_t)n_bins) +
+                         ks_smem_bytes<float>(shape.held ? (size_t)a->n_cols : 0),
+                     a->x, h, shape));
   KS_TRY(ks_cuda_deliver(ctx, a->h, h, bytes));
   return ks_cuda_finish(ctx);
 }
