@@ -181,6 +181,15 @@ static bool sim_may_be_tile(const sim_run *r) {
          sim_tile_smem_bytes(r->mode == SIM_TOP) <= (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
 }
 
+static bool sim_may_stream(const sim_run *r) {
+  const ks_similarity_args *a = r->a;
+  return r->on_tensor_cores && (r->mode == SIM_MATRIX || r->mode == SIM_TOP) && a->n_cols > 0 &&
+         a->n_q <= SIM_STREAM_QUERIES && r->best_k <= SIM_SHORT && a->n_k < UINT32_MAX &&
+         sim_is_pure(r, a->q, a->q_dtype) && sim_is_pure(r, a->k, a->k_dtype) &&
+         sim_stream_smem_bytes(r->mode == SIM_TOP, a->n_q, a->n_cols) <=
+             (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
+}
+
 static int64_t sim_n_tiles(const sim_run *r, sim_shape shape) {
   return sim_ceil(r->a->n_q, sim_bn(shape)) * sim_ceil(r->a->n_k, sim_bm(shape));
 }
@@ -196,7 +205,7 @@ static sim_shape sim_choose_shape(const sim_run *r) {
   case KS_CUDA_similarity_big:
     return big;
   default:
-    if (r->a->n_q <= sim_bn(SIM_FEW)) return SIM_FEW;
+    if (r->a->n_q <= sim_bn(SIM_FEW)) return sim_may_stream(r) ? SIM_STREAM : SIM_FEW;
     if (sim_n_tiles(r, big) >= n_sm) return big;
     return sim_may_be_big(r) && sim_n_tiles(r, SIM_BIG) >= n_sm ? SIM_BIG : SIM_MID;
   }
@@ -207,6 +216,14 @@ static const int SIM_BLOCKS[SIM_N_SHAPES] = {4, 2, 2, 2, 1};
 
 /* Parts of the keys: as many as make the longest way of any SM shortest. */
 static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
+  if (shape == SIM_STREAM) {
+    const ks_cuda_device *d = ks_cuda_device_of(r->ctx);
+    const size_t bytes = sim_stream_smem_bytes(r->mode == SIM_TOP, j->q.n_rows, j->k.n_cols) + 1024;
+    const int64_t n_groups = sim_ceil(j->k_rows, SIM_STREAM_KEYS),
+                  n_blocks = d->n_sm * (2 * bytes <= (size_t)d->smem_per_sm ? 2 : 1);
+    j->n_parts = n_groups < n_blocks ? n_groups : n_blocks;
+    return;
+  }
   const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
   const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * SIM_BLOCKS[shape];
   const int64_t tiles_of_q = r->mode == SIM_NEAREST || j->n_q_tiles < 1 ? 1 : j->n_q_tiles;
@@ -224,6 +241,7 @@ static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
 
 static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, const sim_job *j) {
   if (shape == SIM_TILE) return sim_launch_tile(r->ctx, r->op, j);
+  if (shape == SIM_STREAM) return sim_launch_stream(r->ctx, r->op, j);
   return r->on_tensor_cores ? sim_launch_mma(r->ctx, r->op, shape, is_any, j)
                             : sim_launch_simt(r->ctx, r->op, shape, is_any, j);
 }
@@ -306,7 +324,7 @@ static ks_status sim_reserve(sim_run *r) {
   if (r->mode == SIM_TOP) {
     const size_t last = (size_t)((a->n_q - 1) % r->n_slab + 1), whole = sim_n_lists(r, n),
                  n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
-    if (r->shape == SIM_TILE) {
+    if (r->shape == SIM_TILE || r->shape == SIM_STREAM) {
       r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
     } else {
       r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
@@ -368,10 +386,11 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.groups = r->groups;
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
-    j.is_finished_here = r->shape != SIM_BIG && r->shape != SIM_TILE && j.n_parts <= SIM_FINISH_PARTS &&
-                         r->best_k <= SIM_FINISH_BEST;
+    j.is_finished_here = r->shape == SIM_STREAM ||
+                         (r->shape != SIM_BIG && r->shape != SIM_TILE && j.n_parts <= SIM_FINISH_PARTS &&
+                          r->best_k <= SIM_FINISH_BEST);
     j.arrivals = (unsigned *)(r->room + r->arrivals);
-    if (j.is_finished_here && j.n_parts > 1)
+    if (j.is_finished_here && (j.n_parts > 1 || r->shape == SIM_STREAM))
       KS_TRY(ks_cuda_fill(r->ctx, j.arrivals, 0, (size_t)j.n_q_tiles * sizeof(unsigned)));
   }
   KS_TRY(sim_launch(r, r->shape, r->is_any, &j));

@@ -12,7 +12,7 @@ typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
 typedef enum { SIM_FEW, SIM_MID, SIM_BIG, SIM_STREAM, SIM_TILE, SIM_N_SHAPES } sim_shape;
 enum { SIM_SHORT = 32 }; /* longest list of sim_entry */
 enum { SIM_TILE_KEYS = 256, SIM_TILE_QUERIES = 128, SIM_TILE_STAGES = 3 };
-enum { SIM_STREAM_KEYS = 16, SIM_STREAM_QUERIES = 8, SIM_STREAM_WARPS = 8, SIM_STREAM_STAGES = 6 };
+enum { SIM_STREAM_KEYS = 16, SIM_STREAM_QUERIES = 8, SIM_STREAM_WARPS = 8, SIM_STREAM_STAGES = 5 };
 /* Keys and queries of a tile (SIM_STREAM: of a warp), stages of its product. */
 KS_HOST_DEVICE constexpr int sim_bm(int shape) {
   return shape == SIM_FEW      ? 64
@@ -347,6 +347,20 @@ static inline size_t sim_tile_smem_bytes(bool is_top) {
          (is_top ? 2 * ks_smem_bytes<sim_entry>(bn * SIM_SHORT) + ks_smem_bytes<int>(bn) : 0);
 }
 
+static inline size_t sim_stream_smem_bytes(bool is_top, int64_t n_queries, int64_t n_cols) {
+  const size_t warps = SIM_STREAM_WARPS, n = (size_t)n_queries,
+               units = ((size_t)n_cols + 63) / 64 * PRODUCT_UNITS;
+  return ks_smem_bytes<uint4>(warps * SIM_STREAM_STAGES * SIM_STREAM_KEYS * PRODUCT_UNITS) +
+         ks_smem_bytes<uint4>(n * units) + ks_smem_bytes<double>(SIM_STREAM_QUERIES) +
+         ks_smem_bytes<float>(SIM_STREAM_QUERIES) + ks_smem_bytes<float>(warps * SIM_STREAM_QUERIES) +
+         ks_smem_bytes<int32_t>(1) +
+         (is_top
+              ? ks_smem_bytes<sim_entry>(warps * n * KS_WARP) + ks_smem_bytes<sim_entry>(warps * 2 * KS_WARP)
+              : 0);
+}
+
+/* Up to 8 bf16 queries and bf16 rows, as they lie: the whole operation in n_parts blocks. Matrix, or short lists. */
+ks_status sim_launch_stream(ks_ctx *ctx, const char *op, const sim_job *j);
 /* Many bf16 rows, factors prepared, short lists. */
 ks_status sim_launch_tile(ks_ctx *ctx, const char *op, const sim_job *j);
 /* On tensor cores (bf16 and I8 rows) or in plain fma (any), of n_parts * n_q_tiles blocks. is_any: rows may
