@@ -11,6 +11,8 @@
 # Targets: ks_cuda_archs compiles every kernel for every architecture, warnings as errors; needs no GPU.
 #          ks_cuda_resources prints registers, stack, spills and shared memory of every kernel; fails when one spills that
 #          kernels/cuda/spills.allow does not name.
+#          ks_cuda_sass writes results/gpu/sass-sm90.md from the disassembly of this build's objects (sass.py); needs Python 3 and
+#          cuobjdump (KS_CUDA_TOOLS says where, in the environment).
 #
 # nvcc is called by custom commands and not as a language of CMake: the objects then link with the C compiler, a build without
 # toolkit configures in no time, and what ptxas says of each kernel is kept beside its object, without compiling twice.
@@ -188,6 +190,13 @@ macro(ks_cuda_add_checks)
   add_custom_target(ks_cuda_resources
     COMMAND sh ${CMAKE_SOURCE_DIR}/kernels/cuda/resources.sh ${CMAKE_SOURCE_DIR}/kernels/cuda/spills.allow ${ks_cuda_every_logs}
     DEPENDS ${ks_cuda_every_logs} USES_TERMINAL VERBATIM)
+  if(NOT ks_cuda_objects)
+    set(ks_cuda_objects ${ks_cuda_every_objects})
+  endif()
+  add_custom_target(ks_cuda_sass
+    COMMAND python3 ${CMAKE_SOURCE_DIR}/kernels/cuda/sass.py --launches ${CMAKE_SOURCE_DIR}/kernels/cuda/launches.txt
+      --out ${CMAKE_SOURCE_DIR}/results/gpu/sass-sm90.md ${ks_cuda_objects}
+    DEPENDS ${ks_cuda_objects} ${CMAKE_SOURCE_DIR}/kernels/cuda/sass.py USES_TERMINAL VERBATIM)
 endmacro()
 
 macro(ks_cuda_add)

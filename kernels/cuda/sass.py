@@ -41,7 +41,7 @@ KINDS = [
     ("HGMMA", r"[HQIB]GMMA|UTC\w*MMA"),
     ("HMMA", r"[HIQDB]MMA"),
     ("FFMA", r"FFMA2?"),
-    ("LDG.128", r"LDG\S*\.128"),
+    ("LDG.128", r"LDG\.\S*128"),
     ("LDG other", r"LDG"),
     ("LDGSTS", r"LDGSTS|UBLKCP|UTMALDG"),
     ("LDSM", r"LDSM"),
@@ -216,11 +216,11 @@ def read_launches(path):
     return rules
 
 
-def report_object(tool, arch, path):
-    """Facts of each kernel of an object: a list of dicts."""
-    sass = parse_sass(run(tool, "-arch", arch, "-sass", path))
-    resources = parse_resources(run(tool, "-arch", arch, "-res-usage", path))
-    threads = parse_elf(run(tool, "-arch", arch, "-elf", path))
+def report_object(tool, arch, code, path):
+    """Facts of each kernel of an object, a list of dicts. code: arch, or with its own instructions, as sm_90a."""
+    sass = parse_sass(run(tool, "-arch", code, "-sass", path))
+    resources = parse_resources(run(tool, "-arch", code, "-res-usage", path))
+    threads = parse_elf(run(tool, "-arch", code, "-elf", path))
     rows = []
     for name, instructions in sass.items():
         if name not in resources:
@@ -301,8 +301,8 @@ def main(argv):
     rows = []
     try:
         for path in sorted(p for name in args.objects for p in (sorted(glob.glob(name)) or [name])):
-            if "code for %s" % args.arch in run(tool, "-arch", args.arch, "-sass", path):
-                rows += report_object(tool, args.arch, path)
+            for code in re.findall(r"\.(%sa?)\.cubin" % args.arch, run(tool, "--list-elf", path))[:1]:
+                rows += report_object(tool, args.arch, code, path)
     except (OSError, RuntimeError) as e:
         print("sass.py: %s" % e, file=sys.stderr)
         return 1
