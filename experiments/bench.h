@@ -224,7 +224,7 @@ ks_status ks_bench_check_csv(const char *path);
 
 /* ---- what is measured against a goal: experiments/bench_goals.def */
 
-/* Every case of the list (b->only: a row, a group, or the beginning of a name and *), bf16; prints what was reached. scale > 1
+/* Every case of the list (b->only: rows, groups, or beginnings with *, with commas), bf16; prints what was reached. scale > 1
  * divides all sizes, to try it without a GPU's speed. */
 ks_status ks_bench_goals(ks_bench *b, int64_t scale);
 void ks_bench_list_goals(void);

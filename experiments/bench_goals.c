@@ -380,12 +380,19 @@ static void print_goals(const ks_bench *b) {
 
 /* ---------------------------------------------------------------- all of it */
 
-/* --only: a row, a group, or the beginning of names with a * behind it. */
+/* --only: rows, groups, or beginnings of their names with a * behind it, with commas. */
 static bool wanted(const ks_bench *b, const ks_goal_case *c) {
-  const size_t n = b->only ? strlen(b->only) : 0;
-  if (n == 0 || strcmp(b->only, c->group) == 0 || strcmp(b->only, c->name) == 0) return true;
-  return b->only[n - 1] == '*' &&
-         (strncmp(b->only, c->name, n - 1) == 0 || strncmp(b->only, c->group, n - 1) == 0);
+  if (!b->only) return true;
+  for (const char *at = b->only; *at;) {
+    const size_t n = strcspn(at, ",");
+    const bool begins = n > 0 && at[n - 1] == '*';
+    const char *const names[] = {c->group, c->name};
+    for (int i = 0; i < 2; i++)
+      if (begins ? strncmp(names[i], at, n - 1) == 0 : strlen(names[i]) == n && memcmp(names[i], at, n) == 0)
+        return true;
+    at += n + (at[n] == ',');
+  }
+  return false;
 }
 
 static ks_status run_all(ks_goal_run *run) {

@@ -164,6 +164,16 @@ static void say_device(const ks_config *c, const ks_ctx *ctx) {
   ks_log(KS_LOG_INFO, "run", "on %s: %s", ks_ctx_backend_name(ctx), ks_ctx_device_name(ctx));
 }
 
+/* How much of the time the device had something to do; what is missing is the host's. */
+static void say_busy(const ks_ctx *ctx, double seconds) {
+  ks_activity a;
+  ks_activity_of(ctx, &a);
+  if (!a.is_known || seconds <= 0) return;
+  ks_log(KS_LOG_INFO, "run",
+         "device_busy_share %.3f of %.1f s: %lld single launches, %lld graphs, %lld waits of the host",
+         a.busy_seconds / seconds, seconds, (long long)a.launches, (long long)a.graphs, (long long)a.waits);
+}
+
 ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *options) {
   const ks_config *config = &m->cells[0].config;
   ks_ctx *ctx = NULL;
@@ -175,7 +185,9 @@ ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *opt
   KS_TRY_OUT(ks_ctx_create(&ctx, &params));
   say_device(config, ctx);
   KS_TRY_OUT(write_index(m)); /* every shard writes the same one */
+  const double start = ks_clock_seconds();
   status = run_cohorts(m, options, ctx);
+  say_busy(ctx, ks_clock_seconds() - start);
 out:
   ks_ctx_destroy(ctx);
   free(cells);

@@ -16,8 +16,8 @@ static const ks_option options[] = {
     {"samples", "N", "at least so many (5; on a GPU 30)"},
     {"rows", "N", "rows of the operations' cases (sizes of real use)"},
     {"only", "NAME",
-     "measure only the row of this name (lora_step.15m); goals: a group too, or the beginning of a name and "
-     "*"},
+     "measure only the row of this name (lora_step.15m); goals: groups too, beginnings with *, several with "
+     "commas"},
     {"scale", "N", "goals: divide all sizes by N, to try them anywhere (1)"},
     {"csv", "FILE", "also append the rows to FILE as comma-separated values"},
     {"jsonl", "FILE", "also append the run and its rows, with every sample, as lines of JSON"},

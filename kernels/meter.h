@@ -65,6 +65,7 @@ ks_status ks_meter_matrix_rate(ks_meter *m, ks_dtype dtype, double *gflops);
 typedef struct {
   bool has_timer;   /* regions are timed by the device: work is queued, and the host's clock says nothing about it */
   bool is_shim;     /* kernels run as host code: times mean nothing */
+  bool has_graphs;  /* steps that come again are queued as a whole */
   size_t cache_bytes;
   char driver[32], runtime[32]; /* "13.0"; "" on the CPU */
 } ks_meter_info;

@@ -252,6 +252,7 @@ static void describe(const ks_ctx *ctx, const void *state, ks_meter_info *out) {
   cudaRuntimeGetVersion(&runtime);
   out->has_timer = true;
   out->is_shim = is_shim;
+  out->has_graphs = !ks_cuda_of(ctx)->no_graphs;
   out->cache_bytes = (size_t)ks_cuda_device_of(ctx)->l2_bytes;
   snprintf(out->runtime, sizeof out->runtime, "%d.%d", runtime / 1000, runtime % 1000 / 10);
   if (m->nvml) ks_cuda_nvml_driver(m->nvml, out->driver, sizeof out->driver);
