@@ -548,9 +548,10 @@ Test(linear, logits_are_float32) {
   const linear_case logits[] = {{.n_rows = 5, .n_in = 72, .n_out = 201, .bias = true, .generation = true},
                                 {.n_rows = 67, .n_in = 328, .n_out = 104, .bias = true, .generation = true},
                                 {.n_rows = 70, .n_in = 33, .n_out = 100, .bias = true},
+                                {.n_rows = 23, .n_in = 40, .n_out = 100, .bias = true},
                                 {.n_rows = 3, .n_in = 64, .n_out = 40, .bias = true, .dtype = KS_DTYPE_Q8_0}};
   int64_t bad = 0;
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < 5; i++)
     bad += ks_test_everywhere("linear_forward", i, &logits[i], run_logits);
   cr_assert(bad == 0);
 }
