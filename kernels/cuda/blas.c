@@ -4,7 +4,7 @@
  * x' with m = n_out, n = n_rows, k = n_in, and dx = dy W as dx' = W' dy' with m = n_in, k = n_out. W is A,
  * rows are B.
  *
- * The algorithm. One is chosen for each (n_out, n_in, direction, types, C, bias), at NOMINAL_ROWS
+ * The algorithm. One is chosen for each (n_out, n_in, direction, types, bias), whether C is added or not, at NOMINAL_ROWS
  * rows, among those that neither split the reduction nor sum in a second pass: an element is then one chain
  * over k, in an order that belongs to the algorithm, and rows do not meet. Pointers are promised the
  * alignment of a row (at most 16 bytes), which is a property of the shape too. Before an algorithm runs with
@@ -46,7 +46,7 @@ static const size_t workspace_bytes = (size_t)32 << 20;
   X(cublasLtMatmulAlgoCheck)                                                                                 \
   X(cublasLtMatmulAlgoConfigGetAttribute)
 
-/* What belongs to one shape of W, direction, types, C and bias. */
+/* What belongs to one shape of W, direction, types and bias. */
 typedef struct {
   ks_cuda_matmul_params key; /* pointers and n_rows are not part of it */
   bool has_bias;
@@ -310,7 +310,7 @@ static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_m
 
 static bool same_plan(const plan *a, const plan *b) {
   return a->key.n_out == b->key.n_out && a->key.n_in == b->key.n_in &&
-         a->key.w_transposed == b->key.w_transposed && !a->key.c == !b->key.c &&
+         a->key.w_transposed == b->key.w_transposed &&
          a->key.x_dtype == b->key.x_dtype && a->key.w_dtype == b->key.w_dtype &&
          a->key.y_dtype == b->key.y_dtype && a->has_bias == b->has_bias &&
          memcmp(a->align, b->align, sizeof a->align) == 0;

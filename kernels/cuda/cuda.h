@@ -151,6 +151,7 @@ typedef struct {
   X(linear_forward, ks_linear_args)                                                                          \
   X(linear_backward, ks_linear_args)                                                                         \
   X(linears_forward, ks_linears_args)                                                                        \
+  X(linears_backward, ks_linears_args)                                                                       \
   X(rmsnorm_forward, ks_rmsnorm_args)                                                                        \
   X(rmsnorm_backward, ks_rmsnorm_args)                                                                       \
   X(rope, ks_rope_args)                                                                                      \

@@ -85,79 +85,154 @@ static ks_cuda_matmul_params matmul_of(const ks_ctx *ctx, const ks_linear_args *
   return m;
 }
 
-/* The product and the adapters' term, from u (or v) on. */
-static ks_status run_product(ks_ctx *ctx, const char *op, const ks_linear_args *a, bool backward, way by,
-                             const lora_batch *batch) {
-  const bool bf16 = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
-  const linear_product p = product_of(a, backward);
-  const ks_cuda_matmul_params m = matmul_of(ctx, a, &p);
-  const void *u = backward ? a->v : a->u;
-  bool taken = true;
-  if (by == BY_BLAS) KS_TRY(ks_cuda_blas_takes(ctx, &m, &taken));
-  if (by == BY_WGMMA) {
-    if (ks_wgmma_takes(ctx, &p)) return ks_wgmma_linear(ctx, op, &p, a, batch, u);
-    by = BY_MMA;
+/* A pass over maps of one input. */
+typedef struct {
+  const char *op;
+  const ks_linear_args *parts;
+  bool backward;
+  bool tensor_cores; /* the adapters' */
+  way by[KS_LINEARS_MAX];
+  linear_product product[KS_LINEARS_MAX];
+  lora_group group;
+} pass;
+
+static ks_status begin_pass(ks_ctx *ctx, const char *op, const ks_linear_args *parts, int64_t n,
+                            bool backward, pass *p) {
+  *p = {};
+  p->op = op;
+  p->parts = parts;
+  p->backward = backward;
+  p->tensor_cores = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
+  for (int64_t i = 0; i < n; i++) {
+    p->by[i] = way_of(ctx, op, &parts[i]);
+    p->product[i] = product_of(&parts[i], backward);
+    p->tensor_cores = p->tensor_cores && p->by[i] != BY_SIMT;
   }
-  if (!taken) by = bf16 ? BY_MMA : BY_SIMT;
-  if (by == BY_MMA) return ks_mma_linear(ctx, op, &p, batch, u);
-  KS_TRY(by == BY_BLAS ? ks_cuda_matmul(ctx, &m) : ks_simt_product(ctx, op, &p));
-  if (batch->max_rank == 0) return KS_OK;
-  const lora_expand_args e = {*batch, u, p.y, backward ? a->w->n_in : a->w->n_out, backward};
-  return by == BY_BLAS && bf16 ? ks_mma_expand(ctx, op, &e) : ks_simt_expand(ctx, op, &e);
+  return ks_lora_describe_group(ctx, parts, n, &p->group);
 }
 
-static ks_status run_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *a, bool backward,
-                            bool tensor_cores, const lora_batch *batch) {
-  const lora_shrink_args s = {*batch, backward ? a->dy : a->x, backward ? a->v : a->u,
-                              backward ? a->w->n_out : a->w->n_in, backward};
-  return tensor_cores ? ks_mma_shrink(ctx, op, &s) : ks_simt_shrink(ctx, op, &s);
+/* What cuBLASLt or Hopper's products do not take goes to other kernels. */
+static ks_status ask_products(ks_ctx *ctx, pass *p) {
+  for (int64_t i = 0; i < p->group.n; i++) {
+    bool taken = true;
+    if (!p->product[i].y) continue;
+    if (p->by[i] == BY_BLAS) {
+      const ks_cuda_matmul_params m = matmul_of(ctx, &p->parts[i], &p->product[i]);
+      KS_TRY(ks_cuda_blas_takes(ctx, &m, &taken));
+    }
+    if (p->by[i] == BY_WGMMA) taken = ks_wgmma_takes(ctx, &p->product[i]);
+    if (!taken) p->by[i] = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16 ? BY_MMA : BY_SIMT;
+  }
+  return KS_OK;
 }
 
-static ks_status run_gradients(ks_ctx *ctx, const char *op, const ks_linear_args *a, bool tensor_cores,
-                               const lora_batch *batch, float *partial_b, float *partial_a) {
-  const lora_gradient_args of_b = {*batch, a->u, a->dy, partial_b, a->w->n_out, 0},
-                           of_a = {*batch, a->v, a->x, partial_a, a->w->n_in, 1};
-  if (a->w->n_out > 0)
-    KS_TRY(tensor_cores ? ks_mma_gradient(ctx, op, &of_b) : ks_simt_gradient(ctx, op, &of_b));
-  return tensor_cores ? ks_mma_gradient(ctx, op, &of_a) : ks_simt_gradient(ctx, op, &of_a);
+/* Starts what cuBLASLt adds its products to. */
+static ks_status start_with_terms(ks_ctx *ctx, pass *p) {
+  uint32_t which = 0;
+  for (int64_t i = 0; i < p->group.n; i++)
+    if (p->by[i] == BY_BLAS && p->group.of[i].max_rank > 0 && p->product[i].y) which |= 1u << i;
+  if (which == 0) return KS_OK;
+  KS_TRY(ks_mma_term(ctx, p->op, p->parts, &p->group, p->backward, which));
+  for (int64_t i = 0; i < p->group.n; i++)
+    for (int64_t j = 0; j < p->group.n; j++)
+      if (which >> j & 1 && p->product[i].y == p->product[j].y) p->product[i].residual = p->product[i].y;
+  return KS_OK;
+}
+
+static ks_status run_product(ks_ctx *ctx, const pass *p, int64_t i) {
+  const ks_linear_args *a = &p->parts[i];
+  const linear_product *product = &p->product[i];
+  const lora_batch *batch = &p->group.of[i];
+  const void *u = p->backward ? a->v : a->u;
+  if (p->by[i] == BY_MMA) return ks_mma_linear(ctx, p->op, product, batch, u);
+  if (p->by[i] == BY_WGMMA) return ks_wgmma_linear(ctx, p->op, product, batch, u);
+  const ks_cuda_matmul_params m = matmul_of(ctx, a, product);
+  KS_TRY(p->by[i] == BY_BLAS ? ks_cuda_matmul(ctx, &m) : ks_simt_product(ctx, p->op, product));
+  if (batch->max_rank == 0 || (p->by[i] == BY_BLAS && p->tensor_cores)) return KS_OK;
+  const lora_expand_args e = {*batch, u, product->y, p->backward ? a->w->n_in : a->w->n_out, p->backward};
+  return ks_simt_expand(ctx, p->op, &e);
+}
+
+static ks_status run_products(ks_ctx *ctx, pass *p) {
+  KS_TRY(ask_products(ctx, p));
+  if (p->tensor_cores && p->group.any) KS_TRY(start_with_terms(ctx, p));
+  for (int64_t i = 0; i < p->group.n; i++)
+    if (p->product[i].y) KS_TRY(run_product(ctx, p, i));
+  return KS_OK;
+}
+
+static ks_status run_shrinks(ks_ctx *ctx, const pass *p, void *room) {
+  if (p->tensor_cores) return ks_mma_shrink(ctx, p->op, p->parts, &p->group, p->backward, room);
+  for (int64_t i = 0; i < p->group.n; i++) {
+    const ks_linear_args *a = &p->parts[i];
+    const lora_shrink_args s = {p->group.of[i], p->backward ? a->dy : a->x, p->backward ? a->v : a->u,
+                                p->backward ? a->w->n_out : a->w->n_in, p->backward};
+    if (s.batch.max_rank > 0) KS_TRY(ks_simt_shrink(ctx, p->op, &s));
+  }
+  return KS_OK;
+}
+
+static ks_status run_gradients(ks_ctx *ctx, const pass *p, void *room) {
+  if (p->tensor_cores) return ks_mma_gradient(ctx, p->op, p->parts, &p->group, room);
+  for (int64_t i = 0; i < p->group.n; i++) {
+    const ks_linear_args *a = &p->parts[i];
+    const lora_gradient_args of_b = {p->group.of[i], a->u, a->dy, (float *)room, a->w->n_out, 0},
+                             of_a = {p->group.of[i], a->v, a->x, (float *)room, a->w->n_in, 1};
+    if (of_b.batch.max_rank == 0) continue;
+    if (a->w->n_out > 0) KS_TRY(ks_simt_gradient(ctx, p->op, &of_b));
+    KS_TRY(ks_simt_gradient(ctx, p->op, &of_a));
+  }
+  return KS_OK;
+}
+
+/* Behind the masks: partial sums of one kernel at a time. */
+static size_t partial_bytes(const pass *p) {
+  size_t most = 0;
+  for (int64_t i = 0; i < p->group.n && !p->tensor_cores && p->backward; i++) {
+    const ks_weight *w = p->parts[i].w;
+    const size_t bytes = ks_lora_partial_bytes(&p->group.of[i], w->n_in > w->n_out ? w->n_in : w->n_out);
+    if (bytes > most) most = bytes;
+  }
+  if (!p->tensor_cores) return most;
+  const size_t shrink = ks_mma_shrink_bytes(p->parts, &p->group, p->backward),
+               gradient = p->backward ? ks_mma_gradient_bytes(p->parts, &p->group) : 0;
+  return shrink > gradient ? shrink : gradient;
+}
+
+static ks_status run_pass(ks_ctx *ctx, pass *p) {
+  if (p->group.any) {
+    const size_t mask_bytes = ks_lora_mask_bytes(&p->group);
+    uint8_t *room = NULL;
+    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + partial_bytes(p), (void **)&room));
+    KS_TRY(ks_lora_make_masks(ctx, &p->group, room));
+    KS_TRY(run_shrinks(ctx, p, room + mask_bytes));
+    if (p->backward) KS_TRY(run_gradients(ctx, p, room + mask_bytes));
+  }
+  return run_products(ctx, p);
+}
+
+ks_status ks_linear_group_forward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n) {
+  pass p;
+  KS_TRY(begin_pass(ctx, "linear_forward", parts, n, false, &p));
+  return run_pass(ctx, &p);
+}
+
+ks_status ks_linear_group_backward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n) {
+  pass p;
+  KS_TRY(begin_pass(ctx, "linear_backward", parts, n, true, &p));
+  return run_pass(ctx, &p);
 }
 
 extern "C" ks_status ks_cuda_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
-  const char *op = "linear_forward";
   if (a->generation) {
     const ks_linears_args alone = {a, 1, NULL, NULL};
     bool taken = false;
     KS_TRY(ks_decode_linears(ctx, &alone, &taken));
     if (taken) return KS_OK;
   }
-  const way by = way_of(ctx, op, a);
-  lora_batch batch;
-  KS_TRY(ks_lora_describe(ctx, a, &batch));
-  if (batch.max_rank > 0) {
-    void *mask = NULL;
-    if (batch.has_dropout) KS_TRY(ks_cuda_workspace(ctx, ks_lora_mask_bytes(&batch), &mask));
-    KS_TRY(ks_lora_make_mask(ctx, &batch, (uint8_t *)mask));
-    KS_TRY(run_shrink(ctx, op, a, false, by != BY_SIMT && ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16, &batch));
-  }
-  return run_product(ctx, op, a, false, by, &batch);
+  return ks_linear_group_forward(ctx, a, 1);
 }
 
 extern "C" ks_status ks_cuda_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
-  const char *op = "linear_backward";
-  const way by = way_of(ctx, op, a);
-  const bool tensor_cores = by != BY_SIMT && ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
-  lora_batch batch;
-  KS_TRY(ks_lora_describe(ctx, a, &batch));
-  if (batch.max_rank > 0) {
-    const size_t mask_bytes = ks_lora_mask_bytes(&batch),
-                 b_bytes = ks_lora_partial_bytes(&batch, a->w->n_out),
-                 a_bytes = ks_lora_partial_bytes(&batch, a->w->n_in);
-    uint8_t *room = NULL;
-    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + b_bytes + a_bytes, (void **)&room));
-    KS_TRY(ks_lora_make_mask(ctx, &batch, room));
-    KS_TRY(run_shrink(ctx, op, a, true, tensor_cores, &batch));
-    KS_TRY(run_gradients(ctx, op, a, tensor_cores, &batch, (float *)(void *)(room + mask_bytes),
-                         (float *)(void *)(room + mask_bytes + b_bytes)));
-  }
-  return a->dx ? run_product(ctx, op, a, true, by, &batch) : KS_OK;
+  return ks_linear_group_backward(ctx, a, 1);
 }

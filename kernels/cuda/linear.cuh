@@ -2,8 +2,12 @@
  * batch as kernels see them.
  *
  *   linear.cu          entries; which kernels an operation is made of
+ *   linears.cu         entries of maps that share their input
  *   lora.cu            the description of a batch's adapters, dropout masks, sums of partial gradients
- *   lora_mma.cu        shrink, expand and gradients on tensor cores (bf16)
+ *   lora_shrink.cu     u and v of all maps of one input on tensor cores (bf16)
+ *   lora_gradient.cu   their gradients of A and B
+ *   lora_term.cu       what they add to y and dx
+ *   lora.cuh           what these three share
  *   linear_simt.cu     every part of the layer in plain fma, any type
  *   linear_mma.cu      product and adapters in one kernel on tensor cores (bf16 activations; bf16 or block weights)
  *   linear_wgmma.cu    the same by Hopper's own products
@@ -17,13 +21,14 @@
 /* ---------------------------------------------------------------- adapters of a batch */
 
 enum {
-  LORA_TILE_ROWS = 32,   /* of a piece of a segment that shrink and expand work on */
+  LORA_TILE_ROWS = 128,  /* of a piece of a segment that shrink and the adapters' term work on */
   LORA_CHUNK_ROWS = 256, /* of a piece that a partial gradient sums over */
   LORA_SPAN_ROWS = 16,   /* of lora_batch.first_seg */
   LORA_GROUP = 64        /* ranks that a kernel holds at a time */
 };
 
-/* A segment with an adapter of rank > 0; those beyond the last have no rows and begin behind all rows. */
+/* A segment in which a map of the group has an adapter; rank 0: this map has none there. Those beyond the last have no rows and
+ * begin behind all rows. */
 struct lora_seg {
   int64_t row_begin, n_rows;
   uint64_t key, site; /* of dropout */
@@ -34,18 +39,21 @@ struct lora_seg {
   int32_t first_chunk, n_chunks; /* in lora_batch.chunks */
 };
 
-/* Consecutive rows of one segment, counted in pieces of fixed size from its first; n_rows 0: none. */
+/* Consecutive rows of one segment, counted in pieces of fixed size from its first; n_rows 0: none. Tiles hold
+ * the rows between the segments too: seg -1. */
 struct lora_item {
   int64_t row;
   int32_t n_rows, seg;
 };
 
-/* Arrays are in device memory. Counts depend on the numbers of rows and segments only, so that steps repeat.
- */
+/* The adapters of one map. Arrays are in device memory. Counts depend on the numbers of rows and segments only, so that steps
+ * repeat. Maps of a group have all in common but segs, mask, u_stride and max_rank. */
 struct lora_batch {
   const lora_seg *segs;
-  const lora_item *tiles, *chunks;
+  const lora_item *tiles,
+      *chunks; /* tiles: in rising order of rows; tiles[-1].row: how many hold rows, which come first */
   const int32_t *first_seg; /* for each LORA_SPAN_ROWS rows: the first segment that ends behind their first */
+  uint32_t *counters;       /* zeros, for kernels that leave them so */
   const uint8_t *mask; /* [n_rows, mask_stride] or NULL: bit q of byte e is whether column e / 16 * 128 + q *
                           16 + e % 16 of x is kept */
   int64_t mask_stride;
@@ -54,6 +62,13 @@ struct lora_batch {
   uint32_t threshold; /* of dropout: draws below it drop */
   float keep;         /* 1 / (1 - p) */
   int32_t has_dropout;
+};
+
+/* Maps of one input. */
+struct lora_group {
+  lora_batch of[KS_LINEARS_MAX];
+  int64_t n;
+  bool any; /* one has an adapter */
 };
 
 /* One side of the adapters: forward reads x through A and writes through B, backward reads dy through B and
@@ -70,13 +85,14 @@ KS_DEVICE bool lora_keeps(const uint8_t *row, int64_t col) {
   return row[col / 128 * 16 + col % 16] >> (col / 16 % 8) & 1;
 }
 
-/* Stages the description (mask stays NULL) or sets max_rank 0. */
+/* Stages the description of the adapters of n maps of one input (masks stay NULL); of one map. */
+ks_status ks_lora_describe_group(ks_ctx *ctx, const ks_linear_args *parts, int64_t n, lora_group *out);
 ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out);
-/* Bytes of workspace for masks and for partial gradients. */
-size_t ks_lora_mask_bytes(const lora_batch *b);
+/* Bytes of workspace for the masks of all maps, and for partial gradients of one. */
+size_t ks_lora_mask_bytes(const lora_group *g);
 size_t ks_lora_partial_bytes(const lora_batch *b, int64_t n_cols);
-/* Fills `mask` and points b there. */
-ks_status ks_lora_make_mask(ks_ctx *ctx, lora_batch *b, uint8_t *mask);
+/* Fills `mask` and points the maps there. */
+ks_status ks_lora_make_masks(ks_ctx *ctx, lora_group *g, uint8_t *mask);
 
 /* ---------------------------------------------------------------- parts of the layer */
 
@@ -120,6 +136,10 @@ struct linear_product {
  * same for few rows and for many. */
 enum { LINEAR_RUNS = 8, LINEAR_FEW_ROWS = 64 };
 
+/* Maps of one input (linear.cu); no part is empty, unless it is alone. */
+ks_status ks_linear_group_forward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n);
+ks_status ks_linear_group_backward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n);
+
 ks_status ks_simt_product(ks_ctx *ctx, const char *op, const linear_product *p);
 ks_status ks_simt_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p);
 ks_status ks_simt_expand(ks_ctx *ctx, const char *op, const lora_expand_args *p);
@@ -127,16 +147,26 @@ ks_status ks_simt_gradient(ks_ctx *ctx, const char *op, const lora_gradient_args
 /* Second half of both gradients: grad += the partial sums of segments of several chunks, in their order. */
 ks_status ks_lora_combine(ks_ctx *ctx, const char *op, const lora_gradient_args *p);
 
-ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p);
+/* The adapters of maps of one input on tensor cores, bf16 activations: one launch each, for all maps and segments.
+ * shrink: u of all, or v (backward). term: starts y (or dx) of the maps whose bit is set in `which` with what the
+ * adapters, the residual and what was there before give; the products are then added to it. room: workspace. */
+size_t ks_mma_shrink_bytes(const ks_linear_args *parts, const lora_group *g, bool backward);
+ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
+                        bool backward, void *room);
+size_t ks_mma_gradient_bytes(const ks_linear_args *parts, const lora_group *g);
+ks_status ks_mma_gradient(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
+                          void *room);
+ks_status ks_mma_term(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
+                      bool backward, uint32_t which);
+/* y += the term, after a product. */
 ks_status ks_mma_expand(ks_ctx *ctx, const char *op, const lora_expand_args *p);
-ks_status ks_mma_gradient(ks_ctx *ctx, const char *op, const lora_gradient_args *p);
 /* With adapters when batch.max_rank > 0: u (or v) was computed before. */
 ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                         const void *u);
-/* By Hopper's own products (linear_wgmma.cu), where ks_wgmma_takes says so. `a`: the operation that batch describes. */
+/* By Hopper's own products (linear_wgmma.cu), where ks_wgmma_takes says so. */
 bool ks_wgmma_takes(const ks_ctx *ctx, const linear_product *p);
-ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const ks_linear_args *a,
-                          const lora_batch *batch, const void *u);
+ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
+                          const void *u);
 /* The same for up to LINEAR_FEW_ROWS rows of a generation pass. */
 ks_status ks_decode_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                            const void *u);

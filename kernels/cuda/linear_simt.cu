@@ -24,7 +24,7 @@
  *       checked by. */
 #include "kernels/cuda/linear.cuh"
 
-enum { SIMT_THREADS = 256 };
+enum { SIMT_THREADS = 256, SIMT_PIECES = LORA_TILE_ROWS / 32 /* of a tile of adapters */ };
 
 /* ---------------------------------------------------------------- the tiled kernel */
 
@@ -181,7 +181,7 @@ ks_status ks_simt_product(ks_ctx *ctx, const char *op, const linear_product *p) 
 
 template <class T> struct simt_shrink {
   typedef lora_shrink_args args;
-  enum { BM = LORA_TILE_ROWS, BN = 16, BK = 16, TM = 2, TN = 1 };
+  enum { BM = 32, BN = 16, BK = 16, TM = 2, TN = 1 };
   static constexpr bool A_K_FAST = true, B_K_FAST = true;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -190,10 +190,10 @@ template <class T> struct simt_shrink {
   float factor;
 
   KS_DEVICE simt_shrink(const args &from) : p(from) {
-    const lora_item tile = p.batch.tiles[blockIdx.x];
-    const lora_seg &seg = p.batch.segs[tile.seg];
-    m0 = tile.row;
-    m_end = tile.row + tile.n_rows;
+    const lora_item tile = p.batch.tiles[blockIdx.x / SIMT_PIECES];
+    const lora_seg &seg = p.batch.segs[tile.seg < 0 ? 0 : tile.seg];
+    m0 = tile.row + blockIdx.x % SIMT_PIECES * BM;
+    m_end = tile.seg < 0 ? 0 : tile.row + tile.n_rows;
     n0 = (int64_t)blockIdx.y * BN;
     n_end = seg.rank;
     k_end = p.n_cols;
@@ -213,7 +213,7 @@ template <class T> struct simt_shrink {
 
 template <class T> static ks_status launch_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p) {
   typedef simt_shrink<T> P;
-  const dim3 grid((unsigned)p->batch.n_tiles, ks_blocks_for(p->batch.max_rank, P::BN));
+  const dim3 grid((unsigned)p->batch.n_tiles * SIMT_PIECES, ks_blocks_for(p->batch.max_rank, P::BN));
   return simt_launch<P>(ctx, op, grid, *p);
 }
 
@@ -226,7 +226,7 @@ ks_status ks_simt_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p)
 
 template <class T> struct simt_expand {
   typedef lora_expand_args args;
-  enum { BM = LORA_TILE_ROWS, BN = 64, BK = 16, TM = 2, TN = 4 };
+  enum { BM = 32, BN = 64, BK = 16, TM = 2, TN = 4 };
   static constexpr bool A_K_FAST = true, B_K_FAST = false;
   const args &p;
   int64_t m0, n0, m_end, n_end, k_end;
@@ -235,10 +235,10 @@ template <class T> struct simt_expand {
   float factor;
 
   KS_DEVICE simt_expand(const args &from) : p(from) {
-    const lora_item tile = p.batch.tiles[blockIdx.x];
-    const lora_seg &seg = p.batch.segs[tile.seg];
-    m0 = tile.row;
-    m_end = tile.row + tile.n_rows;
+    const lora_item tile = p.batch.tiles[blockIdx.x / SIMT_PIECES];
+    const lora_seg &seg = p.batch.segs[tile.seg < 0 ? 0 : tile.seg];
+    m0 = tile.row + blockIdx.x % SIMT_PIECES * BM;
+    m_end = tile.seg < 0 ? 0 : tile.row + tile.n_rows;
     n0 = (int64_t)blockIdx.y * BN;
     n_end = p.n_cols;
     k_end = seg.rank;
@@ -259,7 +259,7 @@ template <class T> struct simt_expand {
 
 template <class T> static ks_status launch_expand(ks_ctx *ctx, const char *op, const lora_expand_args *p) {
   typedef simt_expand<T> P;
-  const dim3 grid((unsigned)p->batch.n_tiles, ks_blocks_for(p->n_cols, P::BN));
+  const dim3 grid((unsigned)p->batch.n_tiles * SIMT_PIECES, ks_blocks_for(p->n_cols, P::BN));
   return simt_launch<P>(ctx, op, grid, *p);
 }
 

@@ -30,9 +30,6 @@
 #include "kernels/cuda/product_wgmma.cuh"
 #include "kernels/cuda/tile.cuh"
 
-#include "kernels/base/size.h"
-#include <stdlib.h>
-
 /* No padding: launches are compared byte by byte. */
 struct wg_linear_args {
   const lora_item *tiles; /* [0].row: how many follow; NULL: 128 rows each */
@@ -103,16 +100,22 @@ template <int BN> struct wg_linear_work {
   template <class S> KS_DEVICE void store_vectors(const wg_tile &t, float (&acc)[S::SUMS]) const {
     const int lane = (int)threadIdx.x % 4;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const bool is_row = wg_row(h) < t.n_rows;
-      const int64_t at = (t.row + wg_row(h)) * p.n_cols;
+    for (int q = 0; q < BN / 32; q++) {
+      const int64_t col = t.col + 32 * q + 8 * lane;
+      float2 bias[4] = {};
+      if (p.bias)
 #pragma unroll
-      for (int q = 0; q < BN / 32; q++) {
-        const int64_t col = t.col + 32 * q + 8 * lane;
-        const bool there = is_row && col < p.n_cols;
+        for (int i = 0; i < 4; i++) {
+          const int64_t c = t.col + wg_col(4 * q + i, 0);
+          if (c < p.n_cols) bias[i] = *(const float2 *)(const void *)(p.bias + c);
+        }
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const bool there = wg_row(h) < t.n_rows && col < p.n_cols;
+        const int64_t at = (t.row + wg_row(h)) * p.n_cols + col;
         uint32_t w[4] = {0, 0, 0, 0};
         if (p.residual) {
-          const uint4 old = there ? *(const uint4 *)(const void *)((const ks_bf16 *)p.residual + at + col)
+          const uint4 old = there ? *(const uint4 *)(const void *)((const ks_bf16 *)p.residual + at)
                                   : make_uint4(0, 0, 0, 0);
           w[0] = old.x, w[1] = old.y, w[2] = old.z, w[3] = old.w;
           tile_quad_transpose(w, lane);
@@ -120,14 +123,11 @@ template <int BN> struct wg_linear_work {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int j = 4 * q + i;
-          const int64_t c = t.col + wg_col(j, 0);
-          float lo = acc[4 * j + 2 * h], hi = acc[4 * j + 2 * h + 1];
-          if (p.bias && c < p.n_cols) lo += p.bias[c], hi += p.bias[c + 1];
-          if (p.residual) lo += ks_bf16_lo(w[i]), hi += ks_bf16_hi(w[i]);
-          w[i] = ks_pack_bf16(lo, hi);
+          const float lo = acc[4 * j + 2 * h] + bias[i].x, hi = acc[4 * j + 2 * h + 1] + bias[i].y;
+          w[i] = ks_pack_bf16(lo + ks_bf16_lo(w[i]), hi + ks_bf16_hi(w[i]));
         }
         tile_quad_transpose(w, lane);
-        if (there) *(uint4 *)(void *)((ks_bf16 *)p.y + at + col) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (there) *(uint4 *)(void *)((ks_bf16 *)p.y + at) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
   }
@@ -148,7 +148,8 @@ template <int BN> struct wg_linear_work {
   template <class S> KS_DEVICE void finish(const wg_tile &t, float (&acc)[S::SUMS]) const {
     if (p.y_is_f32)
       store_elements<S, float>(t, acc);
-    else if (ks_is_vector_aligned((const ks_bf16 *)p.y, p.n_cols) && ((uintptr_t)p.residual & 15) == 0)
+    else if (ks_is_vector_aligned((const ks_bf16 *)p.y, p.n_cols) && ((uintptr_t)p.residual & 15) == 0 &&
+             ((uintptr_t)p.bias & 7) == 0)
       store_vectors<S>(t, acc);
     else
       store_elements<S, ks_bf16>(t, acc);
@@ -166,35 +167,7 @@ __global__ void __launch_bounds__(WG_THREADS, 1)
 
 /* ---------------------------------------------------------------- host side */
 
-/* Pieces of 128 rows, each of one segment with an adapter or of none. */
-static int64_t add_tiles(lora_item *items, int64_t n, int64_t row, int64_t end, int32_t seg) {
-  for (; row < end; row += WG_BM, n++)
-    items[n] = {row, (int32_t)(end - row < WG_BM ? end - row : (int64_t)WG_BM), seg};
-  return n;
-}
-
-static ks_status stage_tiles(ks_ctx *ctx, const ks_linear_args *a, const lora_item **out, int64_t *n_most) {
-  const int64_t most = a->n_rows / WG_BM + 2 * a->n_segments + 2;
-  lora_item *items = NULL;
-  KS_TRY(ks_alloc_array(&items, (size_t)most, sizeof *items, "linear: tiles of rows"));
-  int64_t n = 1, row = 0;
-  int32_t number = 0;
-  for (int64_t s = 0; s < a->n_segments; s++) {
-    const ks_segment *seg = &a->segments[s];
-    if (seg->adapter < 0 || a->loras[seg->adapter].rank == 0 || seg->n_rows == 0) continue;
-    n = add_tiles(items, n, row, seg->row_begin, -1);
-    row = seg->row_begin + seg->n_rows;
-    n = add_tiles(items, n, seg->row_begin, row, number++);
-  }
-  n = add_tiles(items, n, row, a->n_rows, -1);
-  items[0].row = n - 1;
-  const void *device = NULL;
-  const ks_status status = ks_cuda_stage(ctx, items, (size_t)most * sizeof *items, &device);
-  free(items);
-  *out = (const lora_item *)device;
-  *n_most = most - 1;
-  return status;
-}
+static_assert((int)WG_BM == (int)LORA_TILE_ROWS, "a tile of adapters is a tile of rows");
 
 bool ks_wgmma_takes(const ks_ctx *ctx, const linear_product *p) {
   const int64_t n_k = p->backward ? p->w.n_out : p->w.n_in;
@@ -217,8 +190,8 @@ static ks_status wg_launch(ks_ctx *ctx, const char *op, const linear_product *p,
                    dim3(WG_THREADS), S::bytes(), maps, *args);
 }
 
-ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const ks_linear_args *a,
-                          const lora_batch *batch, const void *u) {
+ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
+                          const void *u) {
   const bool after = p->backward && batch->mask, inside = batch->max_rank > 0 && !after;
   wg_linear_args args = {};
   args.y = p->y;
@@ -234,7 +207,8 @@ ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, 
     args.segs = batch->segs;
     args.u = (const ks_bf16 *)u;
     args.u_stride = batch->u_stride;
-    KS_TRY(stage_tiles(ctx, a, &args.tiles, &n_row_tiles));
+    args.tiles = batch->tiles - 1;
+    n_row_tiles = batch->n_tiles;
   }
   const bool wide = wg_wants_256(n_row_tiles, args.n_cols, ks_cuda_device_of(ctx)->n_sm);
   if (p->backward)

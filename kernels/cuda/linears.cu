@@ -6,7 +6,10 @@ extern "C" ks_status ks_cuda_linears_forward(ks_ctx *ctx, const ks_linears_args 
   if (a->parts[0].generation) KS_TRY(ks_decode_linears(ctx, a, &taken));
   if (taken) return KS_OK;
   if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
-  for (int64_t i = 0; i < a->n_parts; i++)
-    KS_TRY(ks_cuda_linear_forward(ctx, &a->parts[i]));
+  KS_TRY(ks_linear_group_forward(ctx, a->parts, a->n_parts));
   return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
+}
+
+extern "C" ks_status ks_cuda_linears_backward(ks_ctx *ctx, const ks_linears_args *a) {
+  return ks_linear_group_backward(ctx, a->parts, a->n_parts);
 }

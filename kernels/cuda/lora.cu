@@ -19,104 +19,178 @@
  * Ladder
  *   mask in a launch of its own, four bytes a thread. Not measured yet on its own.
  *   Next, not built: drawn inside shrink (forward), exchanging bytes between lanes: saves a launch and 1/8 byte an element. */
-#include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/lora.cuh"
 
 #include "kernels/base/rng.h"
 #include "kernels/base/size.h"
 #include <stdlib.h>
 
-enum { MASK_THREADS = 128, COMBINE_THREADS = 128 };
+enum { MASK_THREADS = 128, MASK_ROWS = 8, COMBINE_THREADS = 128 };
 
 /* ---------------------------------------------------------------- description */
 
-static bool has_adapter(const ks_linear_args *a, const ks_segment *seg) {
-  return seg->adapter >= 0 && a->loras[seg->adapter].rank > 0 && seg->n_rows > 0;
+static int32_t rank_of(const ks_linear_args *a, int64_t segment) {
+  const int32_t adapter = a->n_segments > 0 ? a->segments[segment].adapter : -1;
+  return adapter >= 0 && a->segments[segment].n_rows > 0 ? a->loras[adapter].rank : 0;
 }
 
-/* Cuts a segment into pieces of `size` rows; returns how many. */
-static int32_t cut(lora_item *items, const ks_segment *seg, int32_t number, int64_t size) {
+static bool has_adapter(const ks_linear_args *parts, int64_t n, int64_t segment) {
+  for (int64_t i = 0; i < n; i++)
+    if (rank_of(&parts[i], segment) > 0) return true;
+  return false;
+}
+
+/* Cuts rows [row, end) into pieces of `size`; returns how many. */
+static int32_t cut(lora_item *items, int64_t row, int64_t end, int32_t number, int64_t size) {
   int32_t n = 0;
-  for (int64_t row = 0; row < seg->n_rows; row += size, n++) {
-    const int64_t rest = seg->n_rows - row;
-    items[n].row = seg->row_begin + row;
-    items[n].n_rows = (int32_t)(rest < size ? rest : size);
+  for (; row < end; row += size, n++) {
+    items[n].row = row;
+    items[n].n_rows = (int32_t)(end - row < size ? end - row : size);
     items[n].seg = number;
   }
   return n;
 }
 
-/* Room for the arrays of a batch, one after another. */
+/* The arrays of a group, one after another. */
 typedef struct {
-  lora_seg *segs;
+  lora_seg *segs; /* [maps, n_segs] */
   lora_item *tiles, *chunks;
   int32_t *first_seg;
-  size_t bytes;
-} host_batch;
+  size_t n_spans, n_counters, bytes;
+} host_group;
 
-static ks_status reserve(const ks_linear_args *a, const lora_batch *b, host_batch *h) {
-  const size_t n_segs = (size_t)b->n_segs, n_items = (size_t)(b->n_tiles + b->n_chunks),
-               n_spans = (size_t)((a->n_rows + LORA_SPAN_ROWS - 1) / LORA_SPAN_ROWS);
+static int64_t largest(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+/* Of the kernel that needs the most: shrink counts slices of k, the gradient chunks. */
+static size_t count_counters(const ks_linear_args *parts, const lora_group *g) {
+  int64_t eights = 0, cols = parts->w->n_in;
+  for (int64_t i = 0; i < g->n; i++) {
+    eights += lora_units(g->of[i].max_rank, 8);
+    cols = largest(cols, parts[i].w->n_out);
+  }
+  const int64_t shrink = g->n * LORA_TILE_HALVES * g->of[0].n_tiles,
+                gradient = (g->n + 1) * g->of[0].n_segs * ((cols + LORA_SLICE - 1) / LORA_SLICE);
+  return (size_t)(largest(shrink, gradient) * lora_blocks_of((int32_t)eights));
+}
+
+static ks_status reserve(const ks_linear_args *parts, const lora_group *g, host_group *h) {
+  const lora_batch *b = &g->of[0];
+  const size_t n_segs = (size_t)(b->n_segs * g->n), n_items = (size_t)(1 + b->n_tiles + b->n_chunks);
   uint8_t *room = NULL;
-  h->bytes = n_segs * sizeof(lora_seg) + n_items * sizeof(lora_item) + n_spans * sizeof(int32_t);
+  h->n_spans = (size_t)((b->n_rows + LORA_SPAN_ROWS - 1) / LORA_SPAN_ROWS);
+  h->n_counters = count_counters(parts, g);
+  h->bytes = n_segs * sizeof(lora_seg) + n_items * sizeof(lora_item) + h->n_spans * sizeof(int32_t) +
+             h->n_counters * sizeof(uint32_t);
   KS_TRY(ks_alloc_array(&room, h->bytes, 1, "linear: description of adapters"));
   h->segs = (lora_seg *)(void *)room;
-  h->tiles = (lora_item *)(void *)(h->segs + n_segs);
+  h->tiles = (lora_item *)(void *)(h->segs + n_segs) + 1;
   h->chunks = h->tiles + b->n_tiles;
   h->first_seg = (int32_t *)(void *)(h->chunks + b->n_chunks);
   return KS_OK;
 }
 
-static void describe(const ks_linear_args *a, const lora_batch *b, const host_batch *h) {
-  int32_t n = 0, n_tiles = 0, n_chunks = 0;
-  for (int64_t s = 0; s < a->n_segments; s++) {
-    const ks_segment *from = &a->segments[s];
-    if (!has_adapter(a, from)) continue;
-    const ks_lora *l = &a->loras[from->adapter];
-    lora_seg *to = &h->segs[n];
-    *to = {from->row_begin, from->n_rows, from->dropout_key, a->dropout_site, l->a,     l->b_t,
-           l->grad_a,       l->grad_b_t,  l->rank,           l->scale,        n_chunks, 0};
-    n_tiles += cut(h->tiles + n_tiles, from, n, LORA_TILE_ROWS);
-    to->n_chunks = cut(h->chunks + n_chunks, from, n, LORA_CHUNK_ROWS);
-    n_chunks += to->n_chunks;
-    n++;
-  }
-  for (int64_t s = n; s < b->n_segs; s++)
-    h->segs[s].row_begin = a->n_rows;
+static void describe_map(const ks_linear_args *a, int64_t segment, lora_seg *to) {
+  const int32_t rank = rank_of(a, segment);
+  to->site = a->dropout_site;
+  if (rank == 0) return;
+  const ks_lora *l = &a->loras[a->segments[segment].adapter];
+  to->a = l->a, to->b_t = l->b_t, to->grad_a = l->grad_a, to->grad_b_t = l->grad_b_t;
+  to->rank = rank, to->scale = l->scale;
+}
+
+static void describe_spans(const lora_batch *b, const host_group *h, int32_t n) {
   int32_t first = 0;
-  for (int64_t row = 0, span = 0; row < a->n_rows; row += LORA_SPAN_ROWS, span++) {
+  for (size_t span = 0; span < h->n_spans; span++) {
+    const int64_t row = (int64_t)span * LORA_SPAN_ROWS;
     while (first < n && h->segs[first].row_begin + h->segs[first].n_rows <= row)
       first++;
     h->first_seg[span] = first;
   }
+  for (int64_t s = n; s < b->n_segs; s++)
+    h->segs[s].row_begin = b->n_rows;
 }
 
-ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out) {
-  *out = {};
-  for (int64_t s = 0; s < a->n_segments; s++)
-    if (has_adapter(a, &a->segments[s]) && a->loras[a->segments[s].adapter].rank > out->max_rank)
-      out->max_rank = a->loras[a->segments[s].adapter].rank;
-  if (out->max_rank == 0) return KS_OK;
-  out->n_rows = a->n_rows;
-  out->n_segs = a->n_segments;
-  out->n_tiles = a->n_rows / LORA_TILE_ROWS + a->n_segments;
-  out->n_chunks = a->n_rows / LORA_CHUNK_ROWS + a->n_segments;
-  out->u_stride = a->u_stride;
-  const double t = (double)a->dropout * 65536 + 0.5;
-  out->threshold = t < 65535 ? (uint32_t)t : 65535u;
-  out->keep = (float)(65536.0 / (65536 - (double)out->threshold));
-  out->has_dropout = a->dropout > 0;
-  out->mask_stride = (a->w->n_in + 127) / 128 * 16;
-  host_batch h;
-  KS_TRY(reserve(a, out, &h));
-  describe(a, out, &h);
+static void describe(const ks_linear_args *parts, const ks_linear_args *with, const lora_group *g,
+                     const host_group *h) {
+  const lora_batch *b = &g->of[0];
+  int32_t n = 0, n_tiles = 0, n_chunks = 0;
+  int64_t end = 0;
+  for (int64_t s = 0; s < with->n_segments; s++) {
+    const ks_segment *from = &with->segments[s];
+    if (!has_adapter(parts, g->n, s)) continue;
+    lora_seg common = {};
+    common.row_begin = from->row_begin, common.n_rows = from->n_rows, common.key = from->dropout_key;
+    common.first_chunk = n_chunks;
+    n_tiles += cut(h->tiles + n_tiles, end, from->row_begin, -1, LORA_TILE_ROWS);
+    end = from->row_begin + from->n_rows;
+    n_tiles += cut(h->tiles + n_tiles, from->row_begin, end, n, LORA_TILE_ROWS);
+    common.n_chunks = cut(h->chunks + n_chunks, from->row_begin, end, n, LORA_CHUNK_ROWS);
+    n_chunks += common.n_chunks;
+    for (int64_t i = 0; i < g->n; i++) {
+      lora_seg *to = &h->segs[i * b->n_segs + n];
+      *to = common;
+      describe_map(&parts[i], s, to);
+    }
+    n++;
+  }
+  n_tiles += cut(h->tiles + n_tiles, end, b->n_rows, -1, LORA_TILE_ROWS);
+  h->tiles[-1].row = n_tiles;
+  describe_spans(b, h, n);
+  for (int64_t i = 1; i < g->n; i++)
+    for (int64_t s = n; s < b->n_segs; s++)
+      h->segs[i * b->n_segs + s].row_begin = b->n_rows;
+}
+
+static void count(const ks_linear_args *with, lora_batch *b) {
+  b->n_rows = with->n_rows;
+  b->n_segs = with->n_segments;
+  b->n_tiles = with->n_rows / LORA_TILE_ROWS + 2 * with->n_segments + 1;
+  b->n_chunks = with->n_rows / LORA_CHUNK_ROWS + with->n_segments;
+  const double t = (double)with->dropout * 65536 + 0.5;
+  b->threshold = t < 65535 ? (uint32_t)t : 65535u;
+  b->keep = (float)(65536.0 / (65536 - (double)b->threshold));
+  b->has_dropout = with->dropout > 0;
+  b->mask_stride = (with->w->n_in + 127) / 128 * 16;
+}
+
+ks_status ks_lora_describe_group(ks_ctx *ctx, const ks_linear_args *parts, int64_t n, lora_group *g) {
+  const ks_linear_args *with = parts;
+  *g = {};
+  g->n = n;
+  for (int64_t i = 0; i < n; i++) {
+    for (int64_t s = 0; s < parts[i].n_segments; s++)
+      if (rank_of(&parts[i], s) > g->of[i].max_rank) g->of[i].max_rank = rank_of(&parts[i], s);
+    if (g->of[i].max_rank > 0) with = &parts[i], g->any = true;
+  }
+  if (!g->any) return KS_OK;
+  for (int64_t i = 0; i < n; i++) {
+    count(with, &g->of[i]);
+    g->of[i].u_stride = parts[i].u_stride;
+  }
+  host_group h;
+  KS_TRY(reserve(parts, g, &h));
+  describe(parts, with, g, &h);
   const void *device = NULL;
   const ks_status status = ks_cuda_stage(ctx, h.segs, h.bytes, &device);
   free(h.segs);
   KS_TRY(status);
-  out->segs = (const lora_seg *)device;
-  out->tiles = (const lora_item *)(const void *)(out->segs + out->n_segs);
-  out->chunks = out->tiles + out->n_tiles;
-  out->first_seg = (const int32_t *)(const void *)(out->chunks + out->n_chunks);
+  for (int64_t i = 0; i < n; i++) {
+    lora_batch *b = &g->of[i];
+    b->segs = (const lora_seg *)device + i * b->n_segs;
+    b->tiles = (const lora_item *)(const void *)((const lora_seg *)device + n * b->n_segs) + 1;
+    b->chunks = b->tiles + b->n_tiles;
+    b->first_seg = (const int32_t *)(const void *)(b->chunks + b->n_chunks);
+    b->counters = (uint32_t *)(uintptr_t)(b->first_seg + h.n_spans);
+  }
+  return KS_OK;
+}
+
+ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out) {
+  lora_group g;
+  KS_TRY(ks_lora_describe_group(ctx, a, 1, &g));
+  *out = g.of[0];
   return KS_OK;
 }
 
@@ -131,34 +205,61 @@ KS_DEVICE uint32_t mask_byte(const ks_philox_block &p, uint32_t threshold) {
   return bits;
 }
 
-static __global__ void __launch_bounds__(MASK_THREADS) lora_mask_kernel(lora_batch b, uint32_t *mask) {
-  const lora_item tile = b.tiles[blockIdx.x];
-  if (tile.n_rows == 0) return;
-  const lora_seg &seg = b.segs[tile.seg];
+struct lora_masks {
+  const lora_seg *segs[KS_LINEARS_MAX];
+  uint32_t *mask[KS_LINEARS_MAX];
+  const lora_item *tiles;
+  int64_t words; /* of a row */
+  uint64_t threshold;
+};
+
+static __global__ void __launch_bounds__(MASK_THREADS)
+    lora_mask_kernel(const __grid_constant__ lora_masks p) {
+  const lora_item tile = p.tiles[blockIdx.x];
+  const int first_row = (int)blockIdx.y * MASK_ROWS, map = (int)blockIdx.z;
+  if (tile.seg < 0 || tile.n_rows <= first_row || !p.mask[map]) return;
+  const lora_seg &seg = p.segs[map][tile.seg];
+  if (seg.rank == 0) return;
   const uint64_t key = seg.key, site = seg.site;
-  const int64_t first = tile.row - seg.row_begin;
-  const uint32_t words = (uint32_t)(b.mask_stride / 4), n = (uint32_t)tile.n_rows * words;
-  const uint32_t threshold = b.threshold;
+  const int64_t row0 = tile.row + first_row, first = row0 - seg.row_begin;
+  const int n_rows = tile.n_rows - first_row < MASK_ROWS ? tile.n_rows - first_row : MASK_ROWS;
+  const uint32_t words = (uint32_t)p.words, n = (uint32_t)n_rows * words, threshold = (uint32_t)p.threshold;
   for (uint32_t i = threadIdx.x; i < n; i += MASK_THREADS) {
-    const uint32_t row = i / words, word = i % words;
-    const uint64_t counter = (uint64_t)((first + row) * b.mask_stride) + 4 * word;
+    const uint64_t counter = 4 * ((uint64_t)first * words + i);
     uint32_t bits = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++)
       bits |= mask_byte(ks_philox(key, site, counter + (uint64_t)j), threshold) << (8 * j);
-    mask[(tile.row + row) * words + word] = bits;
+    p.mask[map][row0 * words + i] = bits;
   }
 }
 
-size_t ks_lora_mask_bytes(const lora_batch *b) {
+static size_t mask_bytes_of(const lora_batch *b) {
   return b->max_rank > 0 && b->has_dropout ? ((size_t)(b->n_rows * b->mask_stride) + 255) / 256 * 256 : 0;
 }
 
-ks_status ks_lora_make_mask(ks_ctx *ctx, lora_batch *b, uint8_t *mask) {
-  if (b->max_rank == 0 || !b->has_dropout) return KS_OK;
-  b->mask = mask;
-  return ks_launch(ctx, "linear: dropout mask", lora_mask_kernel, dim3((unsigned)b->n_tiles),
-                   dim3(MASK_THREADS), 0, *b, (uint32_t *)(void *)mask);
+size_t ks_lora_mask_bytes(const lora_group *g) {
+  size_t bytes = 0;
+  for (int64_t i = 0; i < g->n; i++)
+    bytes += mask_bytes_of(&g->of[i]);
+  return bytes;
+}
+
+ks_status ks_lora_make_masks(ks_ctx *ctx, lora_group *g, uint8_t *mask) {
+  if (ks_lora_mask_bytes(g) == 0) return KS_OK;
+  lora_masks p = {};
+  for (int64_t i = 0; i < g->n; i++) {
+    if (g->of[i].max_rank == 0) continue;
+    g->of[i].mask = mask;
+    p.segs[i] = g->of[i].segs;
+    p.mask[i] = (uint32_t *)(void *)mask;
+    mask += mask_bytes_of(&g->of[i]);
+  }
+  p.tiles = g->of[0].tiles;
+  p.words = g->of[0].mask_stride / 4;
+  p.threshold = g->of[0].threshold;
+  const dim3 grid((unsigned)g->of[0].n_tiles, LORA_TILE_ROWS / MASK_ROWS, (unsigned)g->n);
+  return ks_launch(ctx, "linear: dropout masks", lora_mask_kernel, grid, dim3(MASK_THREADS), 0, p);
 }
 
 /* ---------------------------------------------------------------- sum of partial gradients */

@@ -1,0 +1,334 @@
+/* The narrow products of adapters, bf16 activations, of all maps of one input in one launch:
+ *
+ *   u = drop(x) A^T of every map (forward),   v = scale dy B of every map (backward)
+ *
+ * A and B are float32 and rounded to bf16 on the way; sums are float32; u and v are stored as bf16.
+ */
+#include "kernels/cuda/lora.cuh"
+
+enum {
+  SHRINK_K = 64,                  /* columns of a step */
+  SHRINK_R_STRIDE = SHRINK_K + 8, /* floats between ranks of R: 8-byte reads without bank conflicts */
+  SHRINK_MOST_SLICES = 8
+};
+
+/* A row of n_cols is summed in this many slices, each a chain of its own; slice s begins at step s * n_steps / n_slices. */
+KS_HOST_DEVICE int shrink_steps(int64_t n_cols) {
+  return (int)((n_cols + SHRINK_K - 1) / SHRINK_K);
+}
+KS_HOST_DEVICE int shrink_slices(int64_t n_cols) {
+  const int n = shrink_steps(n_cols) / 2;
+  return n < 1 ? 1 : n > SHRINK_MOST_SLICES ? SHRINK_MOST_SLICES : n;
+}
+KS_HOST_DEVICE int shrink_begin(int slice, int n_slices, int n_steps) {
+  return (int)((int64_t)slice * n_steps / n_slices);
+}
+
+/* MT: sixteens of rows a warp; NT: eights of ranks. */
+template <int MT, int NT> struct shrink_room {
+  enum {
+    ROWS = 16 * MT * LORA_WARPS,
+    STAGES = NT == 1   ? 4
+             : NT == 3 ? 3
+                       : 2,
+    X = ROWS * SHRINK_K,
+    R = 8 * NT * SHRINK_R_STRIDE,
+    MAPS = NT < KS_LINEARS_MAX ? NT : KS_LINEARS_MAX,
+    MASK = MAPS * ROWS * 16
+  };
+  ks_bf16 *x;
+  float *r;
+  uint8_t *mask;
+  uint32_t *last;
+  KS_DEVICE shrink_room(ks_smem *smem, bool masked) {
+    x = ks_smem_take<ks_bf16>(smem, STAGES * X);
+    r = ks_smem_take<float>(smem, STAGES * R);
+    mask = ks_smem_take<uint8_t>(smem, masked ? STAGES * MASK : 16);
+    last = ks_smem_take<uint32_t>(smem, 1);
+  }
+  static size_t bytes(bool masked) {
+    return ks_smem_bytes<ks_bf16>(STAGES * X) + ks_smem_bytes<float>(STAGES * R) +
+           ks_smem_bytes<uint8_t>(masked ? STAGES * MASK : 16) + ks_smem_bytes<uint32_t>(1);
+  }
+};
+
+/* What a block works on. */
+template <int NT> struct shrink_place {
+  const ks_bf16 *z; /* first row */
+  int64_t row, n_cols;
+  int n_rows;
+  bool z_aligned;
+  const float *r[NT]; /* of this thread's rank of each eight; NULL: zeros */
+  int map[NT];        /* -1: none */
+  int mask_map[NT];   /* the mask's place in the buffer */
+};
+
+template <int MT, int NT>
+KS_DEVICE void shrink_load(const shrink_room<MT, NT> &room, const lora_work &p, const shrink_place<NT> &at,
+                           int step, int stage, bool masked) {
+  typedef shrink_room<MT, NT> S;
+  const int64_t col0 = (int64_t)step * SHRINK_K;
+  ks_bf16 *x = room.x + stage * S::X;
+#pragma unroll
+  for (int i = 0; i < S::ROWS * 8 / LORA_THREADS; i++) {
+    const int row = i * (LORA_THREADS / 8) + (int)threadIdx.x / 8, piece = (int)threadIdx.x % 8;
+    tile_load_8(tile_at<8>(x, row, piece), at.z + row * at.n_cols, col0 + 8 * piece, at.n_cols,
+                row < at.n_rows, at.z_aligned);
+  }
+  const int g = (int)threadIdx.x / 16, c = (int)threadIdx.x % 16 * 4;
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+    float *to = room.r + stage * S::R + (8 * j + g) * SHRINK_R_STRIDE + c;
+    const float *from = at.r[j];
+    if (((uintptr_t)from & 15) == 0 && at.n_cols % 4 == 0) {
+      const bool there = from && col0 + c < at.n_cols;
+      ks_cp_async_16(to, there ? (const void *)(from + col0 + c) : (const void *)at.z, there);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      to[i] = from && col0 + c + i < at.n_cols ? from[col0 + c + i] : 0.0f;
+  }
+  if (!masked) return;
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+    if (at.map[j] < 0 || (j > 0 && at.map[j] == at.map[j - 1])) continue;
+    for (int row = (int)threadIdx.x; row < S::ROWS; row += LORA_THREADS) {
+      const bool there = row < at.n_rows;
+      const uint8_t *from =
+          p.map[at.map[j]].mask + (there ? (at.row + row) * p.mask_stride + col0 / 128 * 16 : 0);
+      ks_cp_async_16(room.mask + stage * S::MASK + (at.mask_map[j] * S::ROWS + row) * 16, from, there);
+    }
+  }
+}
+
+/* Four words of a row pair's masks: a fragment's registers. */
+KS_DEVICE void shrink_keep(uint32_t keep[4], const uint8_t *mask, int row, int t) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    keep[i] =
+        lora_spread(*(const uint16_t *)(const void *)(mask + (row + i % 2 * 8) * 16 + 2 * t + i / 2 * 8));
+}
+
+template <int MT, int NT>
+KS_DEVICE void shrink_multiply(float (&acc)[MT][NT][4], const shrink_room<MT, NT> &room,
+                               const shrink_place<NT> &at, int step, int stage, bool masked) {
+  typedef shrink_room<MT, NT> S;
+  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
+  ks_bf16 *x = room.x + stage * S::X;
+  const float *r = room.r + stage * S::R + g * SHRINK_R_STRIDE + 2 * t;
+#pragma unroll
+  for (int k = 0; k < SHRINK_K / 16; k++) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+      tile_frag_a<8>(a[m], x, (warp * MT + m) * 16, 16 * k);
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+      if (at.map[j] < 0) continue;
+      const float *from = r + 8 * j * SHRINK_R_STRIDE + 16 * k;
+      const float2 lo = *(const float2 *)(const void *)from, hi = *(const float2 *)(const void *)(from + 8);
+      const uint32_t b[2] = {ks_pack_bf16(lo.x, lo.y), ks_pack_bf16(hi.x, hi.y)};
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        uint32_t kept[4] = {a[m][0], a[m][1], a[m][2], a[m][3]};
+        if (masked) {
+          uint32_t keep[4];
+          shrink_keep(keep, room.mask + stage * S::MASK + at.mask_map[j] * S::ROWS * 16,
+                      (warp * MT + m) * 16 + g, t);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            kept[i] &= lora_kept(keep[i], step % 2 * 4 + k);
+        }
+        ks_mma_bf16(acc[m][j], kept, b);
+      }
+    }
+  }
+}
+
+/* Rounds and stores rank `r` (of eight j) of row `row`. */
+KS_DEVICE void shrink_store(const lora_work &p, const lora_job &job, int map, int rank, int32_t seg,
+                            int64_t row, float value) {
+  const lora_seg &of = p.map[map].segs[seg];
+  if (rank >= of.rank) return;
+  const float factor = job.of_b ? of.scale : job.masked ? p.keep : 1.0f;
+  (job.of_b ? p.map[map].v : p.map[map].u)[row * p.map[map].u_stride + rank] =
+      ks_from_float<ks_bf16>(value * factor);
+}
+
+template <int NT>
+KS_DEVICE void shrink_find(shrink_place<NT> *at, const lora_work &p, const lora_job &job, int32_t seg) {
+  int n_masks = 0;
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+    const lora_place place = lora_place_of(p, job, (int)blockIdx.y * NT + j, 8);
+    at->map[j] = -1;
+    at->r[j] = NULL;
+    if (place.map >= 0) {
+      const lora_seg &of = p.map[place.map].segs[seg];
+      const int rank = place.rank0 + (int)threadIdx.x / 16;
+      if (place.rank0 < of.rank) at->map[j] = place.map;
+      if (rank < of.rank) at->r[j] = lora_reads(of, job.of_b) + rank * job.n_cols;
+    }
+    n_masks += at->map[j] >= 0 && (j == 0 || at->map[j - 1] != at->map[j]);
+    at->mask_map[j] = n_masks > 0 ? n_masks - 1 : 0;
+  }
+}
+
+/* Sums over steps [begin, end), slice by slice. */
+template <int MT, int NT>
+KS_DEVICE void shrink_sum(float (&total)[MT][NT][4], const shrink_room<MT, NT> &room, const lora_work &p,
+                          const shrink_place<NT> &at, int slice, int n_slices, bool split, bool masked) {
+  typedef shrink_room<MT, NT> S;
+  float acc[MT][NT][4] = {};
+  const int n_steps = shrink_steps(at.n_cols), begin = shrink_begin(slice, n_slices, n_steps);
+  int close = shrink_begin(slice + 1, n_slices, n_steps);
+  const int end = split ? close : n_steps;
+#pragma unroll
+  for (int s = 0; s < S::STAGES - 1; s++) {
+    if (begin + s < end) shrink_load<MT, NT>(room, p, at, begin + s, s, masked);
+    ks_cp_async_commit();
+  }
+  for (int step = begin; step < end; step++) {
+    ks_cp_async_wait<S::STAGES - 2>();
+    __syncthreads();
+    const int ahead = step + S::STAGES - 1;
+    if (ahead < end) shrink_load<MT, NT>(room, p, at, ahead, (ahead - begin) % S::STAGES, masked);
+    ks_cp_async_commit();
+    shrink_multiply<MT, NT>(acc, room, at, step, (step - begin) % S::STAGES, masked);
+    if (step + 1 < close) continue;
+    close = shrink_begin(++slice + 1, n_slices, n_steps);
+#pragma unroll
+    for (int i = 0; i < 4 * MT * NT; i++) {
+      float &of = acc[i / (4 * NT)][i / 4 % NT][i % 4];
+      total[i / (4 * NT)][i / 4 % NT][i % 4] += of;
+      of = 0;
+    }
+  }
+}
+
+/* The last block of a tile adds up what all slices gave. */
+template <int NT>
+KS_DEVICE void shrink_combine(const lora_work &p, const lora_job &job, const shrink_place<NT> &at,
+                              int32_t seg, int n_slices) {
+  const int64_t width = 8 * (int64_t)job.ranks, step = p.n_rows * width;
+  for (int i = (int)threadIdx.x; i < at.n_rows * 8 * NT; i += LORA_THREADS) {
+    const int row = i / (8 * NT), c = i % (8 * NT);
+    const lora_place place = lora_place_of(p, job, (int)blockIdx.y * NT + c / 8, 8);
+    if (place.map < 0 || place.rank0 >= p.map[place.map].segs[seg].rank) continue;
+    const float *from = job.partial + (at.row + row) * width + 8 * NT * (int64_t)blockIdx.y + c;
+    float parts[SHRINK_MOST_SLICES], sum = 0;
+#pragma unroll
+    for (int s = 0; s < SHRINK_MOST_SLICES; s++)
+      parts[s] = s < n_slices ? __ldcg(from + s * step) : 0.0f;
+#pragma unroll
+    for (int s = 0; s < SHRINK_MOST_SLICES; s++)
+      sum += parts[s];
+    shrink_store(p, job, place.map, place.rank0 + c % 8, seg, at.row + row, sum);
+  }
+}
+
+/* split: a block does one slice of a row's columns, and the last of a tile's blocks adds them up. */
+template <int MT, int NT>
+__global__ void __launch_bounds__(LORA_THREADS)
+    lora_shrink_kernel(const __grid_constant__ lora_work p, int64_t split) {
+  typedef shrink_room<MT, NT> S;
+  constexpr int PIECES = LORA_TILE_ROWS / S::ROWS;
+  ks_smem smem;
+  const int most = split ? SHRINK_MOST_SLICES : 1, slice = (int)blockIdx.z % most;
+  const lora_job &job = p.job[blockIdx.z / (unsigned)most];
+  const bool masked = job.masked != 0;
+  const S room(&smem, masked);
+  const lora_item tile = p.tiles[blockIdx.x / PIECES];
+  const int first_row = (int)blockIdx.x % PIECES * S::ROWS, n_slices = shrink_slices(job.n_cols);
+  if (tile.seg < 0 || tile.n_rows <= first_row || slice >= n_slices || (int)blockIdx.y * NT >= job.ranks)
+    return;
+  const int lane = (int)threadIdx.x % KS_WARP, warp = (int)threadIdx.x / KS_WARP, g = lane / 4, t = lane % 4;
+  shrink_place<NT> at;
+  at.row = tile.row + first_row;
+  at.n_rows = tile.n_rows - first_row < S::ROWS ? tile.n_rows - first_row : S::ROWS;
+  at.n_cols = job.n_cols;
+  at.z = job.z + at.row * job.n_cols;
+  at.z_aligned = ks_is_vector_aligned(job.z, job.n_cols);
+  shrink_find(&at, p, job, tile.seg);
+  float total[MT][NT][4] = {};
+  shrink_sum<MT, NT>(total, room, p, at, slice, n_slices, split != 0, masked);
+  const int64_t width = 8 * (int64_t)job.ranks;
+#pragma unroll
+  for (int i = 0; i < 4 * MT * NT; i++) {
+    const int m = i / (4 * NT), j = i / 4 % NT, row = (warp * MT + m) * 16 + g + i % 4 / 2 * 8,
+              c = 8 * ((int)blockIdx.y * NT + j) + 2 * t + i % 2;
+    if (row >= at.n_rows || at.map[j] < 0) continue;
+    if (split)
+      job.partial[(slice * p.n_rows + at.row + row) * width + c] = total[m][j][i % 4];
+    else
+      shrink_store(p, job, at.map[j], lora_place_of(p, job, c / 8, 8).rank0 + c % 8, tile.seg, at.row + row,
+                   total[m][j][i % 4]);
+  }
+  if (!split) return;
+  uint32_t *counter =
+      p.counters + (blockIdx.z / (unsigned)most * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y;
+  if (lora_is_last(counter, (uint32_t)n_slices, room.last)) shrink_combine(p, job, at, tile.seg, n_slices);
+}
+
+/* ---------------------------------------------------------------- launches */
+
+/* Forward: x through A of all maps. Backward: each dy through its B. */
+static lora_work work_of(const ks_linear_args *parts, const lora_group *g, bool backward, void *room,
+                         size_t *bytes) {
+  lora_work w = lora_work_of(parts, g);
+  *bytes = 0;
+  for (int64_t i = 0; i < g->n; i++) {
+    if (g->of[i].max_rank == 0) continue;
+    if (backward || w.n_jobs == 0) w.n_jobs++;
+    lora_job *job = &w.job[w.n_jobs - 1];
+    lora_add(job, g, i, 8);
+    job->of_b = backward;
+    job->n_cols = backward ? parts[i].w->n_out : parts[i].w->n_in;
+    job->z = (const ks_bf16 *)(backward ? parts[i].dy : parts[i].x);
+    job->masked = !backward && g->of[i].mask;
+  }
+  for (int i = 0; i < w.n_jobs; i++) {
+    w.job[i].partial = (float *)(void *)((uint8_t *)room + *bytes);
+    *bytes += (size_t)(shrink_slices(w.job[i].n_cols) * w.n_rows * 8 * w.job[i].ranks) * sizeof(float);
+  }
+  return w;
+}
+
+size_t ks_mma_shrink_bytes(const ks_linear_args *parts, const lora_group *g, bool backward) {
+  size_t bytes = 0;
+  if (g->any) work_of(parts, g, backward, NULL, &bytes);
+  return bytes;
+}
+
+template <int MT, int NT>
+static ks_status launch(ks_ctx *ctx, const char *op, const lora_work &w, int64_t n_tiles, bool split) {
+  typedef shrink_room<MT, NT> S;
+  const dim3 grid((unsigned)(n_tiles * (LORA_TILE_ROWS / S::ROWS)), ks_blocks_for(lora_most_ranks(w), NT),
+                  (unsigned)(w.n_jobs * (split ? SHRINK_MOST_SLICES : 1)));
+  return ks_launch(ctx, op, lora_shrink_kernel<MT, NT>, grid, dim3(LORA_THREADS),
+                   S::bytes(w.job[0].masked != 0), w, (int64_t)split);
+}
+
+/* Slices meet in one block where tiles alone fill most of the device; halves of tiles where slices do not either. */
+template <int NT>
+static ks_status launch_width(ks_ctx *ctx, const char *op, const lora_work &w, int64_t n_tiles) {
+  const ks_cuda_device *device = ks_cuda_device_of(ctx);
+  const int64_t full = w.n_rows / LORA_TILE_ROWS * w.n_jobs * lora_blocks_of(lora_most_ranks(w));
+  const bool split = 8 * full < 7 * device->n_sm;
+  if constexpr (NT < 8)
+    if (full * shrink_slices(w.job[0].n_cols) >= device->n_sm &&
+        shrink_room<2, NT>::bytes(w.job[0].masked != 0) <= (size_t)device->smem_per_block)
+      return launch<2, NT>(ctx, op, w, n_tiles, split);
+  return launch<1, NT>(ctx, op, w, n_tiles, split);
+}
+
+ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
+                        bool backward, void *room) {
+  size_t bytes;
+  const lora_work w = work_of(parts, g, backward, room, &bytes);
+  const int width = lora_width(lora_most_ranks(w));
+  return width == 1   ? launch_width<1>(ctx, op, w, g->of[0].n_tiles)
+         : width == 3 ? launch_width<3>(ctx, op, w, g->of[0].n_tiles)
+                      : launch_width<8>(ctx, op, w, g->of[0].n_tiles);
+}
