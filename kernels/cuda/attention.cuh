@@ -22,6 +22,10 @@ static constexpr int ATTENTION_KEYS = 64;
 static_assert(ATTENTION_KEYS == KS_ATTENTION_PAGE_UNIT, "a block of keys is contiguous in memory");
 /* Threads of a block of threads at most; columns of a head at most. */
 static constexpr int ATTENTION_THREADS = 128, ATTENTION_MAX_DIM = 256;
+static constexpr int ATTENTION_WARPS_MMA = ATTENTION_THREADS / KS_WARP;
+/* What a score may exceed the exponent that its row is taken against (base 2): weights up to 2^8 are as exact as those up to 1, and
+ * a base that seldom moves seldom makes the sums so far be multiplied. */
+static constexpr float ATTENTION_SLACK = 8;
 static constexpr float ATTENTION_LOG2E = 1.4426950408889634f, ATTENTION_LN2 = 0.6931471805599453f;
 
 /* ---------------------------------------------------------------- what the host tells (staged) */
@@ -81,18 +85,6 @@ KS_DEVICE float attention_base(float m) {
   return m == -INFINITY ? 0.0f : m;
 }
 
-/* Sum of the blocks so far: max and sum of one row; `keep` and `add` are the factors for its o. */
-KS_DEVICE void attention_merge(float *max, float *sum, float block_max, float block_sum, float *keep,
-                               float *add) {
-  const float top = fmaxf(*max, block_max), base = attention_base(top);
-  *keep = ks_exp2(*max - base);
-  *add = ks_exp2(block_max - base);
-  *sum = fmaf(block_sum, *add, *sum * *keep);
-  *max = top;
-}
-KS_DEVICE float attention_merge_o(float o, float block_o, float keep, float add) {
-  return fmaf(block_o, add, o * keep);
-}
 KS_DEVICE float attention_lse(float max, float sum) {
   return (max + log2f(sum)) * ATTENTION_LN2;
 }
@@ -132,9 +124,23 @@ static inline ks_status attention_check_sizes(const ks_attention_args *a) {
   return KS_OK;
 }
 
-/* The longest first, so that none of them is the last to run. */
+/* Blocks of threads of one round read keys that fit the cache; of a round, the longest first, so that none of them is the last to
+ * run. A round is the number of a sequence's keys before it over `bytes`. */
+struct attention_rounds {
+  int64_t row_bytes, bytes, before;
+};
+static inline attention_rounds attention_rounds_of(const ks_attention_args *a, int64_t bytes) {
+  return {4 * a->n_kv_heads * a->head_dim, bytes > 0 ? bytes : 1, 0};
+}
+static inline int32_t attention_round_of(attention_rounds *r, int64_t n_keys) {
+  const int64_t round = r->before / r->bytes;
+  r->before += n_keys * r->row_bytes;
+  return (int32_t)(round < INT32_MAX ? round : INT32_MAX);
+}
+/* `block` is the round. */
 static inline int attention_by_length(const void *x, const void *y) {
   const attention_item *a = (const attention_item *)x, *b = (const attention_item *)y;
+  if (a->block != b->block) return a->block < b->block ? -1 : 1;
   if (a->n_blocks != b->n_blocks) return a->n_blocks > b->n_blocks ? -1 : 1;
   if (a->seq != b->seq) return a->seq < b->seq ? -1 : 1;
   return a->begin < b->begin ? -1 : a->begin > b->begin;

@@ -54,22 +54,9 @@
  *
  *   Next, not built: one kernel with dq in a fixed order through partial sums, for short sequences; clusters that share a
  *   streamed tile by multicast; wgmma with two consumer warp groups as FlashAttention-3. */
-#include "kernels/cuda/attention_mma.cuh"
-#include "kernels/cuda/attention_simt.cuh"
+#include "kernels/cuda/attention_back_mma.cuh"
+#include <float.h>
 #include <stdlib.h>
-
-struct attention_back_params {
-  const void *q, *d_o;
-  void *dq;
-  const float *lse, *dot; /* [n_rows, n_heads] */
-  const attention_seq *seqs;
-  const attention_item *items;
-  uint64_t magic;
-  int64_t kv_stride;
-  float scale; /* not in base 2 */
-  int32_t n_heads, n_kv_heads, group, d, width, n_stages, zero;
-};
-static_assert(sizeof(attention_back_params) == 9 * 8 + 8 * 4, "no padding: arguments are compared");
 
 /* ---------------------------------------------------------------- D */
 
@@ -87,228 +74,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS)
   }
   sum = ks_warp_sum(sum);
   if (lane == 0) dot[row] = sum;
-}
-
-/* ---------------------------------------------------------------- work of a block of threads */
-
-/* The tile is of keys (KEYS) or of rows; what streams, of the other. */
-struct attention_back_work {
-  attention_seq seq;
-  int head, begin, n; /* key head; tile */
-  int from, to;       /* streamed rows, or keys */
-  int before;         /* keys before the first query */
-};
-template <bool KEYS>
-KS_DEVICE void attention_back_work_at(const attention_back_params *p, int parts, int tile,
-                                      attention_back_work *w) {
-  const int index = (int)blockIdx.x / parts;
-  const attention_item item = p->items[index / p->n_kv_heads];
-  w->seq = p->seqs[item.seq];
-  w->head = index % p->n_kv_heads;
-  w->begin = item.begin;
-  w->before = w->seq.n_k - w->seq.n_q;
-  const int n_rows = w->seq.n_q * p->group;
-  w->n = attention_min((KEYS ? w->seq.n_k : n_rows) - item.begin, tile);
-  w->from = KEYS && item.begin > w->before ? (item.begin - w->before) * p->group : 0;
-  w->to = KEYS ? n_rows : w->before + attention_div(w->begin + w->n - 1, p->magic) + 1;
-}
-/* Whether row r sees key j: r >= group * (j - before). First row that sees key j: */
-KS_DEVICE int attention_back_first(const attention_back_params *p, const attention_back_work *w, int j) {
-  return j > w->before ? (j - w->before) * p->group : 0;
-}
-KS_DEVICE int attention_back_seen(const attention_back_params *p, const attention_back_work *w, int r) {
-  return w->before + attention_div(r, p->magic) + 1;
-}
-/* Rows of q, do, dq from row `begin` of the sequence and key head on. */
-template <class T>
-KS_DEVICE attention_query_rows<T> attention_back_queries(const attention_back_params *p,
-                                                         const attention_back_work *w, T *x, int begin) {
-  const int64_t stride = (int64_t)p->n_heads * p->d;
-  return {x + w->seq.q_begin * stride + (int64_t)w->head * p->group * p->d,
-          stride,
-          p->magic,
-          begin,
-          p->group,
-          p->d};
-}
-template <class T>
-KS_DEVICE attention_key_rows<T> attention_back_keys(const attention_back_params *p,
-                                                    const attention_back_work *w, T *x, int begin) {
-  return {x + begin * p->kv_stride + (int64_t)w->head * p->d, p->kv_stride};
-}
-/* Rows of q (or do, dq) and of k (or v, dk, dv): those of one. */
-template <bool QUERIES, class T>
-KS_DEVICE auto attention_back_rows(const attention_back_params *p, const attention_back_work *w, T *queries,
-                                   T *keys, int begin) {
-  if constexpr (QUERIES)
-    return attention_back_queries(p, w, queries, begin);
-  else
-    return attention_back_keys(p, w, keys, begin);
-}
-/* Where lse and D of a row lie. */
-KS_DEVICE int64_t attention_back_place(const attention_back_params *p, const attention_back_work *w, int r) {
-  const int query = attention_div(r, p->magic);
-  return (w->seq.q_begin + query) * p->n_heads + w->head * p->group + (r - query * p->group);
-}
-
-/* ---------------------------------------------------------------- mma */
-
-template <int DIM> struct attention_back_size {
-  static constexpr int STREAM = DIM <= 64 ? 64 : DIM <= 128 ? 32 : 16, STRIDE = attention_tile<DIM>::STRIDE;
-  static constexpr int BLOCKS = 2;
-};
-
-/* What streams: a stage has B1, B2 and, when they are rows, their lse and D. */
-template <int DIM> struct attention_back_stage {
-  ks_bf16 *b1, *b2;
-  float *lse, *dot;
-};
-template <int DIM>
-KS_DEVICE attention_back_stage<DIM> attention_back_stage_at(const attention_back_stage<DIM> *all, int stage) {
-  constexpr int N = attention_back_size<DIM>::STREAM, STRIDE = attention_back_size<DIM>::STRIDE;
-  return {all->b1 + stage * N * STRIDE, all->b2 + stage * N * STRIDE, all->lse + stage * N,
-          all->dot + stage * N};
-}
-
-template <int DIM, bool KEYS>
-KS_DEVICE void attention_back_load(const attention_back_params *p, const attention_back_work *w, int from,
-                                   const attention_back_stage<DIM> *to) {
-  constexpr int N = attention_back_size<DIM>::STREAM;
-  const int n = w->to - from;
-  attention_load<DIM>(to->b1,
-                      attention_back_rows<KEYS>(p, w, (const ks_bf16 *)p->q, (const ks_bf16 *)w->seq.k, from),
-                      N, n, p->d, p->width);
-  attention_load<DIM>(
-      to->b2, attention_back_rows<KEYS>(p, w, (const ks_bf16 *)p->d_o, (const ks_bf16 *)w->seq.v, from), N, n,
-      p->d, p->width);
-  for (int i = (int)threadIdx.x; KEYS && i < N; i += (int)blockDim.x) {
-    const int64_t at = attention_back_place(p, w, i < n ? from + i : from);
-    ks_cp_async_4(to->lse + i, p->lse + at, i < n);
-    ks_cp_async_4(to->dot + i, p->dot + at, i < n);
-  }
-}
-
-/* s, dp of the warp's 16 tile rows against N streamed ones to p, ds (without scale). */
-template <int N, bool KEYS>
-KS_DEVICE void attention_back_weights(float (*s)[4], float (*dp)[4], float scale, const int limit[2],
-                                      int from, int to, const float lse[2], const float dot[2],
-                                      const float *stream_lse, const float *stream_dot) {
-  const int t = (int)threadIdx.x % 4;
-#pragma unroll
-  for (int n = 0; n < N; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int c = n * 8 + 2 * t + i % 2;
-      const float l = KEYS ? stream_lse[c] * ATTENTION_LOG2E : lse[i / 2],
-                  d = KEYS ? stream_dot[c] : dot[i / 2];
-      const bool visible = KEYS ? from + c >= limit[i / 2] && from + c < to : from + c < limit[i / 2];
-      s[n][i] = visible ? ks_exp2(fmaf(s[n][i], scale, -l)) : 0.0f;
-      dp[n][i] = visible ? s[n][i] * (dp[n][i] - d) : 0.0f;
-    }
-}
-
-/* 128 columns of a tile's gradient through A's place, of which a warp has read its own rows only. */
-template <int DIM, class ROWS>
-KS_DEVICE void attention_back_finish(const attention_back_params *p, const attention_back_work *w,
-                                     ks_bf16 *tile, ROWS rows, const float (*acc)[4], float scale, int part) {
-  constexpr int OUT = attention_size<DIM>::OUT;
-  const int row = (int)threadIdx.x / KS_WARP * 16;
-  if (row >= w->n) return;
-  __syncwarp();
-  attention_put<DIM, OUT / 8>(tile, row, acc, scale, scale);
-  __syncwarp();
-  rows.first += part * OUT;
-  attention_store<DIM>(tile, rows, row, attention_min(w->n - row, 16), attention_min(p->d - part * OUT, OUT),
-                       p->width);
-}
-
-template <int DIM, bool KEYS>
-__global__ void __launch_bounds__(ATTENTION_THREADS, attention_back_size<DIM>::BLOCKS)
-    attention_back_mma_kernel(attention_back_params p) {
-#if KS_ATTENTION_HAS_MMA
-  typedef attention_back_size<DIM> size;
-  constexpr int N = size::STREAM, OUT = attention_size<DIM>::OUT, PARTS = attention_size<DIM>::PARTS;
-  const int row = (int)threadIdx.x / KS_WARP * 16, lane = (int)threadIdx.x % KS_WARP;
-  const int tile = (int)blockDim.x / KS_WARP * 16;
-  ks_smem smem;
-  ks_bf16 *a1 = ks_smem_take<ks_bf16>(&smem, (size_t)tile * size::STRIDE);
-  ks_bf16 *a2 = ks_smem_take<ks_bf16>(&smem, (size_t)tile * size::STRIDE);
-  attention_back_stage<DIM> stages;
-  stages.b1 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
-  stages.b2 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
-  stages.lse = ks_smem_take<float>(&smem, (size_t)p.n_stages * N);
-  stages.dot = ks_smem_take<float>(&smem, (size_t)p.n_stages * N);
-  attention_back_work w;
-  attention_back_work_at<KEYS>(&p, PARTS, tile, &w);
-  const int part = (int)blockIdx.x % PARTS;
-  attention_load<DIM>(
-      a1, attention_back_rows<!KEYS>(&p, &w, (const ks_bf16 *)p.q, (const ks_bf16 *)w.seq.k, w.begin), tile,
-      w.n, p.d, p.width);
-  attention_load<DIM>(
-      a2, attention_back_rows<!KEYS>(&p, &w, (const ks_bf16 *)p.d_o, (const ks_bf16 *)w.seq.v, w.begin), tile,
-      w.n, p.d, p.width);
-  if (w.from < w.to) attention_back_load<DIM, KEYS>(&p, &w, w.from, &stages);
-  ks_cp_async_commit();
-  int limit[2];
-  float lse[2] = {0, 0}, dot[2] = {0, 0};
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int r = w.begin + attention_min(row + lane / 4 + 8 * h, w.n - 1);
-    limit[h] = KEYS ? attention_back_first(&p, &w, r) : attention_back_seen(&p, &w, r);
-    if (KEYS) continue;
-    lse[h] = p.lse[attention_back_place(&p, &w, r)] * ATTENTION_LOG2E;
-    dot[h] = p.dot[attention_back_place(&p, &w, r)];
-  }
-  float acc1[OUT / 8][4] = {}, acc2[KEYS ? OUT / 8 : 1][4] = {};
-  int stage = 0;
-  for (int from = w.from; from < w.to; from += N) {
-    const attention_back_stage<DIM> now = attention_back_stage_at(&stages, stage);
-    const bool is_more = from + N < w.to;
-    ks_cp_async_wait<0>();
-    __syncthreads(); /* this tile is there; with two stages all are done with the one before */
-    if (p.n_stages == 2) {
-      stage ^= 1;
-      const attention_back_stage<DIM> next = attention_back_stage_at(&stages, stage);
-      if (is_more) attention_back_load<DIM, KEYS>(&p, &w, from + N, &next);
-      ks_cp_async_commit();
-    }
-    float s[N / 8][4] = {}, dp[N / 8][4] = {};
-    uint32_t x[N / 16][4];
-    attention_scores<DIM, N / 8>(s, a1, row, now.b1);
-    attention_scores<DIM, N / 8>(dp, a2, row, now.b2);
-    attention_back_weights<N / 8, KEYS>(s, dp, p.scale * ATTENTION_LOG2E, limit, from, w.to, lse, dot,
-                                        now.lse, now.dot);
-    if constexpr (KEYS) {
-      attention_operand<N / 8>(x, s);
-      attention_accumulate<DIM, N / 16, OUT / 8>(acc2, x, now.b2, part * OUT / 8);
-    }
-    attention_operand<N / 8>(x, dp);
-    attention_accumulate<DIM, N / 16, OUT / 8>(acc1, x, now.b1, part * OUT / 8);
-    if (p.n_stages == 1) {
-      __syncthreads();
-      if (is_more) attention_back_load<DIM, KEYS>(&p, &w, from + N, &stages);
-      ks_cp_async_commit();
-    }
-  }
-  ks_cp_async_wait<0>(); /* of A, where nothing streamed */
-  __syncthreads();
-  if constexpr (KEYS) {
-    attention_back_finish<DIM>(&p, &w, a1, attention_back_keys(&p, &w, (ks_bf16 *)w.seq.dk, w.begin), acc1,
-                               p.scale, part);
-    attention_back_finish<DIM>(&p, &w, a2, attention_back_keys(&p, &w, (ks_bf16 *)w.seq.dv, w.begin), acc2,
-                               1.0f, part);
-  } else {
-    attention_back_finish<DIM>(&p, &w, a1, attention_back_queries(&p, &w, (ks_bf16 *)p.dq, w.begin), acc1,
-                               p.scale, part);
-  }
-#endif
-}
-
-template <int DIM> static size_t attention_back_smem(int n_warps, int n_stages) {
-  typedef attention_back_size<DIM> size;
-  return 2 * ks_smem_bytes<ks_bf16>((size_t)n_warps * 16 * size::STRIDE) +
-         2 * ks_smem_bytes<ks_bf16>((size_t)n_stages * size::STREAM * size::STRIDE) +
-         2 * ks_smem_bytes<float>((size_t)n_stages * size::STREAM);
 }
 
 /* ---------------------------------------------------------------- simt */
@@ -405,65 +170,74 @@ template <int NJ> static size_t attention_back_simt_smem() {
 
 /* ---------------------------------------------------------------- host */
 
-/* Warps of a block of threads and stages of what streams, by what shared memory the device has. */
-struct attention_back_shape {
-  int n_warps, n_stages;
-};
-template <int DIM> static attention_back_shape attention_back_shape_dim(size_t limit) {
-  attention_back_shape s = {ATTENTION_WARPS, 2};
-  if (attention_back_smem<DIM>(s.n_warps, 2) > limit) s.n_stages = 1;
-  while (s.n_warps > 1 && attention_back_smem<DIM>(s.n_warps, s.n_stages) > limit)
-    s.n_warps--;
-  return s;
-}
-static attention_back_shape attention_back_shape_of(const ks_ctx *ctx, int64_t d) {
-  const size_t limit = (size_t)ks_cuda_device_of(ctx)->smem_per_block;
-#define X(DIM)                                                                                               \
-  if (d <= DIM) return attention_back_shape_dim<DIM>(limit);
-  KS_ATTENTION_SIZES(X)
-#undef X
-  return {0, 0}; /* refused before */
-}
-
-/* Tiles of keys (first [n_items[0]]) and of rows (then [n_items[1]]); seqs. One host allocation, staged. */
-static ks_status attention_back_stage_tables(ks_ctx *ctx, const ks_attention_args *a, int tile, int64_t group,
-                                             int64_t n_items[2], attention_back_params *p) {
+/* Seqs, tiles of keys (first [n_items[0]]) and of rows (then [n_items[1]]), in one copy. */
+static ks_status attention_back_stage_tables(ks_ctx *ctx, const ks_attention_args *a, const int tile[2],
+                                             int64_t group, int64_t n_items[2], attention_back_params *p) {
   for (int64_t s = 0; s < a->n_seqs; s++) {
-    n_items[0] += (a->seqs[s].n_k + tile - 1) / tile;
-    n_items[1] += (a->seqs[s].n_q * group + tile - 1) / tile;
+    n_items[0] += (a->seqs[s].n_k + tile[0] - 1) / tile[0];
+    n_items[1] += (a->seqs[s].n_q * group + tile[1] - 1) / tile[1];
   }
   const size_t n = (size_t)(n_items[0] + n_items[1]), seq_bytes = (size_t)a->n_seqs * sizeof(attention_seq);
   char *memory = (char *)malloc(seq_bytes + n * sizeof(attention_item) + 1);
   if (!memory) return KS_FAIL(KS_ENOMEM, "attention: no memory for tables of %lld tiles", (long long)n);
   attention_seq *seqs = (attention_seq *)memory;
   attention_item *items = (attention_item *)(memory + seq_bytes), *next[2] = {items, items + n_items[0]};
+  attention_rounds rounds =
+      attention_rounds_of(a, ks_cuda_device_of(ctx)->l2_bytes / 4); /* q and do, k and v */
   for (int64_t s = 0; s < a->n_seqs; s++) {
     const ks_attention_seq *x = &a->seqs[s];
+    const int32_t round = attention_round_of(&rounds, x->n_k + x->n_q * group);
     seqs[s] = {x->k, x->v, x->dk, x->dv, x->q_begin, -1, 0, (int32_t)x->n_q, (int32_t)x->n_k};
-    for (int64_t j = 0; j < x->n_k; j += tile) /* its length: queries that see key j */
-      *next[0]++ = {(int32_t)s, (int32_t)j, 0, (int32_t)(x->n_k - j < x->n_q ? x->n_k - j : x->n_q)};
-    for (int64_t r = 0; r < x->n_q * group; r += tile)
-      *next[1]++ = {(int32_t)s, (int32_t)r, 0, (int32_t)(x->n_k - x->n_q + r / group)};
+    for (int64_t j = 0; j < x->n_k; j += tile[0]) /* its length: queries that see key j */
+      *next[0]++ = {(int32_t)s, (int32_t)j, round, (int32_t)(x->n_k - j < x->n_q ? x->n_k - j : x->n_q)};
+    for (int64_t r = 0; r < x->n_q * group; r += tile[1])
+      *next[1]++ = {(int32_t)s, (int32_t)r, round, (int32_t)(x->n_k - x->n_q + r / group)};
   }
   for (int i = 0; i < 2; i++)
     qsort(items + (i ? n_items[0] : 0), (size_t)n_items[i], sizeof *items, attention_by_length);
-  ks_status status = ks_cuda_stage(ctx, seqs, seq_bytes, (const void **)&p->seqs);
-  if (status == KS_OK) status = ks_cuda_stage(ctx, items, n * sizeof *items, (const void **)&p->items);
+  const char *staged;
+  const ks_status status = ks_cuda_stage(ctx, memory, seq_bytes + n * sizeof *items, (const void **)&staged);
   free(memory);
-  return status;
+  if (status != KS_OK) return status;
+  p->seqs = (const attention_seq *)(const void *)staged;
+  p->items = (const attention_item *)(const void *)(staged + seq_bytes);
+  return KS_OK;
 }
 
-template <bool KEYS>
+/* Two stages of what streams, or one where the device has no room for more. */
+template <class SIZE> static int attention_back_stages(const ks_ctx *ctx, SIZE bytes_of) {
+  return bytes_of(2) <= (size_t)ks_cuda_device_of(ctx)->smem_per_block ? 2 : 1;
+}
+template <int DIM, bool WIDE>
+static ks_status attention_back_launch_dim(ks_ctx *ctx, attention_back_params p, int64_t n_items, bool keys) {
+  p.n_stages = keys ? attention_back_stages(ctx, attention_back_keys_smem<DIM>)
+                    : attention_back_stages(ctx, attention_back_rows_smem<DIM>);
+  const int parts = attention_size<DIM>::PARTS;
+  const dim3 grid((unsigned)(n_items * p.n_kv_heads * parts)), block(ATTENTION_THREADS);
+  return keys ? ks_launch(ctx, "attention_backward", attention_back_keys_kernel<DIM, WIDE>, grid, block,
+                          attention_back_keys_smem<DIM>(p.n_stages), p)
+              : ks_launch(ctx, "attention_backward", attention_back_rows_kernel<DIM, WIDE>, grid, block,
+                          attention_back_rows_smem<DIM>(p.n_stages), p);
+}
+template <bool WIDE>
 static ks_status attention_back_launch_mma(ks_ctx *ctx, const attention_back_params *p, int64_t n_items,
-                                           int n_warps) {
+                                           bool keys) {
 #define X(DIM)                                                                                               \
-  if (p->d <= DIM)                                                                                           \
-    return ks_launch(ctx, "attention_backward", attention_back_mma_kernel<DIM, KEYS>,                        \
-                     dim3((unsigned)(n_items * p->n_kv_heads * attention_size<DIM>::PARTS)),                 \
-                     dim3((unsigned)n_warps * KS_WARP), attention_back_smem<DIM>(n_warps, p->n_stages), *p);
+  if (p->d <= DIM) return attention_back_launch_dim<DIM, WIDE>(ctx, *p, n_items, keys);
   KS_ATTENTION_SIZES(X)
 #undef X
   return KS_EUNSUPPORTED; /* refused before */
+}
+static void attention_back_tiles(int64_t d, bool use_mma, int tile[2]) {
+  tile[0] = tile[1] = d > 128 ? attention_back_simt<8>::TILE : attention_back_simt<4>::TILE;
+  if (!use_mma) return;
+#define X(DIM)                                                                                               \
+  if (d <= DIM) {                                                                                            \
+    tile[0] = attention_back_size<DIM, true>::TILE, tile[1] = attention_back_size<DIM, false>::TILE;         \
+    return;                                                                                                  \
+  }
+  KS_ATTENTION_SIZES(X)
+#undef X
 }
 
 template <class T, int NJ, bool KEYS>
@@ -503,31 +277,32 @@ extern "C" ks_status ks_cuda_attention_backward(ks_ctx *ctx, const ks_attention_
   const bool use_mma = ks_cuda_variant_of(ctx, "attention_backward") == KS_CUDA_attention_backward_mma &&
                        ks_cuda_device_of(ctx)->major >= 8;
   const int64_t group = a->n_heads / a->n_kv_heads;
-  const attention_back_shape shape = attention_back_shape_of(ctx, a->head_dim);
-  const int simt_tile = a->head_dim > 128 ? attention_back_simt<8>::TILE : attention_back_simt<4>::TILE;
   int64_t n_items[2] = {0, 0};
+  int tile[2];
   void *dot;
   attention_back_params p = {};
   KS_TRY(attention_check_sizes(a));
-  KS_TRY(attention_back_stage_tables(ctx, a, use_mma ? 16 * shape.n_warps : simt_tile, group, n_items, &p));
-  KS_TRY(ks_cuda_workspace(ctx, (size_t)(a->n_rows * a->n_heads) * sizeof(float), &dot));
-  p.q = a->q, p.d_o = a->d_o, p.dq = a->dq, p.lse = a->lse, p.dot = (const float *)dot;
+  attention_back_tiles(a->head_dim, use_mma, tile);
+  KS_TRY(attention_back_stage_tables(ctx, a, tile, group, n_items, &p));
+  KS_TRY(ks_cuda_workspace(ctx, (size_t)(a->n_rows * a->n_heads) * (use_mma ? 2 : 1) * sizeof(float), &dot));
+  p.q = a->q, p.o = a->o, p.d_o = a->d_o, p.dq = a->dq, p.lse = a->lse, p.dot = (float *)dot;
   p.magic = attention_magic(group);
   p.kv_stride = a->kv_stride;
   p.scale = a->scale;
+  p.scale2 = a->scale != 0 ? a->scale * ATTENTION_LOG2E : FLT_MIN; /* hidden scores are infinite */
   p.n_heads = (int32_t)a->n_heads, p.n_kv_heads = (int32_t)a->n_kv_heads, p.group = (int32_t)group;
-  p.d = (int32_t)a->head_dim, p.n_stages = shape.n_stages;
+  p.d = (int32_t)a->head_dim;
   p.width = attention_back_width(ctx, a);
-  if (n_items[1]) KS_TRY(KS_CUDA_BY_ACT(ctx, attention_back_launch_dot, (ctx, a, (float *)dot, p.width)));
-  for (int keys = 1; keys >= 0; keys--) {
+  if (n_items[1] && !use_mma)
+    KS_TRY(KS_CUDA_BY_ACT(ctx, attention_back_launch_dot, (ctx, a, (float *)dot, p.width)));
+  for (int keys = 0; keys < 2; keys++) { /* rows first: they leave D */
     const int64_t n = n_items[keys ? 0 : 1];
+    attention_back_params f = p;
     if (!n) continue;
-    if (!use_mma)
-      KS_TRY(KS_CUDA_BY_ACT(ctx, attention_back_launch_simt_of, (ctx, &p, n, keys)));
-    else
-      KS_TRY((keys ? attention_back_launch_mma<true> : attention_back_launch_mma<false>)(ctx, &p, n,
-                                                                                         shape.n_warps));
-    p.items += n;
+    if (!keys) f.items += n_items[0];
+    KS_TRY(use_mma ? (attention_is_wide(f.d, f.width) ? attention_back_launch_mma<true>
+                                                      : attention_back_launch_mma<false>)(ctx, &f, n, keys)
+                   : KS_CUDA_BY_ACT(ctx, attention_back_launch_simt_of, (ctx, &f, n, keys)));
   }
   return KS_OK;
 }

@@ -13,45 +13,87 @@
 
 /* Head sizes that the kernels are made for: a head takes the smallest that holds it. 100 takes 112. */
 #define KS_ATTENTION_SIZES(X) X(32) X(64) X(96) X(112) X(128) X(256)
+static inline bool attention_is_wide(int64_t d, int width) {
+  return width == 16 || (width == 8 && d > 96 && d <= 112);
+}
 
-/* Beyond 128 columns a block of threads makes 128 columns of its outputs: the accumulators of more do not fit
- * registers. BLOCKS of threads fit an SM by registers. */
+/* Beyond 128 columns a block of threads makes 128 columns of its outputs: the accumulators of more do not fit registers. */
 template <int DIM> struct attention_size {
   static constexpr int OUT = DIM > 128 ? 128 : DIM, PARTS = DIM / OUT;
-  static constexpr int BLOCKS = DIM > 64 ? 2 : DIM > 32 ? 3 : 4;
 };
 
 template <int COLS> struct attention_tile {
-  static constexpr int STRIDE = COLS % 64 == 0 ? COLS : COLS + 8, CHUNKS = COLS / 8;
+  static constexpr bool SWIZZLED = COLS % 128 == 0;
+  static constexpr int STRIDE = SWIZZLED ? COLS : COLS + 8, CHUNKS = COLS / 8;
   /* Steps of 16 columns that are unrolled: their addresses take registers. */
-  static constexpr int AT_ONCE = COLS >= 128 ? 4 : COLS / 16;
+  static constexpr int AT_ONCE = SWIZZLED ? 2 : COLS / 16;
   KS_DEVICE static int at(int row, int chunk) {
-    return COLS % 64 == 0 ? row * STRIDE + ((chunk ^ (row & 7)) << 3) : row * STRIDE + (chunk << 3);
+    return SWIZZLED ? row * STRIDE + ((chunk ^ (row & 7)) << 3) : row * STRIDE + (chunk << 3);
   }
 };
 
-/* Rows 0 .. n_rows - 1 of a tile, columns 0 .. n_cols - 1 of the source; rows from n_valid on and the other
- * columns become zeros. All threads of the block together; the copies belong to the caller's group. */
-template <int COLS, class ROWS>
-KS_DEVICE void attention_load(ks_bf16 *tile, ROWS rows, int n_rows, int n_valid, int n_cols, int width) {
+/* Bytes of a copy: 16; 8 for the size made for heads of 100 columns; single elements where rows are aligned to less (!WIDE). */
+template <int DIM, bool WIDE> struct attention_copy {
+  static constexpr int WIDTH = !WIDE ? 2 : DIM == 112 ? 8 : 16, PER = WIDTH / 2, CHUNKS = DIM / PER;
+  /* A thread has one chunk of every STEP-th row. */
+  static constexpr int LANES = CHUNKS > 16  ? 32
+                               : CHUNKS > 8 ? 16
+                               : CHUNKS > 4 ? 8
+                                            : 4,
+                       STEP = ATTENTION_THREADS / LANES;
+  KS_DEVICE static void copy(ks_bf16 *to, const ks_bf16 *from, bool valid) {
+    if constexpr (WIDTH == 16)
+      ks_cp_async_16(to, from, valid);
+    else
+      ks_cp_async_8(to, from, valid);
+  }
+};
+
+/* ROWS rows of a tile, columns 0 .. n_cols - 1 of the source; rows from n_valid on and the other columns become zeros. All
+ * ATTENTION_THREADS threads; the copies belong to the caller's group. Queries: */
+template <int COLS, int ROWS, bool WIDE>
+KS_DEVICE void attention_load(ks_bf16 *tile, const attention_query_rows<const ks_bf16> &rows, int n_valid,
+                              int n_cols) {
   typedef attention_tile<COLS> at;
-  const int n_threads = (int)blockDim.x;
-  if (width == 16) {
-#pragma unroll 2
-    for (int i = (int)threadIdx.x; i < n_rows * at::CHUNKS; i += n_threads) {
-      const int r = i / at::CHUNKS, c = i % at::CHUNKS;
-      const bool valid = r < n_valid && c * 8 < n_cols;
-      ks_cp_async_16(tile + at::at(r, c), rows.at(valid ? r : 0) + (valid ? c * 8 : 0), valid);
-    }
-  } else if (width == 8) {
-#pragma unroll 2
-    for (int i = (int)threadIdx.x; i < n_rows * at::CHUNKS * 2; i += n_threads) {
-      const int r = i / (at::CHUNKS * 2), c = i % (at::CHUNKS * 2);
-      const bool valid = r < n_valid && c * 4 < n_cols;
-      ks_cp_async_8(tile + at::at(r, c / 2) + c % 2 * 4, rows.at(valid ? r : 0) + (valid ? c * 4 : 0), valid);
+  if constexpr (WIDE) {
+    typedef attention_copy<COLS, WIDE> by;
+    const int c = (int)threadIdx.x % by::LANES * by::PER, r0 = (int)threadIdx.x / by::LANES;
+    if (c >= COLS) return;
+#pragma unroll 4
+    for (int r = r0; r < ROWS; r += by::STEP) {
+      const bool valid = c < n_cols && r < n_valid;
+      by::copy(tile + at::at(r, c / 8) + c % 8, rows.at(valid ? r : 0) + (valid ? c : 0), valid);
     }
   } else {
-    for (int i = (int)threadIdx.x; i < n_rows * COLS; i += n_threads) {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
+      const int r = i / COLS, c = i % COLS;
+      ks_bf16 x = {0};
+      if (r < n_valid && c < n_cols) x = rows.at(r)[c];
+      tile[at::at(r, c / 8) + c % 8] = x;
+    }
+  }
+}
+/* Keys: they lie a constant apart, in both memories. */
+template <int COLS, int ROWS, bool WIDE>
+KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_bf16> &rows, int n_valid,
+                              int n_cols) {
+  typedef attention_tile<COLS> at;
+  if constexpr (WIDE) {
+    typedef attention_copy<COLS, WIDE> by;
+    const int c = (int)threadIdx.x % by::LANES * by::PER, r0 = (int)threadIdx.x / by::LANES;
+    const bool is_here = c < n_cols;
+    const ks_bf16 *from = rows.first + r0 * rows.stride + c;
+    if (by::LANES != by::CHUNKS && c >= COLS) return;
+#pragma unroll
+    for (int i = 0; i < (ROWS + by::STEP - 1) / by::STEP; i++, from += by::STEP * rows.stride) {
+      const int r = r0 + i * by::STEP;
+      if (ROWS % by::STEP != 0 && r >= ROWS) break;
+      by::copy(tile + at::at(r, c / 8) + c % 8, from, is_here && r < n_valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
       const int r = i / COLS, c = i % COLS;
       ks_bf16 x = {0};
       if (r < n_valid && c < n_cols) x = rows.at(r)[c];
@@ -60,55 +102,81 @@ KS_DEVICE void attention_load(ks_bf16 *tile, ROWS rows, int n_rows, int n_valid,
   }
 }
 
-/* Rows begin .. begin + n_valid - 1 of a tile to device memory, by one warp. */
-template <int COLS, class ROWS>
-KS_DEVICE void attention_store(const ks_bf16 *tile, ROWS rows, int begin, int n_valid, int n_cols,
-                               int width) {
+/* Rows begin .. begin + n_valid - 1 of a tile, n_cols columns from 8 `chunk` on, to device memory, by one warp. */
+template <int COLS, bool WIDE, class ROWS>
+KS_DEVICE void attention_store_at(const ks_bf16 *tile, ROWS rows, int begin, int n_valid, int chunk,
+                                  int n_cols) {
   typedef attention_tile<COLS> at;
   const int lane = (int)threadIdx.x % KS_WARP;
-  const int per = width / 2, per_row = n_cols / per;
+  constexpr int width = attention_copy<COLS, WIDE>::WIDTH, per = width / 2;
+  const int per_row = n_cols / per;
+#pragma unroll 1
   for (int i = lane; i < n_valid * per_row; i += KS_WARP) {
     const int r = begin + i / per_row, c = i % per_row * per;
-    const ks_bf16 *from = tile + at::at(r, c / 8) + c % 8;
+    const ks_bf16 *from = tile + at::at(r, chunk + c / 8) + c % 8;
     ks_bf16 *to = rows.at(r) + c;
-    if (width == 16)
+    if constexpr (width == 16)
       *(uint4 *)to = *(const uint4 *)from;
-    else if (width == 8)
+    else if constexpr (width == 8)
       *(uint2 *)to = *(const uint2 *)from;
     else
       *to = *from;
   }
 }
+template <int COLS, bool WIDE, class ROWS>
+KS_DEVICE void attention_store(const ks_bf16 *tile, ROWS rows, int begin, int n_valid, int n_cols) {
+  attention_store_at<COLS, WIDE>(tile, rows, begin, n_valid, 0, n_cols);
+}
 
-/* A accumulators' 16 rows (those of this warp, from `row`) as bf16 into a tile: out[n] is columns 8 n .. 8 n
- * + 7. */
+/* Accumulators of the warp's 16 rows (from `row`) as bf16 into a tile: out[n] is columns 8 (chunk + n) .. + 7. */
 template <int COLS, int N>
-KS_DEVICE void attention_put(ks_bf16 *tile, int row, const float (*out)[4], float scale0, float scale1) {
+KS_DEVICE void attention_put_at(ks_bf16 *tile, int row, int chunk, const float (*out)[4], float scale0,
+                                float scale1) {
   typedef attention_tile<COLS> at;
   const int lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    *(uint32_t *)(tile + at::at(row + g, n) + 2 * t) = ks_pack_bf16(out[n][0] * scale0, out[n][1] * scale0);
-    *(uint32_t *)(tile + at::at(row + g + 8, n) + 2 * t) =
+    *(uint32_t *)(tile + at::at(row + g, chunk + n) + 2 * t) =
+        ks_pack_bf16(out[n][0] * scale0, out[n][1] * scale0);
+    *(uint32_t *)(tile + at::at(row + g + 8, chunk + n) + 2 * t) =
         ks_pack_bf16(out[n][2] * scale1, out[n][3] * scale1);
   }
 }
-
-/* s[n] += rows `row` .. + 15 of a times rows 8 n .. 8 n + 7 of b, over COLS columns in rising order. */
 template <int COLS, int N>
-KS_DEVICE void attention_scores(float (*s)[4], const ks_bf16 *a, int row, const ks_bf16 *b) {
+KS_DEVICE void attention_put(ks_bf16 *tile, int row, const float (*out)[4], float scale0, float scale1) {
+  attention_put_at<COLS, N>(tile, row, 0, out, scale0, scale1);
+}
+
+/* A 16 x 16 of a tile as left operand. */
+template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], const ks_bf16 *a, int row, int k) {
+  const int lane = (int)threadIdx.x % KS_WARP;
+  ks_ldmatrix_x4(x, a + attention_tile<COLS>::at(row + lane % 16, 2 * k + lane / 16));
+}
+
+/* s[m][n] += rows row + 16 m .. + 15 of a times rows 8 n .. + 7 of b, over COLS columns in rising order. One read of b serves M row
+ * tiles. KEPT: a's operands are in registers. */
+template <int COLS, int M, int N, bool KEPT>
+KS_DEVICE void attention_scores(float (*s)[N][4], const uint32_t (*kept)[KEPT ? COLS / 16 : 1][4],
+                                const ks_bf16 *a, int row, const ks_bf16 *b) {
   typedef attention_tile<COLS> at;
   const int lane = (int)threadIdx.x % KS_WARP;
 #pragma unroll at::AT_ONCE
   for (int k = 0; k < COLS / 16; k++) {
-    uint32_t x[4];
-    ks_ldmatrix_x4(x, a + at::at(row + lane % 16, 2 * k + lane / 16));
+    uint32_t x[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      if constexpr (!KEPT) attention_left<COLS>(x[m], a, row + 16 * m, k);
+    }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t y[4];
       ks_ldmatrix_x4(y, b + at::at(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-      ks_mma_bf16(s[n], x, y);
-      ks_mma_bf16(s[n + 1], x, y + 2);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        const uint32_t *left = KEPT ? kept[m][KEPT ? k : 0] : x[m];
+        ks_mma_bf16(s[m][n], left, y);
+        ks_mma_bf16(s[m][n + 1], left, y + 2);
+      }
     }
   }
 }
@@ -124,21 +192,35 @@ template <int N> KS_DEVICE void attention_operand(uint32_t (*x)[4], const float 
   }
 }
 
-/* out[n] += x (16 x 16 K) times rows 0 .. 16 K - 1 of b, columns 8 (chunk + n) .. + 7, over rows in rising
- * order. */
-template <int COLS, int K, int N>
-KS_DEVICE void attention_accumulate(float (*out)[4], const uint32_t (*x)[4], const ks_bf16 *b, int chunk) {
+/* out[m][n] += x[m] (16 x 16 K) times rows 0 .. 16 K - 1 of b, columns 8 (chunk + n) .. + 7, over rows in rising order.
+ * An odd N takes an even K. */
+template <int COLS, int M, int K, int N>
+KS_DEVICE void attention_accumulate(float (*out)[N][4], const uint32_t (*x)[K][4], const ks_bf16 *b,
+                                    int chunk) {
   typedef attention_tile<COLS> at;
   const int lane = (int)threadIdx.x % KS_WARP;
 #pragma unroll
   for (int k = 0; k < K; k++)
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
+    for (int n = 0; n + 1 < N; n += 2) {
       uint32_t y[4];
       ks_ldmatrix_x4_trans(y, b + at::at(k * 16 + lane % 16, chunk + n + lane / 16));
-      ks_mma_bf16(out[n], x[k], y);
-      ks_mma_bf16(out[n + 1], x[k], y + 2);
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        ks_mma_bf16(out[m][n], x[m][k], y);
+        ks_mma_bf16(out[m][n + 1], x[m][k], y + 2);
+      }
     }
+#pragma unroll
+  for (int k = 0; N % 2 != 0 && k < K; k += 2) { /* the last 8 columns, of 32 rows at once */
+    uint32_t y[4];
+    ks_ldmatrix_x4_trans(y, b + at::at(k * 16 + lane, chunk + N - 1));
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      ks_mma_bf16(out[m][N - 1], x[m][k], y);
+      ks_mma_bf16(out[m][N - 1], x[m][k + 1], y + 2);
+    }
+  }
 }
 
 #endif
