@@ -476,6 +476,14 @@ def parse(argv):
     return args
 
 
+def in_order(cases):
+    """Groups: the training step first, then what is quick, so that a budget drops the rest of the whole models."""
+    rank = {}
+    for case in cases:
+        rank.setdefault(case["group"], 0 if case["group"] == "train_3b" else 2 if "shape" in case["parameters"] else 1)
+    return sorted(rank, key=rank.get)
+
+
 def load_makers():
     """{op: function of the environment and a case, which gives [(peer's name, build, whether it is a single operation)]}"""
     sys.modules.setdefault("bench_peers", sys.modules[__name__])
@@ -513,7 +521,7 @@ def main(argv):
     print(json.dumps(run), flush=True)
     append(args.jsonl, [{"run": run}])
     bad = 0
-    for group in dict.fromkeys(c["group"] for c in cases):
+    for group in in_order(cases):
         rows = run_group(args, env, group, [c for c in cases if c["group"] == group], peers_of)
         append(args.jsonl, rows)
         bad += sum(r["verdict"] == "incorrect" for r in rows)

@@ -7,7 +7,7 @@
 #       shared libraries that they use, configs, datasets, fixtures, and this script. --archs: as KS_CUDA_ARCHS ("" for
 #       all). --shim: programs over the shim of tests/cuda_on_cpu/, to try this script where there is no GPU.
 #   DIR/tests/gpu.sh run DIR OUT [--only PARTS] [--suites "NAMES"] [--limit SECONDS] [--budget SECONDS] [--bench "ARGUMENTS"]
-#                                [--worst N] [--goals "ARGUMENTS"] [--peers "ARGUMENTS"]
+#                                [--worst N] [--goals "ARGUMENTS"] [--peers "ARGUMENTS"] [--append yes]
 #       on the GPU host: runs the parts (those of a list as "suites,bench"; without one all but bench) and fills OUT:
 #         suites      every kernels/ suite and the whole-model suites, on backend cuda
 #         quickstart  configs/quickstart.cfg on the CPU and on the GPU: the same selections, `keepsake check` on the rest
@@ -20,6 +20,7 @@
 #       --limit: seconds for one program (3600; a sanitizer run that does not end in time counts as unfinished, not as failed).
 #       --budget: seconds for everything. Each part gets its share of what is left; samples are taken for a shorter time, then
 #       rounds, cases and the last parts are dropped, and the summary says which. 0: none.
+#       --append yes: goals are added to those of earlier calls with the same OUT (--peers "--groups head"), where one call is short.
 #       --bench, --goals, --peers: arguments instead of (--bench), or after (the others) the default ones. $PYTHON: python3.
 #   tests/gpu.sh all OUT [--bundle DIR] [--archs "90"] [options of run]
 #       everything in one call: makes the bundle where nvcc and CMake are (else --bundle, or the one that this script lies in),
@@ -337,7 +338,7 @@ goal_rows() { # FILE: how many
 }
 
 run_goals() {
-  rm -f "$out/goals.jsonl" "$out/peers.jsonl"
+  [ "$append" = yes ] || rm -f "$out/goals.jsonl" "$out/peers.jsonl"
   ours="--device cuda --seconds $(sample_seconds)" theirs="--device cuda --seconds $(sample_seconds)"
   [ -z "$(manifest shim)" ] || ours="--device cuda --scale 512 --seconds 0 --samples 1" theirs="--device cpu --scale 512 --no-compile --samples 2 --seconds 0"
   if ! command -v "$python" >/dev/null 2>&1 || ! "$python" -c 'import torch' >/dev/null 2>&1; then
@@ -470,7 +471,7 @@ write_summary() {
 
 run() { # DIR OUT options
   [ $# -ge 2 ] || usage
-  dir=$1 out=$2 parts=suites,quickstart,reruns,goals,profile,sanitizer,report limit=3600 budget=0 worst=5
+  dir=$1 out=$2 parts=suites,quickstart,reruns,goals,profile,sanitizer,report limit=3600 budget=0 worst=5 append=no
   bench_arguments="" goals_arguments="" peers_arguments="" suites="" config=configs/quickstart.cfg
   shift 2
   while [ $# -gt 0 ]; do
@@ -483,6 +484,7 @@ run() { # DIR OUT options
       --goals) goals_arguments=$2 ;;
       --peers) peers_arguments=$2 ;;
       --worst) worst=$2 ;;
+      --append) append=$2 ;;
       --config) config=$2 ;; # of DIR, instead of the quickstart
       --suites) suites=$2 ;;
       *) usage ;;

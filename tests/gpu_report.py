@@ -303,12 +303,14 @@ def heading(our_runs, peer_runs, counts):
     run = our_runs[-1]
     lines = ["%s, driver %s, commit %s, %s to %s, %d run(s)." % (run.get("device", "?"), run.get("driver", "?"), run.get("commit", "?"), our_runs[0].get("time", "?"),
                                                               run.get("time", "?"), len(our_runs))]
-    rates = ["%s %s" % (k, number(run[k])) for k in ("copy_gbytes", "read_gbytes", "matrix_f32_gflops", "matrix_bf16_gflops") if isinstance(run.get(k), (int, float))]
+    rates = ["%s %s" % (k, number(run[k])) for k in ("copy_gbytes", "read_gbytes", "matrix_f32_gflops", "matrix_bf16_gflops") if run.get(k)]
+    if run.get("backend") == "shim" or any(p.get("scale", 1) != 1 for p in peer_runs):
+        lines.insert(0, "A try of the scripts without a GPU or with small sizes: no number here says anything about speed.")
     if rates:
         lines.append("Ceilings measured: %s (GB/s, GFLOP/s)." % ", ".join(rates))
     if peer_runs:
         p = peer_runs[-1]
-        rates = ["%s %s" % (k, number(p[k])) for k in ("copy_gbytes", "read_gbytes", "matrix_bf16_gflops") if isinstance(p.get(k), (int, float))]
+        rates = ["%s %s" % (k, number(p[k])) for k in ("copy_gbytes", "read_gbytes", "matrix_bf16_gflops") if p.get(k)]
         lines.append("Peers: PyTorch %s, transformers %s, PEFT %s, faiss %s; their ceilings: %s." % (p.get("torch"), p.get("transformers"), p.get("peft"), p.get("faiss"), ", ".join(rates) or "-"))
     lines.append("Goals: " + ", ".join("%d %s" % (n, k) for k, n in counts.items()) + ". Times: medians, with quartiles; ratio: what the goal compares, else the peer's time over ours.")
     return lines

@@ -59,6 +59,13 @@ class Cases(unittest.TestCase):
             for part in ("n_layers=%d," % layers, "hidden_size=%d," % hidden, "intermediate_size=%d," % inter, "vocab_size=%d," % vocab, "n_heads=%d," % heads, "n_kv_heads=%d," % kv):
                 self.assertIn("." + part, text[at:at + 400], name)
 
+    def test_order(self):
+        cases = bench_peers.read_cases(os.path.join(ROOT, "experiments", "bench_goals.def"))
+        groups = bench_peers.in_order(cases)
+        self.assertEqual(sorted(groups), sorted({c["group"] for c in cases}))
+        self.assertEqual(groups[0], "train_3b")
+        self.assertLess(groups.index("elements_1b"), groups.index("step_3b"))
+
     def test_unreadable(self):
         with tempfile.NamedTemporaryFile("w", suffix=".def") as f:
             f.write('KS_CASE(g, a, op, "x=1")\nKS_CASE(g, b)\n')
@@ -102,7 +109,7 @@ class Tiny(unittest.TestCase):
     def test_compiled(self):
         status, rows, _, err = self.measure("--only", r"^(frozen|norm_b)\.1b$", "--rounds", "1")
         self.assertEqual(status, 0, err)
-        for key in (("frozen.1b", "torch_compiled"), ("norm_b.1b", "torch_compiled")):
+        for key in (("frozen.1b", "torch_layers_compiled"), ("norm_b.1b", "torch_compiled")):
             self.assertIn(rows[key]["verdict"], ("ok", "noisy"), rows[key]["note"])
 
     def test_in_turn_with_ours(self):
