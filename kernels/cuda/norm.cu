@@ -151,8 +151,10 @@ __global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
   int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
   ks_piece<T> held[HELD], next[HELD];
   float weight[HELD][N];
-  ks_pieces_load<HELD, WHOLE>(held, x + row * n_cols, at.first, at.step, at.cols(row));
   norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  ks_grid_wait();
+  ks_grid_start_next();
+  ks_pieces_load<HELD, WHOLE>(held, x + row * n_cols, at.first, at.step, at.cols(row));
   for (; base < n_rows; base += stride, row += stride) {
     const int64_t cols = at.cols(row);
     const T *from = x + row * n_cols;
@@ -195,9 +197,11 @@ __global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, 1)
   int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
   ks_piece<T> xs[HELD], dys[HELD], next_xs[HELD], next_dys[HELD], before[HELD];
   float weight[HELD][N];
+  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  ks_grid_wait();
+  ks_grid_start_next();
   ks_pieces_load<HELD, WHOLE>(xs, x + row * n_cols, at.first, at.step, at.cols(row));
   ks_pieces_load<HELD, WHOLE>(dys, dy + row * n_cols, at.first, at.step, at.cols(row));
-  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
   float rstd = row < n_rows ? rstd_in[row] : 0.0f;
   for (; base < n_rows; base += stride, row += stride) {
     const int64_t cols = at.cols(row), next_cols = at.cols(row + stride), offset = row * n_cols,
@@ -294,8 +298,8 @@ template <class T> static ks_status norm_forward(ks_ctx *ctx, const ks_rmsnorm_a
       NORM_FORWARD_BLOCK, a->n_rows);
   const T *x = (const T *)a->x;
   const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->y) && ks_is_aligned_16(a->w);
-  return ks_launch(ctx, "rmsnorm_forward", s->forward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
-                   (T *)a->y, a->rstd, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols, a->eps);
+  return ks_launch_early(ctx, "rmsnorm_forward", s->forward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
+                         (T *)a->y, a->rstd, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols, a->eps);
 }
 
 template <class T> static ks_status norm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
@@ -306,9 +310,9 @@ template <class T> static ks_status norm_backward(ks_ctx *ctx, const ks_rmsnorm_
   const T *x = (const T *)a->x;
   const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->dy) &&
                      ks_is_aligned_16(a->dx) && ks_is_aligned_16(a->w);
-  return ks_launch(ctx, "rmsnorm_backward", s->backward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
-                   a->rstd, (const T *)a->dy, (T *)a->dx, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols,
-                   a->accumulate_dx);
+  return ks_launch_early(ctx, "rmsnorm_backward", s->backward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
+                         a->rstd, (const T *)a->dy, (T *)a->dx, a->n_rows, a->n_cols, 1.0f / (float)a->n_cols,
+                         a->accumulate_dx);
 }
 
 extern "C" ks_status ks_cuda_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {

@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(ROPE_THREADS)
                 const int64_t *index) {
   enum { HELD = rope_held<T, E>() };
   typedef typename rope_word<E *(int)sizeof(T)>::type word;
+  ks_grid_wait();
+  ks_grid_start_next();
   ks_smem smem;
   const rope_tensor &t = a.tensors[blockIdx.z];
   float *cos_of = ks_smem_take<float>(&smem, (size_t)(t.rows * a.columns)),
@@ -98,13 +100,13 @@ __global__ void __launch_bounds__(ROPE_THREADS)
       if (t.turn) {
         const uint32_t in_table = row * (uint32_t)columns + (i - head * units) * E;
         rope_turn<T, E>(&first[k], &second[k], cos_of + in_table, sin_of + in_table);
-        *(word *)(x + at[k]) = first[k].word;
-        *(word *)(x + at[k] + half) = second[k].word;
+        rope_store_unit(x + at[k], first[k]);
+        rope_store_unit(x + at[k] + half, second[k]);
       }
       if (t.to) {
         T *p = to + (index[row0 + row] - row) * stride + at[k];
-        *(word *)p = first[k].word;
-        *(word *)(p + half) = second[k].word;
+        rope_store_unit(p, first[k]);
+        rope_store_unit(p + half, second[k]);
       }
     }
   }
@@ -163,9 +165,10 @@ static ks_status rope_launch(ks_ctx *ctx, const char *op, const rope_rows *r, ro
   shape.half = half;
   shape.columns = (int)columns;
   shape.is_inverse = r->inverse;
-  return ks_launch(ctx, op, rope_kernel<T, E>,
-                   dim3((unsigned)blocks, ks_blocks_for(half, columns), (unsigned)n), dim3(ROPE_THREADS),
-                   2 * ks_smem_bytes<float>((size_t)(most * columns)), shape, inv_freq, positions, index);
+  return ks_launch_early(ctx, op, rope_kernel<T, E>,
+                         dim3((unsigned)blocks, ks_blocks_for(half, columns), (unsigned)n),
+                         dim3(ROPE_THREADS), 2 * ks_smem_bytes<float>((size_t)(most * columns)), shape,
+                         inv_freq, positions, index);
 }
 
 /* By the widest unit that divides half a head and the alignment of all arrays. */

@@ -22,6 +22,15 @@ template <class T, int E> union rope_unit {
   T x[E];
 };
 
+/* A unit to memory, by one store. */
+template <class T, int E> KS_DEVICE void rope_store_unit(T *p, const rope_unit<T, E> &u) {
+  typedef typename rope_word<E *(int)sizeof(T)>::type word;
+  if constexpr (sizeof(word) >= 8)
+    __stwb((word *)p, u.word);
+  else
+    *(word *)p = u.word;
+}
+
 /* cos and sin of r = x - n pi/2, |r| <= pi/4 (Taylor to r^9 and r^10), turned by the quadrant n. pi/2 is the
  * sum of two doubles. */
 KS_DEVICE void rope_near_cos_sin(double x, float *cos_out, float *sin_out) {

@@ -41,6 +41,11 @@ KS_DEVICE ks_bf16 ks_piece_get(const ks_piece<ks_bf16> &p, int i) {
   return x;
 }
 
+/* 16 bytes as one store, which the compiler may make four of when they are written as an assignment. */
+KS_DEVICE void ks_store_16(void *p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  __stwb((uint4 *)p, make_uint4(a, b, c, d));
+}
+
 /* All N elements, or zeros. p aligned to 16 bytes. */
 template <class T> KS_DEVICE ks_piece<T> ks_piece_load_whole(const T *p, bool is_there) {
   ks_piece<T> r = {{0, 0, 0, 0}};
@@ -63,7 +68,7 @@ template <class T> KS_DEVICE ks_piece<T> ks_piece_load(const T *p, int64_t n_lef
 }
 template <class T> KS_DEVICE void ks_piece_store(T *p, const ks_piece<T> &r, int64_t n_left, bool aligned) {
   if (aligned && n_left >= ks_piece<T>::N) {
-    *(uint4 *)p = make_uint4(r.words[0], r.words[1], r.words[2], r.words[3]);
+    ks_store_16(p, r.words[0], r.words[1], r.words[2], r.words[3]);
     return;
   }
 #pragma unroll
@@ -87,7 +92,7 @@ KS_DEVICE void ks_piece_put(T *p, const ks_piece<T> &r, int64_t at, int64_t n) {
   if (!WHOLE)
     ks_piece_store(p + at, r, n - at, false);
   else if (at < n)
-    *(uint4 *)(p + at) = make_uint4(r.words[0], r.words[1], r.words[2], r.words[3]);
+    ks_store_16(p + at, r.words[0], r.words[1], r.words[2], r.words[3]);
 }
 
 KS_DEVICE void ks_piece_unpack(float x[4], const ks_piece<float> &r) {

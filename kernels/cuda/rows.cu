@@ -23,6 +23,8 @@ enum { ROWS_THREADS = 256, ROWS_UNROLL = 4 };
 template <class U>
 __global__ void rows_copy_kernel(const U *x, U *y, const int64_t *index, int64_t n_rows, int64_t row_units,
                                  int lanes, bool scatter) {
+  ks_grid_wait();
+  ks_grid_start_next();
   const int64_t row = (int64_t)blockIdx.x * (ROWS_THREADS / lanes) + (int)threadIdx.x / lanes;
   const int lane = (int)threadIdx.x % lanes;
   if (row >= n_rows) return;
@@ -48,9 +50,9 @@ static ks_status rows_launch(ks_ctx *ctx, const char *op, const ks_rows_args *a,
   while (lanes < ROWS_THREADS && lanes * ROWS_UNROLL < units)
     lanes *= 2;
   KS_TRY(ks_cuda_stage(ctx, a->index, (size_t)a->n_rows * sizeof *index, (const void **)&index));
-  return ks_launch(ctx, op, rows_copy_kernel<U>, dim3(ks_blocks_for(a->n_rows, ROWS_THREADS / lanes)),
-                   dim3(ROWS_THREADS), 0, (const U *)a->x, (U *)a->y, index, a->n_rows, units, lanes,
-                   scatter);
+  return ks_launch_early(ctx, op, rows_copy_kernel<U>, dim3(ks_blocks_for(a->n_rows, ROWS_THREADS / lanes)),
+                         dim3(ROWS_THREADS), 0, (const U *)a->x, (U *)a->y, index, a->n_rows, units, lanes,
+                         scatter);
 }
 
 static ks_status rows_copy(ks_ctx *ctx, const char *op, const ks_rows_args *a, bool scatter) {

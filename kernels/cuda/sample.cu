@@ -143,6 +143,8 @@ KS_DEVICE void sample_ends(const sample_rows &a, int64_t row, uint64_t best, uin
 
 __global__ void __launch_bounds__(SAMPLE_THREADS)
     sample_largest_kernel(const __grid_constant__ sample_rows a) {
+  ks_grid_wait();
+  ks_grid_start_next();
   const sample_shared s = sample_share(0);
   const sample_place p = sample_place_of(a);
   const float *x = a.logits + p.row * a.n_vocab;
@@ -210,6 +212,8 @@ KS_DEVICE uint32_t sample_share_bin(const sample_shared &s, float p, uint64_t to
 
 __global__ void __launch_bounds__(SAMPLE_THREADS)
     sample_histogram_kernel(const __grid_constant__ sample_rows a) {
+  ks_grid_wait();
+  ks_grid_start_next();
   const sample_shared s = sample_share(SAMPLE_BINS);
   const sample_place p = sample_place_of(a);
   const ks_sampler how = a.jobs[p.row].how;
@@ -325,6 +329,8 @@ KS_DEVICE void sample_finish(const sample_rows &a, const sample_place &p, const 
 }
 
 __global__ void __launch_bounds__(SAMPLE_THREADS) sample_draw_kernel(const __grid_constant__ sample_rows a) {
+  ks_grid_wait();
+  ks_grid_start_next();
   const sample_shared s = sample_share(SAMPLE_BINS);
   const sample_place p = sample_place_of(a);
   const ks_sampler how = a.jobs[p.row].how;
@@ -421,11 +427,12 @@ extern "C" ks_status ks_cuda_sample(ks_ctx *ctx, const ks_sample_args *a) {
   sample_arrays(&r, (size_t)a->n_rows, (size_t)n_slices, (char *)room);
   KS_TRY(sample_stage_jobs(ctx, a, &r.jobs, &wants));
   const dim3 grid(ks_blocks_for(a->n_rows * n_slices, 1)), block(SAMPLE_THREADS);
-  KS_TRY(ks_launch(ctx, "sample", sample_largest_kernel, grid, block, sample_smem_bytes(0), r));
+  KS_TRY(ks_launch_early(ctx, "sample", sample_largest_kernel, grid, block, sample_smem_bytes(0), r));
   if (wants.truncates)
-    KS_TRY(ks_launch(ctx, "sample_histogram", sample_histogram_kernel, grid, block,
-                     sample_smem_bytes(SAMPLE_BINS), r));
+    KS_TRY(ks_launch_early(ctx, "sample_histogram", sample_histogram_kernel, grid, block,
+                           sample_smem_bytes(SAMPLE_BINS), r));
   for (int pass = 0; pass < wants.draws + wants.twice; pass++)
-    KS_TRY(ks_launch(ctx, "sample_draw", sample_draw_kernel, grid, block, sample_smem_bytes(SAMPLE_BINS), r));
+    KS_TRY(ks_launch_early(ctx, "sample_draw", sample_draw_kernel, grid, block,
+                           sample_smem_bytes(SAMPLE_BINS), r));
   return ks_cuda_deliver(ctx, a->tokens, r.tokens, (size_t)a->n_rows * sizeof *r.tokens);
 }

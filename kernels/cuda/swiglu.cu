@@ -16,10 +16,12 @@ template <class T, int ITEMS> KS_DEVICE int64_t swiglu_at() {
 }
 
 template <class T, int ITEMS, bool WHOLE>
-__global__ void __launch_bounds__(SWIGLU_THREADS, ITEMS == 1 ? 8 : 4)
+__global__ void __launch_bounds__(SWIGLU_THREADS, !WHOLE || ITEMS > 1 ? 4 : 8)
     swiglu_forward_kernel(const T *gate, const T *up, T *h, int64_t n) {
   enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
   const int64_t at = swiglu_at<T, ITEMS>();
+  ks_grid_wait();
+  ks_grid_start_next();
   ks_piece<T> gates[ITEMS], ups[ITEMS];
   ks_pieces_load<ITEMS, WHOLE>(gates, gate, at, STEP, n);
   ks_pieces_load<ITEMS, WHOLE>(ups, up, at, STEP, n);
@@ -37,10 +39,12 @@ __global__ void __launch_bounds__(SWIGLU_THREADS, ITEMS == 1 ? 8 : 4)
 }
 
 template <class T, int ITEMS, bool WHOLE>
-__global__ void __launch_bounds__(SWIGLU_THREADS, ITEMS == 1 ? 8 : 4)
+__global__ void __launch_bounds__(SWIGLU_THREADS, !WHOLE || ITEMS > 1 ? 4 : 8)
     swiglu_backward_kernel(const T *gate, const T *up, const T *dh, T *dgate, T *dup, int64_t n) {
   enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
   const int64_t at = swiglu_at<T, ITEMS>();
+  ks_grid_wait();
+  ks_grid_start_next();
   ks_piece<T> gates[ITEMS], ups[ITEMS], dhs[ITEMS];
   ks_pieces_load<ITEMS, WHOLE>(gates, gate, at, STEP, n);
   ks_pieces_load<ITEMS, WHOLE>(ups, up, at, STEP, n);
@@ -86,8 +90,8 @@ template <class T> static dim3 swiglu_blocks(int64_t n, int items) {
 template <class T> static ks_status swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
   const swiglu_kernels<T> *k = swiglu_choose<T>(
       ctx, a->n, ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->h));
-  return ks_launch(ctx, "swiglu_forward", k->forward, swiglu_blocks<T>(a->n, k->items), dim3(SWIGLU_THREADS),
-                   0, (const T *)a->gate, (const T *)a->up, (T *)a->h, a->n);
+  return ks_launch_early(ctx, "swiglu_forward", k->forward, swiglu_blocks<T>(a->n, k->items),
+                         dim3(SWIGLU_THREADS), 0, (const T *)a->gate, (const T *)a->up, (T *)a->h, a->n);
 }
 
 template <class T> static ks_status swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a) {
@@ -95,9 +99,9 @@ template <class T> static ks_status swiglu_backward(ks_ctx *ctx, const ks_swiglu
       swiglu_choose<T>(ctx, a->n,
                        ks_is_aligned_16(a->gate) && ks_is_aligned_16(a->up) && ks_is_aligned_16(a->dh) &&
                            ks_is_aligned_16(a->dgate) && ks_is_aligned_16(a->dup));
-  return ks_launch(ctx, "swiglu_backward", k->backward, swiglu_blocks<T>(a->n, k->items),
-                   dim3(SWIGLU_THREADS), 0, (const T *)a->gate, (const T *)a->up, (const T *)a->dh,
-                   (T *)a->dgate, (T *)a->dup, a->n);
+  return ks_launch_early(ctx, "swiglu_backward", k->backward, swiglu_blocks<T>(a->n, k->items),
+                         dim3(SWIGLU_THREADS), 0, (const T *)a->gate, (const T *)a->up, (const T *)a->dh,
+                         (T *)a->dgate, (T *)a->dup, a->n);
 }
 
 extern "C" ks_status ks_cuda_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a) {
