@@ -308,13 +308,14 @@ template <int WARPS_M, int WARPS_N, int TM, int TN, int STAGES_> struct product_
   }
 };
 
-/* Plain fma for up to 8 rows of B: a thread has one row of A. */
-template <int WARPS, int STAGES_> struct product_simt_few {
+/* Plain fma for up to 8 rows of B: each of the first BM threads has one row of A. Of SPREAD times as many, the others
+ * help with copies and hooks only: a row is one chain of sums, so more threads cannot share it. */
+template <int WARPS, int STAGES_, int SPREAD = 1> struct product_simt_few {
   typedef float element;
   enum {
     BM = KS_WARP * WARPS,
     BN = 8,
-    THREADS = KS_WARP * WARPS,
+    THREADS = KS_WARP * WARPS * SPREAD,
     STAGES = STAGES_,
     COLS = product_element<element>::COLS
   };
@@ -325,8 +326,24 @@ template <int WARPS, int STAGES_> struct product_simt_few {
     for (int j = 0; j < BN; j++)
       acc[j] = 0.0f;
   }
+  KS_DEVICE void step_one(const uint4 *a, const uint4 *b) {
+#pragma unroll
+    for (int u = 0; u < PRODUCT_UNITS; u++) {
+      float x[4], y[4];
+      product_unpack_f32(x, a[product_unit((int)threadIdx.x, u)]);
+      product_unpack_f32(y, b[product_unit(0, u)]);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        acc[0] = fmaf(x[e], y[e], acc[0]);
+    }
+  }
   KS_DEVICE void step(const uint4 *a, const uint4 *b, int n_b) {
     const int row = (int)threadIdx.x;
+    if (row >= BM) return;
+    if (n_b == 1) {
+      step_one(a, b);
+      return;
+    }
 #pragma unroll 4
     for (int u = 0; u < PRODUCT_UNITS; u++) {
       float x[4], y[4];
@@ -342,6 +359,7 @@ template <int WARPS, int STAGES_> struct product_simt_few {
     }
   }
   template <class F> KS_DEVICE void each(F f) {
+    if ((int)threadIdx.x >= BM) return;
 #pragma unroll
     for (int j = 0; j < BN; j++)
       f((int)threadIdx.x, j, acc[j]);

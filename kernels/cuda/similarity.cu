@@ -71,11 +71,9 @@ enum {
 };
 static const int64_t SIM_PARTIAL_BYTES = 256 << 20, SIM_COPY_BYTES = 1 << 30;
 
-/* Factors of rows, and their copy as E where one is wanted: four lanes a row, each its slot's chunks in
- * rising order. */
-template <class E>
+/* Factors of rows, and their copy as E where one is wanted: four lanes a row, each its slot's chunks in rising order. */
 __global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t is_cosine, double *factors,
-                                   E *copy) {
+                                   float *copy) {
   enum { PER_BLOCK = SIM_THREADS / SIM_SLOTS };
   const int64_t row = (int64_t)blockIdx.x * PER_BLOCK + (int)threadIdx.x / SIM_SLOTS;
   const int slot = (int)threadIdx.x % SIM_SLOTS;
@@ -84,18 +82,69 @@ __global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t 
 #pragma unroll 4
     for (int64_t col = slot * PRODUCT_CHUNK; col < r.n_cols; col += SIM_SLOTS * PRODUCT_CHUNK) {
       float x[PRODUCT_CHUNK];
-      product_unpack(x, product_load_chunk<product_element<E>::WORDS>(r, row, col), r.dtype);
-      sim_add_squares(E(), &hi, &lo, x);
+      product_unpack(x, product_load_chunk<product_element<float>::WORDS>(r, row, col), r.dtype);
+      sim_add_squares(&hi, &lo, x);
       if (copy)
         for (int e = 0; e < PRODUCT_CHUNK && col + e < r.n_cols; e++)
-          copy[row * r.n_cols + col + e] = ks_from_float<E>(x[e]);
+          copy[row * r.n_cols + col + e] = x[e];
     }
   double f;
   if (is_cosine)
-    f = sim_factor(r, row, slot, hi, lo, scales);
+    f = sim_factor(r, row, hi, lo, true, scales);
   else
     f = scales && row < r.n_rows ? (double)scales[row] : 1.0;
   if (slot == 0 && row < r.n_rows) factors[row] = f;
+}
+
+/* The same of what tensor cores multiply: a warp 16 rows, 64 columns at a time. */
+__global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int32_t is_cosine,
+                                       double *factors, ks_bf16 *copy) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  typedef product_element<ks_bf16> element;
+  ks_smem smem;
+  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, row = lane % 16;
+  uint4 *stage =
+      ks_smem_take<uint4>(&smem, SIM_THREADS / KS_WARP * 16 * PRODUCT_UNITS) + warp * 16 * PRODUCT_UNITS;
+  const int64_t row0 = ((int64_t)blockIdx.x * (SIM_THREADS / KS_WARP) + warp) * 16;
+  sim_squares squares;
+  squares.clear();
+  for (int64_t col0 = 0; (is_cosine || copy) && row0 < r.n_rows && col0 < r.n_cols; col0 += element::COLS) {
+    product_raw<element::WORDS> raw[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      raw[i] = product_load_chunk<element::WORDS>(r, row0 + row, col0 + (lane / 16 + 2 * i) * PRODUCT_CHUNK);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int chunk = lane / 16 + 2 * i;
+      const int64_t col = col0 + chunk * PRODUCT_CHUNK;
+      float x[PRODUCT_CHUNK];
+      product_unpack(x, raw[i], r.dtype);
+      element::put(stage, row, chunk, x);
+      if (!copy || row0 + row >= r.n_rows) continue;
+      ks_bf16 *to = copy + (row0 + row) * r.n_cols + col;
+      if (r.n_cols % PRODUCT_CHUNK == 0) {
+        if (col < r.n_cols) *(uint4 *)(void *)to = stage[product_unit(row, chunk)];
+      } else {
+        for (int e = 0; e < PRODUCT_CHUNK && col + e < r.n_cols; e++)
+          to[e] = ks_from_float<ks_bf16>(x[e]);
+      }
+    }
+    __syncwarp();
+    squares.add_stage(stage, 16);
+    __syncwarp();
+  }
+  squares.spread();
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int64_t at = row0 + lane / 4 + 8 * half;
+    double f;
+    if (is_cosine)
+      f = sim_factor(r, at, squares.hi[half], squares.lo[half], false, scales);
+    else
+      f = scales && at < r.n_rows ? (double)scales[at] : 1.0;
+    if (lane % 4 == 0 && at < r.n_rows) factors[at] = f;
+  }
+#endif
 }
 
 __global__ void sim_merge_kernel(sim_job j, int32_t bm) {
@@ -249,12 +298,14 @@ static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, cons
 /* Factors of rows into `factors`, in the arithmetic of the products that follow; copy NULL: none. */
 static ks_status sim_prepare(const sim_run *r, product_rows rows, const float *scales, double *factors,
                              void *copy) {
-  const dim3 grid(ks_blocks_for(rows.n_rows, SIM_THREADS / SIM_SLOTS)), block(SIM_THREADS);
   const int32_t is_cosine = r->a->metric == KS_METRIC_COSINE;
-  return r->on_tensor_cores ? ks_launch(r->ctx, r->op, sim_prepare_kernel<ks_bf16>, grid, block, 0, rows,
-                                        scales, is_cosine, factors, (ks_bf16 *)copy)
-                            : ks_launch(r->ctx, r->op, sim_prepare_kernel<float>, grid, block, 0, rows,
-                                        scales, is_cosine, factors, (float *)copy);
+  if (r->on_tensor_cores)
+    return ks_launch(r->ctx, r->op, sim_prepare_mma_kernel, dim3(ks_blocks_for(rows.n_rows, SIM_THREADS / 2)),
+                     dim3(SIM_THREADS), ks_smem_bytes<uint4>(SIM_THREADS / 2 * PRODUCT_UNITS), rows, scales,
+                     is_cosine, factors, (ks_bf16 *)copy);
+  return ks_launch(r->ctx, r->op, sim_prepare_kernel,
+                   dim3(ks_blocks_for(rows.n_rows, SIM_THREADS / SIM_SLOTS)), dim3(SIM_THREADS), 0, rows,
+                   scales, is_cosine, factors, (float *)copy);
 }
 
 /* What every launch of the run shares: queries [q0, q0 + n). */
@@ -386,9 +437,9 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.groups = r->groups;
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
-    j.is_finished_here = r->shape == SIM_STREAM ||
-                         (r->shape != SIM_BIG && r->shape != SIM_TILE && j.n_parts <= SIM_FINISH_PARTS &&
-                          r->best_k <= SIM_FINISH_BEST);
+    j.is_finished_here =
+        r->shape == SIM_STREAM || (r->shape != SIM_BIG && r->shape != SIM_TILE &&
+                                   j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST);
     j.arrivals = (unsigned *)(r->room + r->arrivals);
     if (j.is_finished_here && (j.n_parts > 1 || r->shape == SIM_STREAM))
       KS_TRY(ks_cuda_fill(r->ctx, j.arrivals, 0, (size_t)j.n_q_tiles * sizeof(unsigned)));

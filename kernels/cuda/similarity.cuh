@@ -95,16 +95,8 @@ KS_DEVICE void sim_add(float *hi, float *lo, float p) {
   *lo = __fadd_rn(*lo, __fadd_rn(__fsub_rn(*hi, __fsub_rn(t, b)), __fsub_rn(p, b)));
   *hi = t;
 }
-/* Adds the squares of a chunk. Squares of bf16 and I8 are exact in float32, four of them are summed with
- * three roundings (I8: none); squares of float32 bring their errors along. */
-KS_DEVICE void sim_add_squares(ks_bf16, float *hi, float *lo, const float x[PRODUCT_CHUNK]) {
-#pragma unroll
-  for (int e = 0; e < PRODUCT_CHUNK; e += 4)
-    sim_add(hi, lo,
-            __fadd_rn(fmaf(x[e + 1], x[e + 1], __fmul_rn(x[e], x[e])),
-                      fmaf(x[e + 3], x[e + 3], __fmul_rn(x[e + 2], x[e + 2]))));
-}
-KS_DEVICE void sim_add_squares(float, float *hi, float *lo, const float x[PRODUCT_CHUNK]) {
+/* Adds the squares of a chunk of float32, with their errors. */
+KS_DEVICE void sim_add_squares(float *hi, float *lo, const float x[PRODUCT_CHUNK]) {
 #pragma unroll
   for (int e = 0; e < PRODUCT_CHUNK; e++) {
     const float p = __fmul_rn(x[e], x[e]);
@@ -112,6 +104,61 @@ KS_DEVICE void sim_add_squares(float, float *hi, float *lo, const float x[PRODUC
     sim_add(hi, lo, p);
   }
 }
+
+/* Squares of 16 rows of bf16 by tensor cores: the diagonal of the rows' product with themselves, whose operands
+ * are both the fragments of the rows. Four lanes share a row; one of them holds the diagonal. */
+struct sim_squares {
+  float hi[2], lo[2]; /* rows lane / 4 and lane / 4 + 8 */
+
+  KS_DEVICE void clear() { hi[0] = hi[1] = lo[0] = lo[1] = 0.0f; }
+  /* The squares of 16 columns, to those of the lanes that hold a diagonal. */
+  static KS_DEVICE void square(const uint32_t a[4], float s[2]) {
+    const bool odd = (int)threadIdx.x / 4 % 2 != 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const uint32_t b[2] = {a[half], a[2 + half]};
+      ks_mma_bf16(d, a, b);
+      s[half] = odd ? d[2 * half + 1] : d[2 * half];
+    }
+  }
+  /* 64 columns: four products of 16, added as a tree. */
+  KS_DEVICE void add_sums(const float s[4][2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      sim_add(&hi[half], &lo[half],
+              __fadd_rn(__fadd_rn(s[0][half], s[1][half]), __fadd_rn(s[2][half], s[3][half])));
+  }
+  KS_DEVICE void add(const uint32_t a[4][4]) {
+    float s[4][2];
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      square(a[k], s[k]);
+    add_sums(s);
+  }
+  /* The same of a stage's rows; n_rows: of those from here on, at least 1. */
+  KS_DEVICE void add_stage(const uint4 *rows, int n_rows) {
+    const int lane = (int)threadIdx.x % KS_WARP, row = lane % 16 < n_rows ? lane % 16 : lane % 8;
+    float s[4][2];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      asm volatile("" ::: "memory"); /* fragments of one product at a time */
+      uint32_t a[4];
+      ks_ldmatrix_x4(a, rows + product_unit(row, 2 * k + lane / 16));
+      square(a, s[k]);
+    }
+    add_sums(s);
+  }
+  /* To all lanes of a row. */
+  KS_DEVICE void spread() {
+    const int lane = (int)threadIdx.x % KS_WARP, from = lane / 4 * 4 + lane / 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      hi[half] = __shfl_sync(KS_FULL_MASK, hi[half], from);
+      lo[half] = __shfl_sync(KS_FULL_MASK, lo[half], from);
+    }
+  }
+};
 
 /* The squares of chunks slot, slot + 4, ... of a row in double, where float32 squares leave their range or
  * are all 0. */
@@ -129,16 +176,17 @@ static __device__ __noinline__ double sim_squares_in_double(const void *p, int d
   return sum;
 }
 
-/* The factor of a row from its slot's sum; four neighbouring lanes hold the slots of one row, all lanes call.
- */
-KS_DEVICE double sim_factor(const product_rows &r, int64_t row, int slot, float hi, float lo,
+/* The factor of a row from its sum, which the four neighbouring lanes of a row all hold, or (is_split) each a part of.
+ * All lanes call. */
+KS_DEVICE double sim_factor(const product_rows &r, int64_t row, float hi, float lo, bool is_split,
                             const float *scales) {
-  const bool is_row = row < r.n_rows;
-  double sum = (double)hi + (double)lo;
-  if (is_row && !(hi > 0x1p-90f && hi < 0x1p126f))
-    sum = sim_squares_in_double(r.p, r.dtype, row, r.n_cols, slot);
+  const bool is_row = row < r.n_rows, is_far = is_row && !(hi > 0x1p-90f && hi < 0x1p126f);
+  const int slot = (int)threadIdx.x % SIM_SLOTS;
+  double whole = (double)hi + (double)lo, sum = whole;
+  if (is_far) sum = sim_squares_in_double(r.p, r.dtype, row, r.n_cols, slot);
   sum += __shfl_xor_sync(KS_FULL_MASK, sum, 1);
   sum += __shfl_xor_sync(KS_FULL_MASK, sum, 2);
+  if (!is_split && !is_far) sum = whole;
   const float scale = is_row && scales ? scales[row] : 1.0f;
   if (!(sum < (double)INFINITY) || !(fabsf(scale) < INFINITY)) return (double)NAN;
   if (sum == 0.0 || scale == 0.0f) return 0.0;
@@ -146,41 +194,82 @@ KS_DEVICE double sim_factor(const product_rows &r, int64_t row, int slot, float 
   return scale < 0.0f ? -inverse : inverse;
 }
 
-/* Sums of squares of the rows of both operands, taken from the stages of a product. */
-template <class P> struct sim_norms {
-  typedef typename P::element E;
-  enum {
-    NA = (P::BM * SIM_SLOTS + P::THREADS - 1) / P::THREADS,
-    NB = (P::BN * SIM_SLOTS + P::THREADS - 1) / P::THREADS,
-    STEP = P::THREADS / SIM_SLOTS
-  };
-  float hi[NA + NB], lo[NA + NB];
-  bool of_a, of_b;
+/* Sums of squares of the rows of one operand, taken from the stages of a product: N of them a thread, of rows
+ * row(i), which the four neighbouring lanes share. */
+template <class P, int ROWS, class E = typename P::element> struct sim_norms;
+template <class P, int ROWS> struct sim_norms<P, ROWS, float> {
+  enum { N = (ROWS * SIM_SLOTS + P::THREADS - 1) / P::THREADS, IS_SPLIT = 1 };
+  float hi[N], lo[N];
 
-  KS_DEVICE sim_norms(bool a, bool b) : of_a(a), of_b(b) {}
+  static KS_DEVICE int row(int i) { return (int)threadIdx.x / SIM_SLOTS + i * (P::THREADS / SIM_SLOTS); }
   KS_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < NA + NB; i++)
+    for (int i = 0; i < N; i++)
       hi[i] = lo[i] = 0.0f;
   }
-  KS_DEVICE void add(int i, const uint4 *stage, int row) {
+  KS_DEVICE void add(const uint4 *stage) {
 #pragma unroll
-    for (int chunk = 0; chunk < product_element<E>::CHUNKS; chunk += SIM_SLOTS) {
+    for (int i = 0; i < N; i++) {
       float x[PRODUCT_CHUNK];
-      product_element<E>::get(x, stage, row, chunk + (int)threadIdx.x % SIM_SLOTS);
-      sim_add_squares(E(), &hi[i], &lo[i], x);
+      if (row(i) >= ROWS) break;
+      product_element<float>::get(x, stage, row(i), (int)threadIdx.x % SIM_SLOTS);
+      sim_add_squares(&hi[i], &lo[i], x);
     }
   }
-  template <class> KS_DEVICE void stage(const uint4 *a, const uint4 *b) {
-    const int row = (int)threadIdx.x / SIM_SLOTS;
-    if (of_a)
+  KS_DEVICE void end() {}
+  KS_DEVICE double factor(int i, const product_rows &r, int64_t at, const float *scales) const {
+    return sim_factor(r, at, hi[i], lo[i], true, scales);
+  }
+};
+template <class P, int ROWS> struct sim_norms<P, ROWS, ks_bf16> {
+  enum {
+    WARPS = P::THREADS / KS_WARP,
+    GROUPS = (ROWS + 16 * WARPS - 1) / (16 * WARPS), /* of 16 rows a warp */
+    N = 2 * GROUPS
+  };
+  sim_squares of[GROUPS];
+
+  static KS_DEVICE int first(int group) { return ((int)threadIdx.x / KS_WARP + group * WARPS) * 16; }
+  static KS_DEVICE int row(int i) {
+    const int row = first(i / 2) + (int)threadIdx.x % KS_WARP / SIM_SLOTS + i % 2 * 8;
+    return row < ROWS ? row : ROWS;
+  }
+  KS_DEVICE void clear() {
 #pragma unroll
-      for (int i = 0; i < NA; i++)
-        if (P::BM % STEP == 0 || row + i * STEP < P::BM) add(i, a, row + i * STEP);
-    if (of_b)
+    for (int i = 0; i < GROUPS; i++)
+      of[i].clear();
+  }
+  KS_DEVICE void add(const uint4 *stage) {
 #pragma unroll
-      for (int i = 0; i < NB; i++)
-        if (P::BN % STEP == 0 || row + i * STEP < P::BN) add(NA + i, b, row + i * STEP);
+    for (int i = 0; i < GROUPS; i++)
+      if (first(i) < ROWS) of[i].add_stage(stage + first(i) * PRODUCT_UNITS, ROWS - first(i));
+  }
+  KS_DEVICE void end() {
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+      of[i].spread();
+  }
+  KS_DEVICE double factor(int i, const product_rows &r, int64_t at, const float *scales) const {
+    return sim_factor(r, at, of[i / 2].hi[i % 2], of[i / 2].lo[i % 2], false, scales);
+  }
+};
+/* Of both operands, as the hook of a product. */
+template <class P> struct sim_both_norms {
+  sim_norms<P, P::BM> a;
+  sim_norms<P, P::BN> b;
+  bool of_a, of_b;
+
+  KS_DEVICE sim_both_norms(bool wants_a, bool wants_b) : of_a(wants_a), of_b(wants_b) {
+    a.clear();
+    b.clear();
+  }
+  template <class> KS_DEVICE void stage(const uint4 *of_keys, const uint4 *of_queries) {
+    if (of_a) a.add(of_keys);
+    if (of_b) b.add(of_queries);
+  }
+  KS_DEVICE void end() {
+    a.end();
+    b.end();
   }
 };
 

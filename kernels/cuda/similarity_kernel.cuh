@@ -73,19 +73,18 @@ KS_DEVICE int sim_lane() {
 
 /* Factors of the rows of one side, which the caller's barrier makes visible. prepared NULL: from norms; of no
  * cosine: the scale. Returns whether this thread saw one that only sim_score's exact way can take. */
-template <class P, int ROWS, int N>
+template <class P, int ROWS>
 KS_DEVICE bool sim_put_factors(const sim_job &j, const product_rows &r, int64_t row0, const double *prepared,
-                               const float *scales, const float *hi, const float *lo, double *f, float *g) {
+                               const float *scales, const sim_norms<P, ROWS> *norms, double *f, float *g) {
   bool is_rare = false;
-  if (N > 0 && j.is_cosine && !prepared) {
+  if (norms && j.is_cosine && !prepared) {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      const int row = (int)threadIdx.x / SIM_SLOTS + i * (P::THREADS / SIM_SLOTS),
-                slot = (int)threadIdx.x % SIM_SLOTS;
-      const double x = sim_factor(r, row < ROWS ? row0 + row : r.n_rows, slot, hi[i], lo[i], scales);
+    for (int i = 0; i < sim_norms<P, ROWS>::N; i++) {
+      const int row = norms->row(i);
+      const double x = norms->factor(i, r, row < ROWS ? row0 + row : r.n_rows, scales);
       if (row >= ROWS) continue;
       is_rare |= sim_float_factor(x) == INFINITY;
-      if (slot == 0) f[row] = x, g[row] = sim_float_factor(x);
+      if ((int)threadIdx.x % SIM_SLOTS == 0) f[row] = x, g[row] = sim_float_factor(x);
     }
     return is_rare;
   }
@@ -265,18 +264,15 @@ KS_DEVICE bool sim_tile(const sim_job &j, P *c, const product_rows &q, int64_t q
   const sim_shared<P> sh(j);
   bool is_rare;
   if constexpr (NORMS) {
-    sim_norms<P> norms(j.is_cosine && !j.k_factors, j.is_cosine && !q_factors);
-    norms.clear();
+    sim_both_norms<P> norms(j.is_cosine && !j.k_factors, j.is_cosine && !q_factors);
     product_run<P, K_ANY, Q_ANY>(c, j.k, k0, q, q0, sh.room, &norms);
-    enum { NA = sim_norms<P>::NA, NB = sim_norms<P>::NB };
-    is_rare =
-        sim_put_factors<P, P::BM, NA>(j, j.k, k0, j.k_factors, j.k_scales, norms.hi, norms.lo, sh.fk, sh.gk);
-    is_rare |= sim_put_factors<P, P::BN, NB>(j, q, q0, q_factors, j.q_scales, norms.hi + NA, norms.lo + NA,
-                                             sh.fq, sh.gq);
+    norms.end();
+    is_rare = sim_put_factors<P, P::BM>(j, j.k, k0, j.k_factors, j.k_scales, &norms.a, sh.fk, sh.gk);
+    is_rare |= sim_put_factors<P, P::BN>(j, q, q0, q_factors, j.q_scales, &norms.b, sh.fq, sh.gq);
   } else {
     product_no_hook nothing;
-    is_rare = sim_put_factors<P, P::BM, 0>(j, j.k, k0, j.k_factors, j.k_scales, NULL, NULL, sh.fk, sh.gk);
-    is_rare |= sim_put_factors<P, P::BN, 0>(j, q, q0, q_factors, j.q_scales, NULL, NULL, sh.fq, sh.gq);
+    is_rare = sim_put_factors<P, P::BM>(j, j.k, k0, j.k_factors, j.k_scales, NULL, sh.fk, sh.gk);
+    is_rare |= sim_put_factors<P, P::BN>(j, q, q0, q_factors, j.q_scales, NULL, sh.fq, sh.gq);
     product_run<P, K_ANY, Q_ANY>(c, j.k, k0, q, q0, sh.room, &nothing);
   }
   return __syncthreads_or(is_rare);

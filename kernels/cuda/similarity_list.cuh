@@ -66,7 +66,9 @@ struct sim_waiting {
   sim_entry *room, best, floor;
   int n;
 };
-KS_DEVICE void sim_waiting_join(sim_waiting *w, int best_k, int lane) {
+/* Not inlined, here and below: what runs once at the end of a launch would else be thousands of instructions that no
+ * cache holds. */
+static __device__ __noinline__ void sim_waiting_join(sim_waiting *w, int best_k, int lane) {
   sim_entry x = lane < w->n ? w->room[lane] : 0;
   const sim_entry rest = KS_WARP + lane < w->n ? w->room[KS_WARP + lane] : 0;
   __syncwarp();
@@ -90,9 +92,9 @@ KS_DEVICE void sim_waiting_add(sim_waiting *w, sim_entry x, int best_k, int lane
 /* The best of n_lists falling lists of best_k entries, one behind the other at `from`, for one warp: lane i gets
  * the i-th. Every list's head is looked at first: the best_k-th of 32 lanes' best heads is a floor, which all but
  * a few lists lie below. room: [64], shared. */
-KS_DEVICE sim_entry sim_gather(const sim_entry *from, int64_t n_lists, int best_k, sim_entry *room,
-                               int lane) {
-  enum { AHEAD = 8 };
+static __device__ __noinline__ sim_entry sim_gather(const sim_entry *from, int64_t n_lists, int best_k,
+                                                    sim_entry *room, int lane) {
+  enum { AHEAD = 8, TOGETHER = 4 };
   sim_entry top = 0;
 #pragma unroll 8
   for (int64_t l = lane; l < n_lists; l += KS_WARP) {
@@ -102,6 +104,7 @@ KS_DEVICE sim_entry sim_gather(const sim_entry *from, int64_t n_lists, int best_
   sim_sort<1>(&top, lane);
   sim_waiting w = {room, 0, __shfl_sync(KS_FULL_MASK, top, KS_WARP - best_k), 0};
   for (int64_t l0 = 0; l0 < n_lists; l0 += KS_WARP * AHEAD) {
+    unsigned passing = 0; /* lane i: which of lists l0 + 32 i .. may hold something */
     sim_entry head[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -110,17 +113,22 @@ KS_DEVICE sim_entry sim_gather(const sim_entry *from, int64_t n_lists, int best_
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      unsigned mask = __ballot_sync(KS_FULL_MASK, head[i] != 0 && head[i] >= w.floor);
+      const unsigned mask = __ballot_sync(KS_FULL_MASK, head[i] != 0 && head[i] >= w.floor);
+      passing = lane == i ? mask : passing;
+    }
+#pragma unroll 1
+    for (int i = 0; i < AHEAD; i++) {
+      unsigned mask = __shfl_sync(KS_FULL_MASK, passing, i);
       while (mask) {
-        sim_entry x[4];
+        sim_entry x[TOGETHER];
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < TOGETHER; n++) {
           const int64_t l = l0 + i * KS_WARP + (mask ? __ffs((int)mask) - 1 : 0);
           x[n] = mask && lane < best_k ? __ldcg(from + l * best_k + lane) : 0;
           mask &= mask - 1;
         }
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < TOGETHER; n++)
           sim_waiting_add(&w, x[n], best_k, lane);
       }
     }

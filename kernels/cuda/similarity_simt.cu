@@ -4,8 +4,8 @@
 #include "kernels/cuda/similarity_kernel.cuh"
 
 /* Keys by queries 64 x 8, 128 x 32, 128 x 128; NORMS: computes those that were not prepared. */
-struct sim_few_f32 : product_simt_few<2, 6> {
-  enum { SHAPE = SIM_FEW, NORMS = 1, BLOCKS = 4, BLOCKS_ANY = 3 };
+struct sim_few_f32 : product_simt_few<2, 6, 4> {
+  enum { SHAPE = SIM_FEW, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 2 };
 };
 struct sim_mid_f32 : product_simt<8, 1, 4, 4, 3> {
   enum { SHAPE = SIM_MID, NORMS = 1, BLOCKS = 2, BLOCKS_ANY = 1 };

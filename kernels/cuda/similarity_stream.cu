@@ -105,60 +105,43 @@ struct sim_stream_fetch {
 
 /* ---------------------------------------------------------------- scores of 16 keys */
 
-/* Sums of squares of keys lane / 4 and lane / 4 + 8, slot lane % 4, and of a query. */
-struct sim_stream_norms {
-  float hi[3], lo[3];
-
-  KS_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < 3; i++)
-      hi[i] = lo[i] = 0.0f;
-  }
-  KS_DEVICE void add(int i, uint4 unit) {
-    float x[PRODUCT_CHUNK];
-    product_unpack_bf16(x, unit);
-    sim_add_squares(ks_bf16(), &hi[i], &lo[i], x);
-  }
-  KS_DEVICE void add_keys(const uint4 *stage) {
-    const int row = sim_stream_lane() / SIM_SLOTS, slot = sim_stream_lane() % SIM_SLOTS;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int chunk = 0; chunk < PRODUCT_UNITS; chunk += SIM_SLOTS)
-        add(i, stage[product_unit(row + 8 * i, chunk + slot)]);
-  }
-  KS_DEVICE void add_query(const sim_stream_shared &sh, int n, int step) {
-#pragma unroll
-    for (int chunk = 0; chunk < PRODUCT_UNITS; chunk += SIM_SLOTS)
-      add(2, *sh.query(n, step * PRODUCT_UNITS + chunk + sim_stream_lane() % SIM_SLOTS));
-  }
-};
-
 /* 64 columns of 16 keys and the queries. */
 KS_DEVICE void sim_stream_product(const sim_stream_shared &sh, const uint4 *stage, int n_queries, int step,
-                                  float sum[4]) {
+                                  float sum[4], sim_squares *squares, bool wants_squares) {
   const int lane = sim_stream_lane(), n = min(lane % 8, n_queries - 1);
-  uint32_t b[2][4];
+  uint32_t a[4][4], b[2][4];
 #pragma unroll
   for (int half = 0; half < 2; half++)
     ks_ldmatrix_x4(b[half], sh.query(n, step * PRODUCT_UNITS + half * 4 + lane / 8));
 #pragma unroll
-  for (int k = 0; k < STREAM_COLS / 16; k++) {
-    uint32_t a[4];
-    ks_ldmatrix_x4(a, stage + product_unit(lane % 16, 2 * k + lane / 16));
-    ks_mma_bf16(sum, a, b[k / 2] + k % 2 * 2);
-  }
+  for (int k = 0; k < STREAM_COLS / 16; k++)
+    ks_ldmatrix_x4(a[k], stage + product_unit(lane % 16, 2 * k + lane / 16));
+#pragma unroll
+  for (int k = 0; k < STREAM_COLS / 16; k++)
+    ks_mma_bf16(sum, a[k], b[k / 2] + k % 2 * 2);
+  if (wants_squares) squares->add(a);
+}
+/* Squares of the queries, by one warp: rows 8 to 15 are rows 0 to 7 again. */
+KS_DEVICE void sim_stream_square_queries(const sim_stream_shared &sh, int n_queries, int step,
+                                         sim_squares *squares) {
+  const int lane = sim_stream_lane(), n = min(lane % 8, n_queries - 1);
+  uint32_t a[4][4];
+#pragma unroll
+  for (int k = 0; k < STREAM_COLS / 16; k++)
+    ks_ldmatrix_x4(a[k], sh.query(n, step * PRODUCT_UNITS + 2 * k + lane / 16));
+  squares->add(a);
 }
 
 /* sum: keys lane / 4 (+ 8: [2], [3]), queries lane % 4 * 2 (+ 1). */
-KS_DEVICE void sim_stream_scale(const sim_job &j, const sim_stream_shared &sh, const sim_stream_norms &norms,
+KS_DEVICE void sim_stream_scale(const sim_job &j, const sim_stream_shared &sh, sim_squares *squares,
                                 int64_t k0, float sum[4]) {
   const int lane = sim_stream_lane(), n = lane % 4 * 2;
+  squares->spread();
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const double f = j.is_cosine ? sim_factor(j.k, k0 + lane / SIM_SLOTS + 8 * i, lane % SIM_SLOTS,
-                                              norms.hi[i], norms.lo[i], NULL)
-                                 : 1.0;
+    const double f = j.is_cosine
+                         ? sim_factor(j.k, k0 + lane / 4 + 8 * i, squares->hi[i], squares->lo[i], false, NULL)
+                         : 1.0;
     const float g = sim_float_factor(f);
 #pragma unroll
     for (int e = 0; e < 2; e++)
@@ -286,32 +269,33 @@ __global__ __launch_bounds__(SIM_STREAM_WARPS *KS_WARP, 2) void similarity_strea
   ks_cp_async_wait<STREAM_AHEAD>();
   __syncthreads();
   for (bool is_first = true; is_first || group < fetch.n_groups; is_first = false, group += fetch.per_round) {
-    const bool has_keys = group < fetch.n_groups, has_query = is_first && j.is_cosine && warp < n_queries;
-    sim_stream_norms norms;
+    const bool has_keys = group < fetch.n_groups,
+               has_queries = is_first && j.is_cosine && warp == SIM_STREAM_WARPS - 1;
+    sim_squares squares, of_queries;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    norms.clear();
+    squares.clear();
+    of_queries.clear();
     for (int step = 0; step < n_steps; step++) {
       ks_cp_async_wait<STREAM_AHEAD - 1>();
       __syncwarp();
       fetch.next(j);
-      if (has_keys) {
-        const uint4 *stage = stages + slot * STREAM_STAGE;
-        sim_stream_product(sh, stage, n_queries, step, sum);
-        if (j.is_cosine) norms.add_keys(stage);
-      }
-      if (has_query) norms.add_query(sh, warp, step);
+      if (has_keys)
+        sim_stream_product(sh, stages + slot * STREAM_STAGE, n_queries, step, sum, &squares, j.is_cosine);
+      if (has_queries) sim_stream_square_queries(sh, n_queries, step, &of_queries);
       slot = slot + 1 == SIM_STREAM_STAGES ? 0 : slot + 1;
     }
     if (is_first) {
-      const double f = !j.is_cosine ? 1.0
-                                    : sim_factor(j.q, warp < n_queries ? warp : j.q.n_rows, lane % SIM_SLOTS,
-                                                 norms.hi[2], norms.lo[2], NULL);
-      if (lane == 0) sh.fq[warp] = f, sh.gq[warp] = sim_float_factor(f);
+      of_queries.spread();
+      const double f = j.is_cosine ? sim_factor(j.q, min(lane / 4, n_queries - 1), of_queries.hi[0],
+                                                of_queries.lo[0], false, NULL)
+                                   : 1.0;
+      if (warp == SIM_STREAM_WARPS - 1 && lane % 4 == 0)
+        sh.fq[lane / 4] = f, sh.gq[lane / 4] = sim_float_factor(f);
       __syncthreads();
     }
     if (!has_keys) continue;
     const int64_t k0 = group * SIM_STREAM_KEYS;
-    sim_stream_scale(j, sh, norms, k0, sum);
+    sim_stream_scale(j, sh, &squares, k0, sum);
     if constexpr (MODE == SIM_TOP) {
       sim_stream_take_top(j, sh, k0, n_queries, sum);
     } else {
