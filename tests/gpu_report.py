@@ -2,7 +2,7 @@
 """The table of goals: this project's rows and its peers', joined by name, beside what experiments/bench_goals.def asks for.
 
     gpu_report.py --ours FILE [--peers FILE] [--goals DEF] [--ladder CSV [--kernels FOLDER]] [--partial]
-                  [--out FILE] [--readme FILE] [--worst N]
+                  [--out FILE] [--readme FILE] [--worst N] [--variant NAMES]
 
 --ours, --peers  lines of JSON as `keepsake bench goals --jsonl` and bench_peers.py write them, of one card and one commit. Runs
                  (lines with "run") may follow each other: the samples of a case are taken together.
@@ -12,6 +12,7 @@
 --worst N        instead: the names of the N cases that are furthest from their goals, a line each (0: all that missed)
 --ladder         checks the CSV (kernel, version, commit, idea, predicted, came out, card) and adds it to the report; with
                  --kernels, every .cu with a ladder must have a row
+--variant        rows of these kernels, as the program named them in its rows, instead of the default ones
 --allow-scaled   rows of bench_peers.py --scale, for tries of the script itself
 
 A goal is met, missed by a share of its threshold, not measured (with the reason), or suspect: over a measured ceiling, which
@@ -375,7 +376,7 @@ def report(args):
     peer_runs, peer_rows = read_rows(args.peers, cases, True, args.allow_scaled) if args.peers else ([], [])
     if peer_runs and not args.allow_scaled:
         same_card(our_runs, peer_runs)
-    ours = group_rows([r for r in our_rows if not r.get("variant")], lambda r: r["name"])
+    ours = group_rows([r for r in our_rows if (r.get("variant") or "") == args.variant], lambda r: r["name"])
     peers = group_rows(peer_rows, lambda r: (r["name"], r["peer"]))
     missing = [name for name in cases if name not in ours]
     if missing and not args.partial:
@@ -403,6 +404,7 @@ def main(argv):
     for name in ("--peers", "--out", "--readme", "--ladder", "--kernels"):
         parser.add_argument(name)
     parser.add_argument("--worst", type=int)
+    parser.add_argument("--variant", default="")
     parser.add_argument("--partial", action="store_true")
     parser.add_argument("--allow-scaled", action="store_true")
     args = parser.parse_args(argv)

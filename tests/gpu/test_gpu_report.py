@@ -106,6 +106,11 @@ Goals: 6 met, 2 missed, 0 not measured, 0 suspect. Times: medians, with quartile
         self.assertIn("| lora.3b | 107 ms (102.5 to 111.5) | - | - | 57.2 % |", out)
         self.assertIn("2 run(s)", out)
 
+    def test_variants(self):
+        lines = ours() + [dict(ours()[1], variant="linear_forward=wgmma", median_ms=50.0, samples_ms=[50.0])]
+        self.assertIn("| lora.3b | 102 ms", self.call(lines, theirs())[1])
+        self.assertIn("| lora.3b | 50 ms", self.call(lines, theirs(), "--partial", "--variant", "linear_forward=wgmma")[1])
+
     def test_worst(self):
         status, out, _ = self.call(ours(), theirs(), "--worst", "5")
         self.assertEqual((status, out), (0, "sim.1\n"))
