@@ -38,7 +38,6 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CASE_LINE = re.compile(r'^KS_CASE\((\w+), ([\w.]+), (\w+), "([^"]*)"\)$')
-GOAL_LINE = re.compile(r"^KS_GOAL\(([\w.]+), (\w+), (at_least|at_most|exactly), ([\d.]+), ([\w.]+)\)$")
 SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary, rope theta, tied head, eps
     "1b": (2048, 16, 32, 8, 8192, 128256, 5e5, True, 1e-5),
     "3b": (3200, 26, 32, 32, 8640, 32000, 1e4, False, 1e-6),

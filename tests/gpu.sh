@@ -339,7 +339,8 @@ goal_rows() { # FILE: how many
 
 run_goals() {
   [ "$append" = yes ] || rm -f "$out/goals.jsonl" "$out/peers.jsonl"
-  ours="--device cuda --seconds $(sample_seconds)" theirs="--device cuda --seconds $(sample_seconds)"
+  # Two rounds are taken together, so that half the usual samples are enough in each.
+  ours="--device cuda --seconds $(sample_seconds) --samples 8" theirs="--device cuda --seconds $(sample_seconds)"
   [ -z "$(manifest shim)" ] || ours="--device cuda --scale 512 --seconds 0 --samples 1" theirs="--device cpu --scale 512 --no-compile --samples 2 --seconds 0"
   if ! command -v "$python" >/dev/null 2>&1 || ! "$python" -c 'import torch' >/dev/null 2>&1; then
     note skipped "peers: $python has no PyTorch"
