@@ -7,7 +7,7 @@
 #ifndef KS_CUDA_ROPE_CUH
 #define KS_CUDA_ROPE_CUH
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/row.cuh"
 
 #define ROPE_MAX_ANGLE 0x1p40
 
@@ -25,8 +25,8 @@ template <class T, int E> union rope_unit {
 /* A unit to memory, by one store. */
 template <class T, int E> KS_DEVICE void rope_store_unit(T *p, const rope_unit<T, E> &u) {
   typedef typename rope_word<E *(int)sizeof(T)>::type word;
-  if constexpr (sizeof(word) >= 8)
-    __stwb((word *)p, u.word);
+  if constexpr (sizeof(word) == 16)
+    ks_store_16(p, u.word.x, u.word.y, u.word.z, u.word.w);
   else
     *(word *)p = u.word;
 }

@@ -41,9 +41,15 @@ KS_DEVICE ks_bf16 ks_piece_get(const ks_piece<ks_bf16> &p, int i) {
   return x;
 }
 
-/* 16 bytes as one store, which the compiler may make four of when they are written as an assignment. */
+/* 16 bytes of device memory as one store, which the compiler may make four of when it is written as an assignment. */
 KS_DEVICE void ks_store_16(void *p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  __stwb((uint4 *)p, make_uint4(a, b, c, d));
+#ifdef KS_CUDA_ON_CPU
+  *(uint4 *)p = make_uint4(a, b, c, d);
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+#endif
 }
 
 /* All N elements, or zeros. p aligned to 16 bytes. */
