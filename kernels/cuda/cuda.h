@@ -46,6 +46,11 @@ ks_status ks_cuda_stage(ks_ctx *ctx, const void *host, size_t bytes, const void 
  * happens in the first step only. */
 ks_status ks_cuda_workspace(ks_ctx *ctx, size_t bytes, void **device);
 
+/* KS_CUDA_N_COUNTERS integers in device memory, all 0: for blocks that count who is the last of them. A kernel leaves those it
+ * used at 0, so that no launch needs a fill before it. */
+enum { KS_CUDA_N_COUNTERS = 1 << 14 };
+ks_status ks_cuda_counters(ks_ctx *ctx, unsigned **device);
+
 /* Queues the delivery of `bytes` at `device` to `host`, which receives them at the next ks_sync (a "late" output of ops.h). */
 ks_status ks_cuda_deliver(ks_ctx *ctx, void *host, const void *device, size_t bytes);
 /* Queued fill and copy inside device memory. */

@@ -152,6 +152,7 @@ typedef struct {
   ks_cuda_late late;
   void *workspace;
   size_t workspace_bytes;
+  unsigned *counters;
   ks_cuda_blas *blas;
   int integrated; /* the device has the system's memory */
   ks_cuda_steps *steps;

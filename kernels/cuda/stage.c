@@ -168,6 +168,22 @@ ks_status ks_cuda_workspace(ks_ctx *ctx, size_t bytes, void **device) {
   return KS_OK;
 }
 
+ks_status ks_cuda_counters(ks_ctx *ctx, unsigned **device) {
+  ks_cuda *cuda = ks_cuda_of(ctx);
+  const size_t bytes = KS_CUDA_N_COUNTERS * sizeof **device;
+  *device = NULL;
+  KS_TRY(ks_cuda_alive(ctx, "counters"));
+  if (!cuda->counters) {
+    void *made;
+    KS_TRY(ks_cuda_alloc(ctx, "counters", bytes, &made));
+    cuda->counters = made;
+    ks_mem_account(ctx, bytes, 0);
+    KS_CUDA_TRY(ctx, "counters", cudaMemsetAsync(made, 0, bytes, cuda->stream));
+  }
+  *device = cuda->counters;
+  return KS_OK;
+}
+
 /* ---------------------------------------------------------------- late outputs */
 
 static ks_status late_room(ks_ctx *ctx, size_t bytes, void **pinned) {
@@ -253,4 +269,6 @@ void ks_cuda_stage_exit(ks_ctx *ctx) {
   free(cuda->late.entries);
   ks_mem_account(ctx, 0, cuda->workspace_bytes);
   cudaFree(cuda->workspace);
+  if (cuda->counters) ks_mem_account(ctx, 0, KS_CUDA_N_COUNTERS * sizeof *cuda->counters);
+  cudaFree(cuda->counters);
 }
