@@ -188,7 +188,7 @@ struct sim_run {
   bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors;
   char *room; /* workspace; offsets in it: */
   size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, lists, list_index, scores, index, partial,
-      mean, count, arrivals, nearest, far[2], picked;
+      mean, count, nearest, far[2], picked;
   const int32_t *groups, *query_groups;
 };
 
@@ -371,7 +371,6 @@ static ks_status sim_reserve(sim_run *r) {
   if (r->copies_k) r->k_copy = sim_take(r, (size_t)a->n_k * cols, sizeof(ks_bf16));
   if (r->has_q_factors) r->q_factors = sim_take(r, n, sizeof(double));
   if (r->has_k_factors) r->k_factors = sim_take(r, (size_t)a->n_k, sizeof(double));
-  r->arrivals = sim_take(r, (size_t)sim_ceil(r->n_slab, bn), sizeof(unsigned));
   if (r->mode == SIM_TOP) {
     const size_t last = (size_t)((a->n_q - 1) % r->n_slab + 1), whole = sim_n_lists(r, n),
                  n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
@@ -440,9 +439,7 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
     j.is_finished_here =
         r->shape == SIM_STREAM || (r->shape != SIM_BIG && r->shape != SIM_TILE &&
                                    j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST);
-    j.arrivals = (unsigned *)(r->room + r->arrivals);
-    if (j.is_finished_here && (j.n_parts > 1 || r->shape == SIM_STREAM))
-      KS_TRY(ks_cuda_fill(r->ctx, j.arrivals, 0, (size_t)j.n_q_tiles * sizeof(unsigned)));
+    KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
   }
   KS_TRY(sim_launch(r, r->shape, r->is_any, &j));
   return sim_finish_apart(r, &j);

@@ -58,7 +58,7 @@ struct sim_job {
   const sim_far *far_in; /* [n_far] of the launch before */
   sim_far *far_out;      /* [n_parts] */
   int64_t *picked;       /* [pick_number] is written */
-  unsigned *arrivals;    /* [n_q_tiles] zeros; NULL with one part */
+  unsigned *arrivals;    /* [n_q_tiles] zeros, left so */
   int64_t n_parts, tiles_per_part, n_q_tiles;
   int64_t k_rows; /* keys to look at: all, or none (the last pick) */
   int64_t k_size; /* bytes of an element of k */

@@ -239,7 +239,10 @@ SIM_APART sim_finish(const sim_job &j) {
   __threadfence();
   __syncthreads();
   if (j.n_parts > 1) {
-    if (threadIdx.x == 0) sh.groups[0] = atomicAdd(j.arrivals + q_tile, 1u) == (unsigned)(j.n_parts - 1);
+    if (threadIdx.x == 0) {
+      sh.groups[0] = atomicAdd(j.arrivals + q_tile, 1u) == (unsigned)(j.n_parts - 1);
+      if (sh.groups[0]) j.arrivals[q_tile] = 0;
+    }
     __syncthreads();
     if (!sh.groups[0]) return;
     __threadfence();

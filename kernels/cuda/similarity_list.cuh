@@ -68,7 +68,7 @@ struct sim_waiting {
 };
 /* Not inlined, here and below: what runs once at the end of a launch would else be thousands of instructions that no
  * cache holds. */
-static __device__ __noinline__ void sim_waiting_join(sim_waiting *w, int best_k, int lane) {
+[[maybe_unused]] static __device__ __noinline__ void sim_waiting_join(sim_waiting *w, int best_k, int lane) {
   sim_entry x = lane < w->n ? w->room[lane] : 0;
   const sim_entry rest = KS_WARP + lane < w->n ? w->room[KS_WARP + lane] : 0;
   __syncwarp();
@@ -92,8 +92,8 @@ KS_DEVICE void sim_waiting_add(sim_waiting *w, sim_entry x, int best_k, int lane
 /* The best of n_lists falling lists of best_k entries, one behind the other at `from`, for one warp: lane i gets
  * the i-th. Every list's head is looked at first: the best_k-th of 32 lanes' best heads is a floor, which all but
  * a few lists lie below. room: [64], shared. */
-static __device__ __noinline__ sim_entry sim_gather(const sim_entry *from, int64_t n_lists, int best_k,
-                                                    sim_entry *room, int lane) {
+[[maybe_unused]] static __device__ __noinline__ sim_entry sim_gather(const sim_entry *from, int64_t n_lists,
+                                                                     int best_k, sim_entry *room, int lane) {
   enum { AHEAD = 8, TOGETHER = 4 };
   sim_entry top = 0;
 #pragma unroll 8
