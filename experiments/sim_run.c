@@ -187,7 +187,7 @@ ks_status ks_experiment_run(const ks_matrix *m, const ks_experiment_options *opt
   KS_TRY_OUT(write_index(m)); /* every shard writes the same one */
   const double start = ks_clock_seconds();
   status = run_cohorts(m, options, ctx);
-  say_busy(ctx, ks_clock_seconds() - start);
+  if (status == KS_OK) say_busy(ctx, ks_clock_seconds() - start);
 out:
   ks_ctx_destroy(ctx);
   free(cells);
