@@ -15,7 +15,7 @@
  *
  * Determinism: fixed order; a row's bits depend on d and n_vocab alone. L: d / 16 products + 63 + 2 within a tile.
  *
- * Resources (nvcc 13.0, sm_90a): as product_wgmma.cuh; no spills.
+ * Resources (nvcc 13.0, sm_90a): as product_wgmma.cuh; at most 222 of the consumers' 224 registers, no spills.
  *
  * Ladder
  *   v1  this. Not measured yet.

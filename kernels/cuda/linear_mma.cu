@@ -27,7 +27,7 @@
  * Ladder
  *   128 x 128 x 32, three buffers, warps of 64 x 32. Not measured yet.
  *   Next, not built: warps of 64 x 64 (four of them): 8 ldmatrix for 32 mma instead of 6 for 16, at 128 sums a thread.
- *   Next, not built: wgmma with TMA on sm_90. */
+ *   On sm_90: linear_wgmma.cu. */
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/tile.cuh"
 

@@ -7,7 +7,7 @@
  * product, 0.8 % for 2048, and no pass over y. They are rounded and padded by warps that load nothing else, into the stage whose
  * turn it is. Row tiles begin with each segment: none has rows of two, so that one adapter's NaN stays in its rows and every tile
  * has one B. Rows of a segment's last tile that are not its own are computed and not stored: at most 127 a segment.
- * Backward with dropout: the mask is between the adapters' sum and dx, so expand adds it afterwards (lora_mma.cu).
+ * Backward with dropout: the mask is between the adapters' sum and dx, so expand adds it afterwards (lora_term.cu).
  *
  * W is read as it lies, [n_out, n_in]: forward its lines are k, backward they are columns (MN-major, transposed by the product).
  *

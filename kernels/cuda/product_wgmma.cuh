@@ -30,7 +30,8 @@
  * blocks with multicast would halve the bytes of B (next, not built; the shim runs one block at a time).
  *
  * Registers: 168 at launch; the loaders give back to 56, the consumers take 224 (128 of them sums). Shared memory: 4 x 48 KB (BN 256)
- * or 6 x 32 KB (BN 128) and barriers.
+ * or 6 x 32 KB (BN 128) and barriers, so one block an SM: 12 warps. From the disassembly (nvcc 13.0): no spills, no serialized
+ * products; the loop is unrolled twice, 132 instructions for 8 m64n256k16 or 16.5 each, beside 128 cycles that each takes.
  *
  * Order of a sum: k in rising sixteens, each the tensor core's own; then the extra stages. It depends on nothing else. */
 #ifndef KS_CUDA_PRODUCT_WGMMA_CUH
