@@ -73,11 +73,13 @@ class ByLayers:
 
 
 class Trained:
-    """A PEFT model in training, shared by the peers of a case; weights() puts the adapters back to their beginning."""
+    """A PEFT model in training, shared by the peers of a case; restart() puts the adapters back to their beginning."""
 
-    def __init__(self, env, p, n_adapters):
+    def __init__(self, env, p, n_adapters, checkpointing=False):
         self.env, self.p = env, p
         self.model = with_adapters(env, p, n_adapters).train()
+        if checkpointing:  # for good: switched on and off it would change what the other peers do, and compile them anew
+            self.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.tokens = random_tokens(env, p, p["n_seqs"], p["seq_len"])
         self.parameters = {"a%d" % i: [q for n, q in self.model.named_parameters() if ".a%d." % i in n] for i in range(n_adapters)}
         if not all(self.parameters.values()):
@@ -94,8 +96,8 @@ class Trained:
 class LoraStep:
     """forward, loss, backward, clipping, AdamW. One adapter after another with its share of the sequences."""
 
-    def __init__(self, trained, call=None, checkpointing=False):
-        self.t, self.env, self.checkpointing = trained, trained.env, checkpointing
+    def __init__(self, trained, call=None):
+        self.t, self.env = trained, trained.env
         self.call = trained.model if call is None else call
         fused = self.env.cuda
         self.optimizers = {k: self.env.torch.optim.AdamW(v, lr=LR, weight_decay=0.01, fused=fused) for k, v in trained.parameters.items()}
@@ -105,9 +107,6 @@ class LoraStep:
 
     def step(self):
         torch, model = self.env.torch, self.t.model
-        base = model.get_base_model()
-        if self.checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.losses, self.norms = [], []
         for name, optimizer in self.optimizers.items():
             if len(self.optimizers) > 1:
@@ -119,8 +118,6 @@ class LoraStep:
             self.norms.append(torch.nn.utils.clip_grad_norm_(self.t.parameters[name], 1.0))
             optimizer.step()
             self.losses.append(loss.detach())
-        if self.checkpointing:
-            base.gradient_checkpointing_disable()
 
     def figures(self):
         loss, norm = [float(x) for x in self.losses], [float(x) for x in self.norms]
@@ -166,7 +163,7 @@ def lora_step(env, case):
     if not case["name"].startswith("lora."):
         return [eager, ("peft_layers_compiled", lambda: LoraStep(trained(), ByLayers(env, trained().model)), False)]
     return [eager, ("peft_compiled", lambda: LoraStep(trained(), env.compile(trained().model)), False),
-            ("peft_checkpointed", lambda: LoraStep(trained(), checkpointing=True), False)]
+            ("peft_checkpointed", lambda: LoraStep(Trained(env, p, 1, checkpointing=True)), False)]
 
 
 class FrozenStep:
