@@ -248,11 +248,11 @@ def cell(counts, name):
     return "-" if counts is None or counts[name] == 0 else str(counts[name])
 
 
-def print_table(rows, arch, command, out):
+def print_table(rows, arch, command, sources, out):
     w = lambda *words: print(*words, sep="", file=out)
     w("# Kernels in machine code, ", arch)
     w()
-    w("Computed from the disassembly, nothing here ran on a GPU. Made by:")
+    w("Computed from the disassembly, nothing here ran on a GPU. ", "Sources: %s. " % sources if sources else "", "Made by:")
     w()
     w("```sh\n", command, "\n```")
     w()
@@ -285,6 +285,7 @@ def main(argv):
     parser.add_argument("--launches", help="file of threads and dynamic shared memory")
     parser.add_argument("--only", default="", help="kernels whose readable names match")
     parser.add_argument("--out", help="file instead of standard output")
+    parser.add_argument("--sources", help="what the objects were made from, as a commit")
     parser.add_argument("--command", default="ninja ks_cuda_sass", help="named in the table as what made it")
     parser.add_argument("objects", nargs="+")
     args = parser.parse_args(argv)
@@ -316,11 +317,11 @@ def main(argv):
         return 1
     if args.out:
         with open(args.out + ".new", "w", encoding="utf-8") as f:
-            print_table(rows, args.arch, args.command, f)
+            print_table(rows, args.arch, args.command, args.sources, f)
         os.replace(args.out + ".new", args.out)
         print("%s: %d kernels" % (args.out, len(rows)))
     else:
-        print_table(rows, args.arch, args.command, sys.stdout)
+        print_table(rows, args.arch, args.command, args.sources, sys.stdout)
     return 0
 
 
