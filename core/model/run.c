@@ -70,9 +70,12 @@ static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
   a->h_in = a->h_mid = run->h_out;
-  void *u = take(c, rows, run->params.max_rank);
+  void *u[3]; /* maps of one input have one each */
+  for (int i = 0; i < 3; i++)
+    u[i] = take(c, rows, run->params.max_rank);
+  static const int place[KS_N_TARGETS] = {[KS_TARGET_k] = 1, [KS_TARGET_v] = 2, [KS_TARGET_up] = 1};
   for (int t = 0; t < KS_N_TARGETS; t++)
-    a->u[t] = u;
+    a->u[t] = u[place[t]];
   size_t mark = c->n;
   a->q = a->q_pre = take(c, rows, q);
   a->k = a->k_pre = take(c, rows, kv);
