@@ -287,16 +287,15 @@ static ks_status compute_logits(generator *g, const ks_pass *pass, void *h, int6
                                                   .n_cols = m->config.hidden_size}));
     h = x;
   }
-  KS_TRY(ks_rmsnorm_forward(m->ctx, &(ks_rmsnorm_args){.x = h,
-                                                       .w = m->final_norm,
-                                                       .y = x,
-                                                       .n_rows = n_ends,
-                                                       .n_cols = m->config.hidden_size,
-                                                       .eps = m->config.rms_eps}));
-  return ks_linear_forward(
-      m->ctx,
-      &(ks_linear_args){
-          .w = m->head, .x = x, .y = g->logits, .y_is_f32 = true, .generation = true, .n_rows = n_ends});
+  const ks_rmsnorm_args norm = {.x = h,
+                                .w = m->final_norm,
+                                .y = x,
+                                .n_rows = n_ends,
+                                .n_cols = m->config.hidden_size,
+                                .eps = m->config.rms_eps};
+  const ks_linear_args head = {
+      .w = m->head, .x = x, .y = g->logits, .y_is_f32 = true, .generation = true, .n_rows = n_ends};
+  return ks_linears_forward(m->ctx, &(ks_linears_args){.parts = &head, .n_parts = 1, .norm = &norm});
 }
 
 static ks_status sample(generator *g, int64_t n_ends) {
@@ -356,13 +355,19 @@ static ks_status queue_pass(generator *g, const ks_pass *pass, int64_t n_ends, d
   return n_ends > 0 ? sample(g, n_ends) : KS_OK;
 }
 
-/* Passes of the same key queue the same work: as many rows of the same adapters. Keys are longer each time,
- * which attention notices seldom (it counts them in blocks). */
-static uint64_t pass_key(const generator *g, const ks_pass *pass) {
+/* Passes of the same key queue the same work: as many rows of the same adapters, and of prompts the same stretches. Keys of a
+ * sequence that decodes are longer each time, which attention notices seldom (it counts them in blocks). */
+static uint64_t pass_key(const generator *g, const ks_pass *pass, int64_t n_ends) {
   uint64_t key = 0x67656e6572617465; /* "generate" */
   key = ks_hash_mix(key, (uint64_t)pass->all.n_rows);
-  for (int64_t i = 0; i < g->n_active; i++)
-    key = ks_hash_mix(key, (uint64_t)g->active[i].request->adapter);
+  key = ks_hash_mix(key, (uint64_t)n_ends);
+  for (int64_t i = 0; i < g->n_active; i++) {
+    const sequence *s = &g->active[i];
+    key = ks_hash_mix(key, (uint64_t)s->request->adapter);
+    if (s->request->n_tokens > 0) continue;
+    key = ks_hash_mix(key, (uint64_t)s->n_rows);
+    key = ks_hash_mix(key, (uint64_t)s->n_cached);
+  }
   return key;
 }
 
@@ -386,11 +391,10 @@ static ks_status step(generator *g) {
   double start = ks_clock_seconds(), sampling = start, sampled;
   int64_t n_prompt_rows = share_rows(g);
   describe_pass(g, &pass, &n_ends);
-  const bool repeats = n_prompt_rows == 0;
-  if (repeats) KS_TRY(ks_step_begin(ctx, pass_key(g, &pass)));
+  KS_TRY(ks_step_begin(ctx, pass_key(g, &pass, n_ends)));
   ks_status status = queue_pass(g, &pass, n_ends, &sampling);
   sampled = ks_clock_seconds();
-  ks_status ended = repeats ? ks_step_end(ctx) : KS_OK;
+  ks_status ended = ks_step_end(ctx);
   KS_TRY(status != KS_OK ? status : ended);
   KS_TRY(ks_sync(ctx));
   KS_TRY(check_tokens(g, n_ends));

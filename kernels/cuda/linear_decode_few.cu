@@ -55,16 +55,17 @@ enum {
   FEW_RANKS = 16                 /* of an adapter's first step */
 };
 
-/* What a warp loads next: stage k of a tile. */
+/* What a warp loads next. */
 struct few_cursor {
-  int tile, k;
-  const ks_bf16 *w[2]; /* this lane's rows of the tile's halves */
-  int n_left[2];       /* outputs from there on */
+  int tile, n_stages;  /* stages of the run that are left */
+  int left;            /* k of the run from this lane's on */
+  int rows;            /* bit i: row 4i + lane / 8 of the tile is there */
+  const ks_bf16 *w[2]; /* this lane's 8 k of the first row of its in either half */
 };
 
 /* What a lane knows of its warp's share. */
 struct few_place {
-  int begin, end; /* its run of k */
+  int begin, end, n_stages; /* its run of k */
   int n_rows, g, t;
   int64_t row0;
 };
@@ -83,33 +84,35 @@ template <bool SWIGLU> KS_DEVICE few_halves few_halves_of(const decode_args &p, 
 /* ---------------------------------------------------------------- W on its way */
 
 template <bool SWIGLU> KS_DEVICE void few_aim(few_cursor &c, const decode_args &p, const few_place &at) {
-  c.k = at.begin;
   if (c.tile >= p.n_tiles) return;
   const few_halves of = few_halves_of<SWIGLU>(p, c.tile);
-  const int lane = (int)threadIdx.x % KS_WARP;
+  const int lane = (int)threadIdx.x % KS_WARP, col = at.begin + lane % FEW_PIECES * 8;
+  c.n_stages = at.n_stages;
+  c.left = at.end - col;
+  c.rows = 0;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const decode_part &part = p.parts[of.part[h]];
-    const int64_t row = of.n0[h] + lane / FEW_PIECES;
-    c.n_left[h] = part.n_out > row ? (int)min(part.n_out - row, (int64_t)FEW_N) : 0;
-    c.w[h] = part.w + (c.n_left[h] ? row : 0) * p.n_in + lane % FEW_PIECES * 8;
+    const int row = (int)of.n0[h] + lane / FEW_PIECES;
+    c.rows |= (row < (int)part.n_out ? 1 << 2 * h : 0) | (row + 4 < (int)part.n_out ? 2 << 2 * h : 0);
+    c.w[h] = part.w + row * p.n_in + col;
   }
 }
 
-/* Queues the next stage, 16 rows of 64 k, and counts it even where there is none: one group of copies a turn. */
+/* Queues the next stage, 16 rows of 64 k, and counts it even where there is none: one group of copies a turn. Row r of a stage lies
+ * as tile_at has it: its piece q at q ^ (r & 7). */
 template <bool SWIGLU>
 KS_DEVICE void few_issue(few_cursor &c, ks_bf16 *stage, const decode_args &p, const few_place &at) {
-  if (c.tile < p.n_tiles && at.begin < at.end) {
+  if (c.tile < p.n_tiles && at.n_stages > 0) {
     const int lane = (int)threadIdx.x % KS_WARP, line = lane / FEW_PIECES, piece = lane % FEW_PIECES;
-    const bool there = c.k + 8 * piece < at.end;
+    const int rows = c.left > 0 ? c.rows : 0;
 #pragma unroll
-    for (int i = 0; i < FEW_N / 4; i++) {
-      const bool ok = there && i % 2 * 4 < c.n_left[i / 2];
-      ks_cp_async_16(tile_at<FEW_PIECES>(stage, 4 * i + line, piece),
-                     ok ? c.w[i / 2] + i % 2 * 4 * p.n_in + c.k : c.w[i / 2], ok);
-    }
-    c.k += FEW_K;
-    if (c.k >= at.end) {
+    for (int i = 0; i < FEW_N / 4; i++)
+      ks_cp_async_16(tile_at<FEW_PIECES>(stage, 4 * i + line, piece), c.w[i / 2] + i % 2 * 4 * p.n_in, rows >> i & 1);
+    c.w[0] += FEW_K;
+    c.w[1] += FEW_K;
+    c.left -= FEW_K;
+    if (--c.n_stages == 0) {
       c.tile += (int)gridDim.x;
       few_aim<SWIGLU>(c, p, at);
     }
@@ -305,6 +308,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   few_place at;
   at.begin = warp * p.run;
   at.end = min(at.begin + p.run, (int)p.n_in);
+  at.n_stages = at.begin < at.end ? (at.end - at.begin + FEW_K - 1) / FEW_K : 0;
   at.row0 = (int64_t)blockIdx.y * p.rows_at_once;
   at.n_rows = (int)min(p.n_rows - at.row0, (int64_t)p.rows_at_once);
   at.g = lane / 4;
@@ -312,8 +316,9 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   ks_bf16 *ring = room.ring + warp * STAGES * STAGE;
   few_cursor next;
   next.tile = (int)blockIdx.x;
+  next.n_stages = next.left = next.rows = 0;
   few_aim<SWIGLU>(next, p, at);
-#pragma unroll
+#pragma unroll 1 /* short code: it is not in the caches yet */
   for (int s = 0; s < STAGES; s++)
     few_issue<SWIGLU>(next, ring + s * STAGE, p, at);
   ks_grid_start_next();

@@ -14,7 +14,7 @@
  * Uploads and fetches are not part of the graph: they go through pinned memory that changes from step to
  * step, so steps may be queued ahead of the device.
  *
- * Limits: 32 steps are kept, then the one unused for the longest time is forgotten. A kernel has at most 128
+ * Limits: 32 steps are kept, then one is forgotten (goes_before). A kernel has at most 128
  * arguments. */
 #include "kernels/cuda/cuda_impl.h"
 
@@ -421,11 +421,18 @@ static ks_status fetch_late(ks_ctx *ctx, const ks_cuda_steps *steps, const step 
 
 /* ---------------------------------------------------------------- begin, end */
 
+/* A step that never came again goes before one that did, so that many that come once (prompts of all lengths) leave those that
+ * come all the time; else the one unused for longer. */
+static bool goes_before(const step *a, const step *b) {
+  if ((a->graph != NULL) != (b->graph != NULL)) return !a->graph;
+  return a->used_at < b->used_at;
+}
+
 static step *find_step(ks_cuda_steps *steps, uint64_t key) {
   step *oldest = &steps->items[0];
   for (int i = 0; i < steps->n; i++) {
     if (steps->items[i].key == key) return &steps->items[i];
-    if (steps->items[i].used_at < oldest->used_at) oldest = &steps->items[i];
+    if (goes_before(&steps->items[i], oldest)) oldest = &steps->items[i];
   }
   if (steps->n < MAX_STEPS)
     oldest = &steps->items[steps->n++];
