@@ -4,39 +4,52 @@
  *   s_ij = <q_i, k_j> f_i f_j,   f = 1 / |row| with the sign of its scale (cosine), or its scale (dot)
  *
  *   similarity.cu          entries, plans, small kernels
- *   similarity.cuh         the job, order of scores, norms, lists
- *   similarity_kernel.cuh  the kernel of all four operations, on product.cuh
+ *   similarity.cuh         the job, norms, long lists, farthest first
+ *   similarity_list.cuh    lists of up to 32 best
+ *   similarity_stream.cu   up to 8 bf16 queries, bound by memory, one launch
+ *   similarity_tile.cu     many bf16 queries and keys, bound by tensor cores
+ *   similarity_kernel.cuh  all else, on product.cuh: float32, I8 as it lies, odd rows, long lists, few of both
  *   similarity_mma.cu      it on tensor cores
  *   similarity_simt.cu     it in plain fma
  *
  * Products: bf16 and I8 rows on tensor cores (I8 is exact in bf16), whatever meets float32 in plain fma,
  * since the definition is a float32 product. Before sm_80 everything is plain fma.
  *
- * Three shapes of tile, keys x queries, variants of "similarity". Same bits: see Determinism.
- *   few  64 x 8     up to 8 queries: each stored row is read once, 16 bytes an access, 5 stages of 8 KiB
- *                   ahead and 4 blocks an SM (160 KiB under way; 4.25 TB/s times 0.7 us wants 23), norms
- *                   in the same pass. With one query seven of eight columns idle: tensor cores have 40
- *                   times what memory can feed here, plain fma skips them.
- *   mid  128 x 32   more queries; norms in the same pass; one launch for a whole buffer
- *   big  128 x 128  when its tiles fill the card and lists fit shared memory (k <= 32); norms by a pass
- *                   before, which reads k once more: 2 B beside 2 n_q flops an element, 17 % at 1024
+ * Shapes of a block's tile, keys x queries; variants of "similarity". Same bits: see Determinism.
+ *   stream  8 x 16 x 8  up to 8 queries, bf16: 8 warps with 16 keys each. 103 registers, 2 blocks an SM
+ *   few     64 x 8      up to 8 queries, any type: norms in the same pass
+ *   mid     128 x 32    more queries; norms in the same pass; one launch for a whole buffer
+ *   big     128 x 128   when its tiles fill the card, where tile does not fit; norms by a pass before
+ *   tile    256 x 128   when its tiles fill the card and 217 KB of shared memory are there (best k; else 152): sm_90,
+ *                       sm_100; norms by a pass before, which reads k once more. I8 is copied as bf16 by that
+ *                       pass. 239 to 251 registers, 1 block of 8 warps an SM
+ *
+ * Launches: stream, few and mid 1 (few and mid another with more than 64 parts); big and tile 4: factors of keys, of
+ * queries, the kernel, the lists. No fills: ks_cuda_counters.
  *
  * Bytes: n_k d e (e: bytes of an element), once for every 8, 32 or 128 queries and then from L2 where it
- * fits; flops: 2 n_q n_k d. H200 (801 TFLOP/s, 4.25 TB/s, measured), all else computed:
- * bound by memory below 190 queries.
- *   1 x 1 M x 3200 bf16      6.4 GB: 1.51 ms; goal, 85 %: 1.77 ms
- *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync, expected at 60 % of that on Hopper, 327; the goal of 75 %, 261 us,
- *                            wants wgmma there
- *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives 5.5 TB/s (assumed),
- *                            and the merge; goal 10 us
- *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters
+ * fits; flops: 2 n_q n_k d. H200 (796 TFLOP/s, read 4.5 TB/s, measured; mma.sync expected at 60 % of that), all
+ * times computed, none measured yet:
+ *   1 x 1 M x 3200 bf16      6.4 GB: 1.42 ms at 4.5 TB/s; goal, 85 %: 1.67 ms. A warp needs 185 instructions for
+ *                            2 KiB (12 mma), an SM gets 2 KiB in 118 cycles: 1.6 of 4 a cycle
+ *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 2 us lists; goal 10 us
+ *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 10 us
+ *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives
+ *                            5.5 TB/s (assumed), and the merge; goal 10 us, likely just missed with long lists
+ *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters, and wgmma: 3.4 GFLOP are 7 us
+ *                            by mma.sync
+ *   2048 x 8192 x 2048 bf16  69 GFLOP: 86 us; by mma.sync 144, and with 97 % of the SMs, norms (10 us) and lists 180
+ *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync 330, norms 36, lists 20: 390 us, 50 %. The goal, 75 %, wants
+ *                            wgmma: a variant whose core replaces sim_tile::sixteen and sim_tile_fetch; what becomes of
+ *                            the sums (scale, take_*) knows them by sim_tile_m and sim_tile_n only
  *
- * Best k. A tile's scores are compared in registers with each query's worst; when any passes, all go to
- * shared memory (turned so that no bank is met twice), where a warp a query inserts what beats the worst
- * into a sorted list: k (1 + ln(n / k)) insertions of about 15 instructions for n keys of a part. The
- * lists of parts are merged in the order of the keys by the block that is the last of a tile of queries (up
- * to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel
- * with a warp a query.
+ * Best k <= 32: stream, tile: see there. Nothing leaves the registers when no score passes; what passes waits in
+ * buffers, and 32 are sorted and joined at a time. Longer lists, and the other shapes: a tile's scores are compared in
+ * registers with each query's worst; when any passes, all go to shared memory (turned so that no bank is met twice),
+ * where a warp a query inserts what beats the worst: k (1 + ln(n / k)) insertions for n keys of a part, one after
+ * another. The lists of parts are merged in the order of the keys by the block that is the last of a tile of queries
+ * (up to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel with a
+ * warp a query.
  *
  * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
  *
@@ -44,22 +57,31 @@
  * before, compares its keys with that row, and leaves its own farthest: no barrier over the grid, which
  * would need all blocks on the card at once and costs about as much as a launch, and no word from the host.
  *
- * Norms: four interleaved sums of a row, each kept in two floats (Knuth's exact sum). Squares of bf16 and I8
- * are exact; four are added with three roundings (I8: none) before they join. Squares of float32 bring
- * their errors along. Relative error of |row|^2: at most 2 u (bf16), about u^2 (others), u = 2^-24. Sums
- * outside 2^-90 .. 2^126 are taken again in double, so norms have double's range. With f rounded to float32
- * a score is off by at most 6 u beside its product's error; factors outside 2^-60 .. 2^60 go through double.
+ * Norms, each kept in two floats (Knuth's exact sum). bf16 and I8: squares of 16 columns by tensor cores, from zero, four
+ * of these as a tree, then joined: sums in order of the columns, whatever the kernel. Relative error of |row|^2: at
+ * most 6 u (the products are exact, a tensor core cuts off twice in 16, the tree rounds twice; I8: none), u = 2^-24.
+ * float32: four interleaved sums of a row, squares bring their errors along: about u^2. Sums outside 2^-90 .. 2^126
+ * are taken again in double, so norms have double's range. With f rounded to float32 a score is off by at most 10 u
+ * beside its product's error; factors outside 2^-60 .. 2^60 go through double.
  *
  * Determinism: keys are A and queries B of every product, and a product's bits depend on its two rows alone
  * (product.cuh). Orders of scores are total, sums have fixed orders counted from key 0. So results depend
- * on no shape, part or batch. L: d / 16 (tensor cores) or d.
+ * on no shape, part or batch: places in buffers are raced for, what is found in the end is not. L: d / 16 (tensor
+ * cores) or d.
  *
- * Ladder (times: not measured yet)
+ * Ladder (H200; computed where not said to be measured)
  *   considered  scores through shared memory for every tile
- *   v1          this: nothing leaves the registers when no score passes
- *   next, not built: wgmma with TMA; stages carried over from tile to tile; a first worst from a sample of
- *       keys (there are 150 to 200 insertions a query and part at k = 32); clusters with multicast for
- *       one buffer's size; int8 tensor cores where both sides are I8 */
+ *   v1          64 x 8, 128 x 32, 128 x 128 with two stages, lists by insertion. Measured, k = 10, d = 2048,
+ *               bf16: 1 x 8192 matrix 0.024 ms, best 0.093, mean 0.057; 2048 x 8192 matrix 0.324 (27 % of the product
+ *               rate), best 0.727 (12 %). The best of one query: a fill, 128 parts' lists by one warp of a second launch, two
+ *               copies, a wait. Of many: 120 insertions a query and part, each a chain of some 100 cycles
+ *   v2          stream; tile with three stages that go on across tiles, 64 x 64 a warp (395 instructions for 128
+ *               mma, 32 ldmatrix, 12 copies), buffered lists; no fills. Expected: 1 x 8192 best 0.02 ms and the copies and the wait (0.03);
+ *               2048 x 8192 best 0.18
+ *   v2 f32      with one query two warps an SM did copies, norms and sums of 64 keys: measured 0.067 ms, 1300 cycles a
+ *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
+ *   next, not built: wgmma with TMA; norms inside tile (a pass of k is 18 % of the roofline at 1024 queries); tiles
+ *       of 64 x 64 for one buffer's size, clusters with multicast there; int8 tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"
 
 enum {

@@ -2,10 +2,10 @@
  *
  * A warp streams 16 keys at a time through stages of its own, 64 columns (2 KiB) each, 4 of them under way: no barrier
  * of the block stands between a copy and its use. Groups of 16 keys go round over all blocks first and warps second,
- * so that 2048 keys keep 128 SMs busy. The queries lie in shared memory whole. Norms are summed from the same stage as
- * the products (two slots of four a lane, the order of sim_norms), those of query w by warp w beside its first keys.
+ * so that 2048 keys keep 128 SMs busy. The queries lie in shared memory whole. Norms are made from the fragments of the
+ * products, those of the queries by the last warp beside its first keys.
  *
- * A stage costs a warp about 250 instructions: 4 + 2 ldmatrix, 4 mma, 8 pieces of 8 squares at 22 instructions, 4 copies.
+ * A stage costs a warp about 185 instructions (sm_90): 6 ldmatrix, 4 mma of the product, 8 of the squares, 4 copies.
  * At 4.5 TB/s an SM of 132 gets 2 KiB in 118 cycles, in which it could issue 470.
  * Under way an SM: 2 blocks x 8 warps x 4 stages = 128 KiB; 4.5 TB/s x 0.7 us wants 24.
  *

@@ -292,9 +292,10 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
 
 Test(similarity, oracle_everywhere) {
   int64_t bad = 0;
-  set_smem(SMEM_AMPERE);
-  for (int64_t i = 0; i < N_CASES; i++)
+  for (int64_t i = 0; i < N_CASES; i++) {
+    set_smem(i % 2 ? SMEM_AMPERE : SMEM_HOPPER);
     bad += ks_test_everywhere("similarity", i, &cases[i], run);
+  }
   for (int64_t i = 0; !ks_test_is_shim() && i < N_LARGE; i++)
     bad += ks_test_everywhere("similarity", N_CASES + i, &large_cases[i], run);
   cr_assert(bad == 0);
