@@ -260,7 +260,8 @@ static void prefill_drop(ks_goal_subject *s) {
 
 /* ---------------------------------------------------------------- a whole run */
 
-/* A window of an experiment: its arrivals are embedded and scored, every cell of a cohort trains, and texts are generated. */
+/* A window of an experiment: its arrivals are embedded and scored, every cell of a cohort trains, and texts are
+ * generated. */
 typedef struct {
   ks_model *model;
   adapters adapters; /* of the cohort */

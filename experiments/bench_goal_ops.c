@@ -1,6 +1,6 @@
-/* Single operations of `keepsake bench goals`. Inputs are drawn by their place in an array, so the first rows of a large call are
- * those of a small one: they are compared with the CPU, the rest must hold numbers, and all of it must be the same bits after the
- * samples. */
+/* Single operations of `keepsake bench goals`. Inputs are drawn by their place in an array, so the first rows
+ * of a large call are those of a small one: they are compared with the CPU, the rest must hold numbers, and all
+ * of it must be the same bits after the samples. */
 #include "experiments/bench_goals.h"
 #include "experiments/bench_op.h"
 

@@ -1,5 +1,5 @@
-/* Training steps of `keepsake bench goals`. Steps of a group share the memory of their passes, but for the one that is
- * weighed alone. */
+/* Training steps of `keepsake bench goals`. Steps of a group share the memory of their passes, but for the one
+ * that is weighed alone. */
 #include "experiments/bench_goals.h"
 #include "experiments/bench_step.h"
 

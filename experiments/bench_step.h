@@ -1,4 +1,5 @@
-/* A fine-tuning step on random tokens: forward, loss, backward, clipping and AdamW of every adapter, and one wait.
+/* A fine-tuning step on random tokens: forward, loss, backward, clipping and AdamW of every adapter, and one
+ * wait.
  *
  *   ks_bench_step s;
  *   KS_TRY(ks_bench_step_create(&(ks_bench_step_params){...}, &s));   // also after a failure: destroy
@@ -43,8 +44,9 @@ typedef struct {
 ks_status ks_bench_step_create(const ks_bench_step_params *params, ks_bench_step *out);
 ks_status ks_bench_step_once(void *step);
 void ks_bench_step_destroy(ks_bench_step *s); /* may follow a failed create */
-/* A benchmark of training that trains nothing is worth nothing: every gradient's norm is finite and above 0, and the loss fell (of a
- * frozen model: did not rise by a thousandth; its one adapter moves less than the activations' rounding). */
+/* A benchmark of training that trains nothing is worth nothing: every gradient's norm is finite and above 0, and
+ * the loss fell (of a frozen model: did not rise by a thousandth; its one adapter moves less than the
+ * activations' rounding). */
 bool ks_bench_step_learns(const ks_bench_step *s);
 
 #endif
