@@ -2,71 +2,87 @@
  *
  *   o = softmax(q k^T * scale, causal) v per head,  lse = log sum exp(q k^T * scale)
  *
- * Every block b of 64 keys, counted from key 0, is summed on its own, and the blocks of a row are merged in
- * rising order (Milakov & Gimelshein 2018; Dao 2023). With s = q k^T * (scale * log2 e):
+ * One pass over blocks b of 64 keys, counted from key 0, in rising order (Milakov & Gimelshein 2018; Dao 2023). With
+ * s = q k^T * (scale * log2 e) and a base m that begins at -inf:
  *
- *   m_b = max s,  p = 2^(s - m_b),  l_b = sum p,  o_b = p v
- *   m' = max(m, m_b),  l = l 2^(m - m') + l_b 2^(m_b - m'),  o = o 2^(m - m') + o_b 2^(m_b - m')
- *   at the end o / l  and  lse = (m + log2 l) ln 2
+ *   m' = max s of the block if that is above m + 8, else m;  p = 2^(s - m')
+ *   l = l 2^(m - m') + sum p,  o = o 2^(m - m') + p v;  at the end o / l  and  lse = (m + log2 l) ln 2
  *
- * so that who sums which blocks is free. Sequences of many queries: a block of threads has a tile of rows
- * (see attention.cuh), walks over the blocks of keys that its last row sees, and merges in registers.
- * Sequences of few queries (n_q <= 16 and 8 n_q <= n_k, more than one block): the blocks are dealt out, their
- * m_b, l_b, o_b written down, and attention_combine_kernel merges them. Both in one order with one
- * arithmetic: prefill at once, in pieces and token by token agree bit for bit, paged or not, and so does a
- * sequence alone and in any batch. (On the GPU this asks of mma that a row's result depend on nothing but its
+ * A base that is left behind by less than 8 does no harm (weights up to 2^8 round as those up to 1), and the product with 2^(m - m')
+ * = 1 is left out for a whole warp: after the first block it is seldom needed.
+ *
+ * Every row follows this one chain, in every kernel: sum p is ((q0 + q1) + (q2 + q3)) of quarters of 16 keys in each of the four
+ * threads that share a row, and those are added at the end. So prefill at once, in pieces and token by token agree bit for bit, paged
+ * or not, and so does a sequence alone and in any batch. (On the GPU this asks of mma that a row's result depend on nothing but its
  * own row and that zeros add nothing.)
  *
- * Bytes: q and o once; k and v once for each tile of rows, from L2 but for the first. Few queries: k and v
- * once, and 4 (d + 2) for each (query, head, block) written and read: group / 32 of what the keys take in
- * bf16, within L2.
+ *   attention_forward_mma_kernel  a tile of 128 rows (64 beyond 128 columns), see attention.cuh: 4 warps of 32. Keys beyond a warp's
+ *                                 last row are skipped, only blocks on the diagonal are masked.
+ *   attention_few_kernel          sequences of up to 16 rows of a key head, which is decoding: 4 warps share a block of keys.
+ *   attention_forward_simt_kernel float32, Turing, and the plain check (attention_forward_simt.cuh).
  *
- * Flops: 4 d for each visible (query, key) and head, and one exponential. On a H200 (bf16, 801 TFLOP/s,
- * 4.25 TB/s), computed, not measured:
- *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  8.6 GFLOP 11 us,  42 MB 10 us
- *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:      15.0 GFLOP 19 us, 105 MB 25 us
- *   Llama-3.2-1B, decoding 32 sequences at 1024 tokens:            0.3 GFLOP,        67 MB 16 us
- * Beyond 470 and 680 tokens the tensor cores bound the first two.
+ * Bytes: q and o once; k and v once for each tile of rows, from L2 but for the first: tiles are launched in rounds whose keys fit
+ * half of it, in a round the longest first.
  *
- * Serial chain: a score L = d; l in trees over 64 keys; o within a block L = 64; blocks L = n_k / 64.
+ * Flops: 4 d for each visible (query, key) and head, and one exponential. Done are more, by 32 rows and 64 keys: 1.25 times at 256
+ * tokens, 1.12 at 512, 1.03 at 2048.
  *
- * Geometry of mma: 1 to 4 warps of 16 rows; tiles of q, k, v in shared memory, (16 warps + 64) DIM + 64 OUT
- * bf16: DIM 64: 24 KiB, 100 (in 112): 45 KiB, 128: 48 KiB, 256 (two blocks of threads of 128 output columns
- * each): 80 KiB, or 64 KiB with the two warps that fit a device of no more. k and v arrive by cp.async in
- * turns: v while scores are made, the next k while p v is. Registers hold the sums so far, those of the block
- * and the scores: up to 168 for DIM <= 64 (3 blocks of threads an SM), 255 beyond (2); no spills.
- * Few queries: one warp for up to 16 rows: 36 KiB at d = 128, 6 blocks of threads an SM on sm_90, each with
- * 16 KiB under way: 12.6 MB over 132 SM, where 4.25 TB/s at 600 ns ask for 2.6 MB.
- * Turing has no mma for bf16 and takes simt.
+ * A block of keys in a warp of mma, sm_90, from the disassembly (without the branches for masks and values that are not finite):
  *
- * A key or value that is not finite reaches those who see it and nobody else: a hidden score is replaced, and
- * where a block holds values that one row sees and another does not, those not finite go into the sums of the
- * former by hand, and zero into the product. (An infinite value of weight 0 counts as infinite there, not as
- * NaN.)
+ *     d    HMMA  LDSM  exp2  F2FP  registers  shared memory, two stages  blocks an SM
+ *     64    128    32    64    32        231      54 KiB                      2
+ *    100    224    70    64    32        252      90 KiB (112 columns)        2
+ *    128    256    80    64    32        255      96 KiB                      2
  *
- * Ladder (H200, bf16, commit f74fb33)
+ * mma.sync reaches about 0.6 of the measured 796 TFLOP/s, 9 clocks an HMMA and quarter of an SM at 1.98 GHz: 1140, 2000, 2280 clocks
+ * a block of keys and warp. Beside that 512 clocks of exponentials, about 650 to 1000 of issue, and of shared memory (4 clocks a
+ * LDSM, four quarters share it) 510, 1120, 1280: the tensor cores bound it. Two warps a quarter overlap one's softmax with the
+ * other's products. Computed, not measured, at three quarters of that rate: 350 TFLOP/s of what is done (0.44 of 796); of what
+ * counts, 16 k tokens, 32 heads:
+ *     256 tokens  280 TFLOP/s     512 tokens  310     2048 tokens  340     (d = 100: times 100 / 112)
+ * but no more than bytes allow: 8 x 256 tokens, 32 heads of 64, are 34 MB, 8 us, and 2.2 GFLOP, 8 us; predicted 12 us with launch
+ * and the wave that is not full (512 tiles, 264 places), 0.23 of 796 where bytes allow 0.34.
  *
- *   simt  float32 fma, tiles of 32 rows, 4 warps, right operand through one chunk of shared memory, loads not
- *         overlapped. Not measured yet.
+ * Decoding: a block of threads for each (sequence, key head), 4 stages of 64 keys under way (d = 128: 3; two blocks an SM), about
+ * 0.35 us a block of keys. Many sequences: 96 KiB and more under way an SM, where 4.25 TB/s at 600 ns ask for 20: bytes bound it.
+ * One sequence of 2048 keys and 8 key heads: 8 SMs, 32 blocks of keys: 11 us, where 37 us of weights surround it (1B). Its keys are
+ * not dealt out to more: sums in another order would not be the bits of prefill.
  *
- *   mma   as above. Predicted: 16 rows a warp read 32 KiB of shared memory a block of keys for 0.5 MFLOP, so
- *         at most 2048 FLOP a clock and SM, half of a H200's tensor cores. Measured: 8 x 256
- *         tokens, 32 heads of 64: 42 us, 51 TFLOP/s.
+ * A key or value that is not finite reaches those who see it and nobody else: a hidden score is replaced, and where a block holds
+ * values that one row sees and another does not, those not finite go into the sums of the former by hand, and zero into the product.
+ * (An infinite value of weight 0 counts as infinite there, not as NaN.)
  *
- *   Next, not built: two m16 tiles of rows a warp for DIM <= 64, which halves the reads of shared memory;
- *   wgmma with TMA and specialised warps as FlashAttention-3; few queries: four warps that share a block of
- *   keys by columns, for the latency of single sequences. */
+ * Ladder (H200, bf16)
+ *
+ *   simt   float32 fma, tiles of 32 rows, 4 warps, right operand through one chunk of shared memory, loads not overlapped. Not
+ *          measured yet.
+ *
+ *   mma 1  16 rows a warp, one stage, every block of 64 keys summed on its own and merged (two sets of accumulators), decoding dealt
+ *          out over blocks of keys with a second kernel that merges. Predicted: at most half of the tensor cores' rate, by reads of
+ *          shared memory. Measured (f74fb33): 8 x 256 tokens, 32 heads of 64: 42 us, 51 TFLOP/s; decoding one sequence of 2048
+ *          keys 24 us, eight 48 us; each with three copies of tables.
+ *
+ *   mma 2  as above: 32 rows a warp (half of the reads of shared memory a product), one chain, two stages, copies of one width a
+ *          kernel, rows padded instead of swizzled up to 112 columns (addresses are constants), one copy of tables. Predicted: above.
+ *          Not measured yet.
+ *
+ *   Next, not built: for one long sequence, the scores of all keys in one kernel and the chain over values in a second, by columns
+ *   (the same bits, 32 SMs and more); wgmma with TMA and specialised warps as FlashAttention-3. */
 #include "kernels/cuda/attention_few.cuh"
 #include "kernels/cuda/attention_forward_simt.cuh"
 #include "kernels/cuda/attention_plan.cuh"
 #include <float.h>
 
-/* Stages of keys in shared memory: two of a kind an SM where they fit, else what a block of threads may have. */
-template <class SIZE> static int attention_stages_of(const ks_ctx *ctx, SIZE bytes_of, int most) {
+/* Stages of keys in shared memory, at most `most`: as many as leave room for two blocks of threads an SM, but `least`; where there is
+ * none for two, as many as fit. */
+template <class SIZE> static int attention_stages_of(const ks_ctx *ctx, SIZE bytes_of, int least, int most) {
   const ks_cuda_device *device = ks_cuda_device_of(ctx);
   const size_t block = (size_t)device->smem_per_block, half = (size_t)device->smem_per_sm / 2 - 1024;
   int n = most;
-  while (n > 1 && (bytes_of(n) > block || (n > 2 && bytes_of(n) > half)))
+  while (n > least && bytes_of(n) > half)
+    n--;
+  if (bytes_of(n) > half) n = most;
+  while (n > 1 && bytes_of(n) > block)
     n--;
   return n;
 }
@@ -85,12 +101,12 @@ static ks_status attention_partials(ks_ctx *ctx, const attention_plan *p, attent
 template <int DIM, bool WIDE, bool FEW>
 static ks_status attention_launch_mma_dim(ks_ctx *ctx, attention_forward_params f, int64_t n_items) {
   if constexpr (FEW) {
-    f.n_stages = attention_stages_of(ctx, attention_few_smem<DIM>, ATTENTION_FEW_STAGES);
+    f.n_stages = attention_stages_of(ctx, attention_few_smem<DIM>, 2, ATTENTION_FEW_STAGES);
     return ks_launch(ctx, "attention_forward", attention_few_kernel<DIM, WIDE>,
                      dim3((unsigned)(n_items * f.n_kv_heads)), dim3(ATTENTION_THREADS),
                      attention_few_smem<DIM>(f.n_stages), f);
   } else {
-    f.n_stages = attention_stages_of(ctx, attention_forward_smem<DIM>, 2);
+    f.n_stages = attention_stages_of(ctx, attention_forward_smem<DIM>, 1, 2);
     return ks_launch(ctx, "attention_forward", attention_forward_mma_kernel<DIM, WIDE>,
                      dim3((unsigned)(n_items * f.n_kv_heads * attention_size<DIM>::PARTS)),
                      dim3(ATTENTION_THREADS), attention_forward_smem<DIM>(f.n_stages), f);

@@ -8,52 +8,58 @@
  *   sum_l p_il dp_il = <do_i, sum_l p_il v_l> = <do_i, o_i> = D_i.  So
  *   D = rowsum(do * o);  ds = p * (do v^T - D);  dv = p^T do;  dk = scale * ds^T q;  dq = scale * ds k
  *
- * p is computed again from lse. No atomics: three kernels, every output has one owner.
+ * p is computed again from lse. No atomics: every output has one owner. Two kernels (three with simt):
  *
- *   attention_back_dot   D of every (query, head): one warp each.
+ *   attention_back_rows_kernel   dq: a block of threads has a tile of 128 rows (query, head of the group, see attention.cuh) and walks
+ *                                over the keys that they see, 32 at a time. It makes D of its rows first and leaves it, and lse in
+ *                                base 2, to
+ *   attention_back_keys_kernel   dk, dv: a tile of keys, over the rows that see its first key, in rising order. Keys that no query
+ *                                sees get zeros.
  *
- *   KEYS = true          dk, dv: a block of threads has a tile of keys and walks over the rows (query, head of the group, see
- *                        attention.cuh) that see its first key, in rising order. Keys that no query sees get zeros.
+ * The tile is the left operand of S = A1 B1^T and dP = A2 B2^T, so that P and dS leave these products in the registers in which
+ * acc1 += dS B1 (dq or dk) and acc2 += P B2 (dv) want them. A warp has 32 of its rows: what it reads of B serves two products. dk and
+ * dv of 32 keys by more than 64 columns do not fit its registers: there two warps have the same 32 keys, each makes the weights of
+ * half of the 64 rows that stream and half of the columns; they exchange weights through shared memory.
  *
- *   KEYS = false         dq: a block of threads has a tile of rows and walks over the keys that they see.
+ * Bytes: what streams once for each tile of the other side, from L2 but for the first; A and outputs once; o once.
  *
- * The last two are one kernel: a tile stays (A1, A2: k, v or q, do), tiles stream (B1, B2: q, do or k, v):
+ * Flops: 14 d for each visible (query, key) and head, and two exponentials. (10 d count: one kernel for all three would do these,
+ * but dq then needs atomics, a chain of blocks that wait for each other, or n_k / 128 partial float32 copies.)
  *
- *   S = A1 B1^T,  dP = A2 B2^T,  acc1 += dS B1 (dk or dq),  KEYS: acc2 += P B2 (dv)
+ * A step of a warp, sm_90, from the disassembly (without masks):
  *
- * As A is the left operand, P and dS leave their products in the registers in which the next ones want them.
+ *            d    rows x keys   HMMA  LDSM  LDS, STS  exp2   registers  shared memory   blocks an SM
+ *     rows   64     32 x 32       96    32               32        235     55 KiB            2
+ *           100     32 x 32      168    70               32        252     91 KiB            2
+ *           128     32 x 32      192    80               32        255     97 KiB            2
+ *     keys   64     32 x 32      128    48               32        255     55 KiB            2
+ *           100     64 x 32      224    84        16     32        254    106 KiB            2
+ *           128     64 x 32      256    96        16     32        251    113 KiB            2
  *
- * Bytes: what streams once for each tile of the other side, from L2 but for the first; A and outputs once.
+ * At 9 clocks an HMMA and quarter of an SM (attention.cu) rows take 850, 1500, 1700 clocks and keys 1140, 2000, 2280; shared memory,
+ * 16 clocks an LDSM, 510, 1120, 1280 and 770, 1600, 1790: the tensor cores bound it, at d = 100 and 128 with little to spare.
+ * Computed, not measured, at three quarters of 480 TFLOP/s done, so 10 / 14 of that by what counts: 16 k tokens, 32 heads:
+ *     256 tokens  200 TFLOP/s     512 tokens  225     2048 tokens  250     (d = 100: times 100 / 112)
+ * 8 x 256 tokens, 32 heads of 64: 9.5 GFLOP done 26 us, 100 MB 24 us (of them half from L2); predicted 32 us.
  *
- * Flops: 14 d for each visible (query, key) and head, and two exponentials. (10 d with one kernel, whose dq
- * needs atomics, or a second pass over n_k / 64 partial float32 copies.) On a H200 (bf16, 801 TFLOP/s,
- * 4.25 TB/s), computed, not measured:
- *   Llama-3.2-1B (32 heads, 8 key heads, d = 64), 8 x 512 tokens:  30 GFLOP 37 us, 143 MB 34 us
- *   OpenLLaMA-3B (32 heads, d = 100 in 112), 8 x 512 tokens:       53 GFLOP 66 us, 315 MB 74 us
+ * Serial chain: S, dP: L = d; dk, dv: L = group * n_q; dq: L = n_k; D: L = d / 8 and a tree.
  *
- * Serial chain: S, dP: L = d; dk, dv: L = group * n_q; dq: L = n_k; D: L = d / 32 and a tree.
+ * Turing has no mma for bf16 and takes simt. 8.6, 8.9 and 12.0 (99 KiB) have one stage for dk, dv beyond 96 columns.
  *
- * Geometry of mma: 4 warps of 16 tile rows; streamed tiles of 64 rows (DIM <= 64), 32 (DIM <= 128) or 16, in
- * two stages, by cp.async, one tile ahead. Shared memory, 128 DIM bf16 for A and 2 rows DIM a stage for B:
- * DIM 64: 48 KiB, 100 (in 112): 60 KiB, 128: 64 KiB, 256: 96 KiB, and lse and D of the streamed rows; fewer
- * stages, then fewer warps, where the device has less. Beyond 128 columns two blocks of threads make 128
- * columns each of the same tile. Registers: up to 255, 2 blocks of threads an SM; no spills.
- * Turing has no mma for bf16 and takes simt.
+ * Determinism: fixed order by construction; a sequence's gradients depend on nothing but itself. Hidden pairs inside a tile take part
+ * with p = ds = 0, so a query or key that is not finite makes the rows of its tile NaN, as on the CPU.
  *
- * Determinism: fixed order by construction; a sequence's gradients depend on nothing but itself. Hidden pairs
- * inside a tile take part with p = ds = 0, so a query or key that is not finite makes the rows of its tile
- * NaN, as on the CPU.
+ * Ladder (H200, bf16)
  *
- * Ladder (H200, bf16, commit f74fb33)
+ *   simt   float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared memory. Not measured yet.
  *
- *   simt  float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared memory. Not measured
- *         yet.
+ *   mma 1  16 rows a warp, dq and dk, dv in one kernel's two shapes, D by a kernel of its own. Predicted: bound by reads of shared
+ *          memory. Measured (f74fb33): 8 x 256 tokens, 32 heads of 64: 97 us, 56 TFLOP/s.
  *
- *   mma   as above. Predicted: bound by reads of shared memory like the forward kernel, 16 rows a warp. Measured: 8 x 256
- *         tokens, 32 heads of 64: 97 us, 56 TFLOP/s.
+ *   mma 2  as above. Predicted: above. Not measured yet.
  *
- *   Next, not built: one kernel with dq in a fixed order through partial sums, for short sequences; clusters that share a
- *   streamed tile by multicast; wgmma with two consumer warp groups as FlashAttention-3. */
+ *   Next, not built: 10 d with dq added in the order of falling keys by blocks that wait for each other; wgmma with two consumer warp
+ *   groups as FlashAttention-3. */
 #include "kernels/cuda/attention_back_mma.cuh"
 #include <float.h>
 #include <stdlib.h>
@@ -204,26 +210,25 @@ static ks_status attention_back_stage_tables(ks_ctx *ctx, const ks_attention_arg
   return KS_OK;
 }
 
-/* Two stages of what streams, or one where the device has no room for more. */
-template <class SIZE> static int attention_back_stages(const ks_ctx *ctx, SIZE bytes_of) {
-  return bytes_of(2) <= (size_t)ks_cuda_device_of(ctx)->smem_per_block ? 2 : 1;
-}
 template <int DIM, bool WIDE>
-static ks_status attention_back_launch_dim(ks_ctx *ctx, attention_back_params p, int64_t n_items, bool keys) {
-  p.n_stages = keys ? attention_back_stages(ctx, attention_back_keys_smem<DIM>)
-                    : attention_back_stages(ctx, attention_back_rows_smem<DIM>);
-  const int parts = attention_size<DIM>::PARTS;
-  const dim3 grid((unsigned)(n_items * p.n_kv_heads * parts)), block(ATTENTION_THREADS);
-  return keys ? ks_launch(ctx, "attention_backward", attention_back_keys_kernel<DIM, WIDE>, grid, block,
-                          attention_back_keys_smem<DIM>(p.n_stages), p)
-              : ks_launch(ctx, "attention_backward", attention_back_rows_kernel<DIM, WIDE>, grid, block,
-                          attention_back_rows_smem<DIM>(p.n_stages), p);
+static ks_status attention_back_launch_dim(ks_ctx *ctx, const attention_back_params *p, int64_t n_items,
+                                           bool keys) {
+  const dim3 grid((unsigned)(n_items * p->n_kv_heads * attention_size<DIM>::PARTS)), block(ATTENTION_THREADS);
+  const size_t two = attention_back_keys_smem<DIM>(2), one = attention_back_keys_smem<DIM>(1);
+  if (!keys)
+    return ks_launch(ctx, "attention_backward", attention_back_rows_kernel<DIM, WIDE>, grid, block,
+                     attention_back_rows_smem<DIM>(), *p);
+  if constexpr (attention_back_size<DIM, true>::PAIRED) /* 8.6, 8.9 and 12.0 have no room for two stages */
+    if (two > (size_t)ks_cuda_device_of(ctx)->smem_per_block)
+      return ks_launch(ctx, "attention_backward", attention_back_keys_kernel<DIM, WIDE, 1>, grid, block, one,
+                       *p);
+  return ks_launch(ctx, "attention_backward", attention_back_keys_kernel<DIM, WIDE, 2>, grid, block, two, *p);
 }
 template <bool WIDE>
 static ks_status attention_back_launch_mma(ks_ctx *ctx, const attention_back_params *p, int64_t n_items,
                                            bool keys) {
 #define X(DIM)                                                                                               \
-  if (p->d <= DIM) return attention_back_launch_dim<DIM, WIDE>(ctx, *p, n_items, keys);
+  if (p->d <= DIM) return attention_back_launch_dim<DIM, WIDE>(ctx, p, n_items, keys);
   KS_ATTENTION_SIZES(X)
 #undef X
   return KS_EUNSUPPORTED; /* refused before */

@@ -6,7 +6,7 @@
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_simt.cuh"
 
-/* M: row tiles of a warp. KEPT: left operands stay in registers. PAIRED: two warps have the same keys; each makes the weights of half of the rows that stream, and half of
+/* M: row tiles of a warp. KEPT: those of the scores stay in registers. PAIRED: two warps have the same keys; each makes the weights of half of the rows that stream, and half of
  * the columns of the gradients. OUT: columns that a warp accumulates. */
 template <int DIM, bool KEYS> struct attention_back_size {
   static constexpr int STRIDE = attention_tile<DIM>::STRIDE, M = DIM > 128 ? 1 : 2;
@@ -22,7 +22,6 @@ template <int DIM, bool KEYS> struct attention_back_size {
 template <int DIM, bool KEYS> struct attention_back_ring {
   ks_bf16 *b1, *b2;
   float2 *sums;
-  int last_stage; /* stages - 1: 0 or 1 */
 };
 
 template <int DIM, bool KEYS, bool WIDE>
@@ -34,9 +33,10 @@ KS_DEVICE void attention_back_bring(const attention_back_ring<DIM, KEYS> *ring, 
   ks_bf16 *b1 = ring->b1 + stage * N * size::STRIDE, *b2 = ring->b2 + stage * N * size::STRIDE;
   if (n > 0) {
     if constexpr (KEYS) {
-      attention_load<DIM, N, WIDE>(b1, attention_back_queries(p, w, (const ks_bf16 *)p->q, from), n, p->d);
-      attention_load<DIM, N, WIDE>(b2, attention_back_queries(p, w, (const ks_bf16 *)p->d_o, from), n, p->d);
-      const int i = (int)threadIdx.x;
+      attention_load_both<DIM, N, WIDE>(b1, attention_back_queries(p, w, (const ks_bf16 *)p->q, from), b2,
+                                        attention_back_queries(p, w, (const ks_bf16 *)p->d_o, from).first, n,
+                                        p->d);
+      const int i = attention_thread();
       if (i < N)
         ks_cp_async_8(ring->sums + stage * N + i,
                       p->dot + 2 * attention_back_place(p, w, i < n ? from + i : from), i < n);
@@ -131,44 +131,40 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
   ks_bf16 *a1 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   ks_bf16 *a2 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   attention_back_ring<DIM, false> ring;
-  ring.last_stage = p.n_stages - 1;
-  ring.b1 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
-  ring.b2 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
+  ring.b1 = ks_smem_take<ks_bf16>(&smem, (size_t)2 * N * size::STRIDE);
+  ring.b2 = ks_smem_take<ks_bf16>(&smem, (size_t)2 * N * size::STRIDE);
   float2 *row_sums = ks_smem_take<float2>(&smem, size::TILE);
   attention_back_work w;
   attention_back_work_at<false>(&p, PARTS, size::TILE, &w);
   const int part = (int)blockIdx.x % PARTS;
-  attention_load<DIM, size::TILE, WIDE>(a1, attention_back_queries(&p, &w, (const ks_bf16 *)p.q, w.begin),
-                                        w.n, p.d);
-  attention_load<DIM, size::TILE, WIDE>(a2, attention_back_queries(&p, &w, (const ks_bf16 *)p.d_o, w.begin),
-                                        w.n, p.d);
+  attention_load_both<DIM, size::TILE, WIDE>(
+      a1, attention_back_queries(&p, &w, (const ks_bf16 *)p.q, w.begin), a2,
+      attention_back_queries(&p, &w, (const ks_bf16 *)p.d_o, w.begin).first, w.n, p.d);
   attention_back_bring<DIM, false, WIDE>(&ring, 0, &p, &w, w.from);
   attention_back_sums(&p, &w, row_sums);
   const int first_seen = attention_back_seen(&p, &w, w.begin + attention_min(row, w.n - 1)),
             last_seen =
                 row < w.n ? attention_back_seen(&p, &w, w.begin + attention_min(row + 16 * M, w.n) - 1) : 0;
-  uint32_t left1[M][size::KEPT ? DIM / 16 : 1][4], left2[M][size::KEPT ? DIM / 16 : 1][4];
+  uint32_t left[M][size::KEPT ? DIM / 16 : 1][4];
   if constexpr (size::KEPT) {
     ks_cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < M * DIM / 16; i++) {
-      attention_left<DIM>(left1[i % M][i / M], a1, row + 16 * (i % M), i / M);
-      attention_left<DIM>(left2[i % M][i / M], a2, row + 16 * (i % M), i / M);
-    }
+    for (int i = 0; i < M * DIM / 16; i++)
+      attention_left<DIM>(left[i % M][i / M], a1, row + 16 * (i % M), i / M);
   }
   float acc[M][OUT / 8][4] = {};
   int stage = 0;
   for (int from = w.from; from < w.to; from += N) {
     const ks_bf16 *b1 = ring.b1 + stage * N * size::STRIDE, *b2 = ring.b2 + stage * N * size::STRIDE;
     ks_cp_async_wait<0>();
-    __syncthreads(); /* this tile is there; with two stages all are done with the one before */
-    if (ring.last_stage) attention_back_bring<DIM, false, WIDE>(&ring, stage ^= 1, &p, &w, from + N);
+    __syncthreads(); /* this tile is there; all are done with the one before */
+    attention_back_bring<DIM, false, WIDE>(&ring, stage ^= 1, &p, &w, from + N);
     if (from < last_seen) {
       float s[M][N / 8][4] = {}, dp[M][N / 8][4] = {};
       uint32_t x[M][N / 16][4];
-      attention_scores<DIM, M, N / 8, size::KEPT>(s, left1, a1, row, b1);
-      attention_scores<DIM, M, N / 8, size::KEPT>(dp, left2, a2, row, b2);
+      attention_scores<DIM, M, N / 8, size::KEPT>(s, left, a1, row, b1);
+      attention_scores<DIM, M, N / 8, false>(dp, nullptr, a2, row, b2);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         attention_back_row_weights<N / 8>(&p, &w, s[m], dp[m], row_sums, row + 16 * m, from,
@@ -177,11 +173,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
       }
       attention_accumulate<DIM, M, N / 16, OUT / 8>(acc, x, b1, part * OUT / 8);
     }
-    if (!ring.last_stage) {
-      __syncthreads();
-      attention_back_bring<DIM, false, WIDE>(&ring, 0, &p, &w, from + N);
-    }
   }
+  attention_back_work_at<false>(&p, PARTS, size::TILE, &w); /* again: what only the end needs was not kept */
 #pragma unroll
   for (int m = 0; m < M; m++)
     attention_back_finish<DIM, OUT, WIDE>(&p, w.n, a1,
@@ -190,10 +183,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
 #endif
 }
 
-template <int DIM> static size_t attention_back_rows_smem(int n_stages) {
+template <int DIM> static size_t attention_back_rows_smem() {
   typedef attention_back_size<DIM, false> size;
   return 2 * ks_smem_bytes<ks_bf16>((size_t)size::TILE * size::STRIDE) +
-         2 * ks_smem_bytes<ks_bf16>((size_t)n_stages * size::STREAM * size::STRIDE) +
+         2 * ks_smem_bytes<ks_bf16>((size_t)2 * size::STREAM * size::STRIDE) +
          ks_smem_bytes<float2>(size::TILE);
 }
 
@@ -255,7 +248,7 @@ KS_DEVICE void attention_back_get(const uint4 *exchange, int warp, uint32_t (*p)
   }
 }
 
-template <int DIM, bool WIDE>
+template <int DIM, bool WIDE, int STAGES>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kernel(attention_back_params p) {
 #if KS_ATTENTION_HAS_MMA
   typedef attention_back_size<DIM, true> size;
@@ -266,10 +259,9 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
   ks_bf16 *a1 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   ks_bf16 *a2 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   attention_back_ring<DIM, true> ring;
-  ring.last_stage = p.n_stages - 1;
-  ring.b1 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
-  ring.b2 = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * N * size::STRIDE);
-  ring.sums = ks_smem_take<float2>(&smem, (size_t)p.n_stages * N);
+  ring.b1 = ks_smem_take<ks_bf16>(&smem, (size_t)STAGES * N * size::STRIDE);
+  ring.b2 = ks_smem_take<ks_bf16>(&smem, (size_t)STAGES * N * size::STRIDE);
+  ring.sums = ks_smem_take<float2>(&smem, (size_t)STAGES * N);
   uint4 *exchange = ks_smem_take<uint4>(&smem, size::EXCHANGE);
   attention_back_work w;
   attention_back_work_at<true>(&p, PARTS, size::TILE, &w);
@@ -292,7 +284,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
     uint32_t weights[M][K][4], ds[M][K][4];
     ks_cp_async_wait<0>();
     __syncthreads(); /* this tile is there; with two stages all are done with the one before */
-    if (ring.last_stage) attention_back_bring<DIM, true, WIDE>(&ring, stage ^= 1, &p, &w, from + N);
+    if constexpr (STAGES == 2) attention_back_bring<DIM, true, WIDE>(&ring, stage ^= 1, &p, &w, from + N);
     if (is_here) {
       const int own = half * OWN, at = own * size::STRIDE;
       float s[M][OWN / 8][4] = {}, dp[M][OWN / 8][4] = {};
@@ -318,13 +310,14 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
         attention_accumulate<DIM, M, K, OUT / 8>(acc1, ds, b1 + at, chunk);
       }
     }
-    if (!ring.last_stage) {
+    if constexpr (STAGES == 1) {
       __syncthreads();
       attention_back_bring<DIM, true, WIDE>(&ring, 0, &p, &w, from + N);
     }
   }
   ks_cp_async_wait<0>(); /* of A, where nothing streamed */
   __syncthreads();
+  attention_back_work_at<true>(&p, PARTS, size::TILE, &w);
 #pragma unroll
   for (int m = 0; m < M; m++) {
     attention_back_finish<DIM, OUT, WIDE>(

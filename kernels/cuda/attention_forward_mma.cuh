@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     }
     if (is_here) attention_accumulate<OUT, M, N / 2, OUT / 8>(o, weights, v, 0);
   }
+  attention_work_at(&p, PARTS, size::ROWS, &w); /* again: what only the end needs was not kept */
 #pragma unroll
   for (int m = 0; m < M; m++)
     attention_finish<DIM, WIDE>(&p, &w, part, q, row + 16 * m, o[m], base[m], sum[m]);

@@ -26,7 +26,7 @@ template <int COLS> struct attention_tile {
   static constexpr bool SWIZZLED = COLS % 128 == 0;
   static constexpr int STRIDE = SWIZZLED ? COLS : COLS + 8, CHUNKS = COLS / 8;
   /* Steps of 16 columns that are unrolled: their addresses take registers. */
-  static constexpr int AT_ONCE = SWIZZLED ? 2 : COLS / 16;
+  static constexpr int AT_ONCE = COLS % 64 == 0 ? 2 : COLS / 16;
   KS_DEVICE static int at(int row, int chunk) {
     return SWIZZLED ? row * STRIDE + ((chunk ^ (row & 7)) << 3) : row * STRIDE + (chunk << 3);
   }
@@ -49,6 +49,16 @@ template <int DIM, bool WIDE> struct attention_copy {
   }
 };
 
+/* threadIdx.x, as something that the compiler does not know: what copies make of it is made again every time and takes no registers
+ * from the products in between. */
+KS_DEVICE int attention_thread() {
+  int i = (int)threadIdx.x;
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(i));
+#endif
+  return i;
+}
+
 /* ROWS rows of a tile, columns 0 .. n_cols - 1 of the source; rows from n_valid on and the other columns become zeros. All
  * ATTENTION_THREADS threads; the copies belong to the caller's group. Queries: */
 template <int COLS, int ROWS, bool WIDE>
@@ -57,9 +67,9 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_query_rows<const ks
   typedef attention_tile<COLS> at;
   if constexpr (WIDE) {
     typedef attention_copy<COLS, WIDE> by;
-    const int c = (int)threadIdx.x % by::LANES * by::PER, r0 = (int)threadIdx.x / by::LANES;
+    const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
     if (c >= COLS) return;
-#pragma unroll 4
+#pragma unroll 2
     for (int r = r0; r < ROWS; r += by::STEP) {
       const bool valid = c < n_cols && r < n_valid;
       by::copy(tile + at::at(r, c / 8) + c % 8, rows.at(valid ? r : 0) + (valid ? c : 0), valid);
@@ -74,6 +84,30 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_query_rows<const ks
     }
   }
 }
+/* The same rows of two arrays into two tiles. */
+template <int COLS, int ROWS, bool WIDE>
+KS_DEVICE void attention_load_both(ks_bf16 *tile, const attention_query_rows<const ks_bf16> &rows,
+                                   ks_bf16 *other, const ks_bf16 *other_first, int n_valid, int n_cols) {
+  typedef attention_tile<COLS> at;
+  if constexpr (WIDE) {
+    typedef attention_copy<COLS, WIDE> by;
+    const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
+    if (c >= COLS) return;
+#pragma unroll 2
+    for (int r = r0; r < ROWS; r += by::STEP) {
+      const bool valid = c < n_cols && r < n_valid;
+      const int64_t from = valid ? rows.at(r) - rows.first + c : 0;
+      const int to = at::at(r, c / 8) + c % 8;
+      by::copy(tile + to, rows.first + from, valid);
+      by::copy(other + to, other_first + from, valid);
+    }
+  } else {
+    attention_query_rows<const ks_bf16> others = rows;
+    others.first = other_first;
+    attention_load<COLS, ROWS, WIDE>(tile, rows, n_valid, n_cols);
+    attention_load<COLS, ROWS, WIDE>(other, others, n_valid, n_cols);
+  }
+}
 /* Keys: they lie a constant apart, in both memories. */
 template <int COLS, int ROWS, bool WIDE>
 KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_bf16> &rows, int n_valid,
@@ -81,7 +115,7 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_b
   typedef attention_tile<COLS> at;
   if constexpr (WIDE) {
     typedef attention_copy<COLS, WIDE> by;
-    const int c = (int)threadIdx.x % by::LANES * by::PER, r0 = (int)threadIdx.x / by::LANES;
+    const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
     const bool is_here = c < n_cols;
     const ks_bf16 *from = rows.first + r0 * rows.stride + c;
     if (by::LANES != by::CHUNKS && c >= COLS) return;
@@ -160,7 +194,7 @@ KS_DEVICE void attention_scores(float (*s)[N][4], const uint32_t (*kept)[KEPT ? 
                                 const ks_bf16 *a, int row, const ks_bf16 *b) {
   typedef attention_tile<COLS> at;
   const int lane = (int)threadIdx.x % KS_WARP;
-#pragma unroll at::AT_ONCE
+#pragma unroll(KEPT ? COLS / 16 : at::AT_ONCE)
   for (int k = 0; k < COLS / 16; k++) {
     uint32_t x[M][4];
 #pragma unroll
