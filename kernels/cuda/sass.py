@@ -145,6 +145,8 @@ def loops(instructions):
         target = TARGET.search(operands)
         if opcode.split(".")[0] in ("BRA", "BRX", "JMP") and target and int(target.group(1), 16) < address:
             spans.add((int(target.group(1), 16), address))  # a branch to itself ends the code: no loop
+    # From behind the loop back into its middle: a wait's slow path, kept out of the way.
+    spans = {s for s in spans if not any(o[0] < s[0] <= o[1] < s[1] for o in spans)}
     found = []
     for low, high in sorted(spans):
         within = [s for s in spans if s != (low, high) and low <= s[0] and s[1] <= high]

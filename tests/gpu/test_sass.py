@@ -95,6 +95,12 @@ class Sass(unittest.TestCase):
         self.assertEqual(lines[1][21:23], ["6", "3.0"])
         self.assertEqual(lines[1][23:30], ["-", "2", "1", "-", "-", "-", "1"])
 
+    def test_slow_path_is_no_loop(self):
+        code = [(0x00, "SYNCS", ""), (0x10, "BRA", "0x50"), (0x20, "HGMMA.64x256x16.F32.BF16", ""), (0x30, "BRA", "0x0"), (0x40, "HGMMA.64x256x16.F32.BF16", ""),
+                (0x50, "SYNCS", ""), (0x60, "BRA", "0x10")]
+        counts, n = sass.hottest_loop(code)
+        self.assertEqual((counts["HGMMA"], n), (1, 4))
+
     def test_blocks(self):
         for arch, registers, threads, shared, expected in (
                 ("sm_90", 32, 256, 0, (8, "registers")), ("sm_90", 16, 32, 0, (32, "blocks")), ("sm_90", 24, 1024, 0, (2, "registers")),
