@@ -315,9 +315,16 @@ KS_DEVICE double entropy_of_counts(const int32_t *counts, int n_bins, int copies
   return all ? 0.0 : log2((double)n) - sum / (double)n;
 }
 
+/* Blocks that a multiprocessor holds: Turing's has 1024 threads at most, newer ones' code more registers. */
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+#define ENTROPY_BLOCKS 4
+#else
+#define ENTROPY_BLOCKS 5
+#endif
+
 /* copies: a power of two. */
 template <bool WHOLE>
-__global__ void __launch_bounds__(ENTROPY_THREADS, 5)
+__global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
     entropy_rows_kernel(const float *x, double *h, entropy_shape a) {
   ks_smem smem;
   double *room = ks_smem_take<double>(&smem, KS_WARP);

@@ -12,8 +12,8 @@
  * memory. Instructions of bf16 (sm_90): 16 an element forward, 32 backward, half of what the bytes leave time for.
  *
  * Geometry: a row belongs to 8, 16 or 32 lanes of a warp, or to a block: threads for two 16-byte pieces each (backward one), at most
- * 512 (1024), by its length alone. Pieces lie round robin over the threads, in registers as they are in memory; x (backward: x and
- * dy) is read once, but for what is beyond 1024 pieces of a row. There are no more blocks than the device holds at once, and as many
+ * 512, by its length alone. Pieces lie round robin over the threads, in registers as they are in memory; x (backward: x and
+ * dy) is read once, but for what is beyond 1024 (512) pieces of a row. There are no more blocks than the device holds at once, and as many
  * rows for each: a thread keeps the weights under its pieces, loads its next row before it adds up this one, and asks for the old dx
  * with it. In flight, bf16: 32 KiB a multiprocessor forward (1024 threads of 64 registers), 40 KiB backward. Rows of a q/k norm (64 to
  * 128 columns) take 8 to 32 lanes, so that a warp's access covers up to 4 whole rows. Unaligned rows and odd column counts have
@@ -21,7 +21,7 @@
  *
  * Determinism: the sum of a row is one fma chain a thread over its pieces in rising order, then a tree over
  * the threads; both are fixed by n_cols, neither n_rows nor alignment changes them. Longest chain L: 8 (float32) or
- * 16 (bf16) elements, a piece more for each 512 (1024) beyond, and the tree's 3 to 10 levels.
+ * 16 (bf16) elements, a piece more for each 512 beyond, and the tree's 3 to 10 levels.
  *
  * Ladder (H200, bf16; an empty kernel measures 3 us; shares of a copy's 4.25 TB/s)
  *   considered  floats in registers: twice the registers, half the warps
@@ -34,13 +34,21 @@
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/row.cuh"
 
+/* Largest blocks that a multiprocessor holds at least: 64 registers a thread; some compilers' code needs more. */
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+#define NORM_BLOCKS 1
+#else
+#define NORM_BLOCKS 2
+#endif
+
 enum {
   NORM_BLOCK = 128,         /* of rows that share warps */
   NORM_FORWARD_BLOCK = 512, /* at most, where a row has a block; both kernels take 64 registers a thread: */
-  NORM_BACKWARD_BLOCK = 1024,
+  NORM_BACKWARD_BLOCK = 512,
   NORM_THREADS_PER_SM = 1024,
   NORM_FORWARD_HELD = 2, /* pieces of each array in a thread's registers then */
-  NORM_BACKWARD_HELD = 1
+  NORM_BACKWARD_HELD = 1,
+  NORM_MAX_COLS = 1 << 30
 };
 
 /* Over the GROUP threads that share a row: parts of a warp, or (0) the whole block. */
@@ -78,7 +86,7 @@ KS_DEVICE float norm_products(float acc, const ks_piece<T> &x_piece, const ks_pi
   return acc;
 }
 
-template <bool WHOLE, class T> KS_DEVICE ks_piece<T> norm_piece(const T *p, int64_t n_left) {
+template <bool WHOLE, class T> KS_DEVICE ks_piece<T> norm_piece(const T *p, int n_left) {
   ks_piece<T> one[1];
   ks_pieces_load<1, WHOLE>(one, p, 0, 0, n_left);
   return one[0];
@@ -114,52 +122,50 @@ KS_DEVICE ks_piece<T> norm_gradient(const ks_piece<T> &x_piece, const ks_piece<T
 
 /* A thread's rows and its pieces of each. */
 template <class T, int GROUP> struct norm_place {
-  int64_t in_block, block_rows, n_rows,
-      n_cols;          /* in_block: number of this thread's row among those of a block */
-  int64_t first, step; /* of this thread's pieces, in elements */
+  int64_t n_rows;
+  int in_block, block_rows; /* number of this thread's row among those of a block */
+  int n_cols, first, step;  /* of this thread's pieces, in elements */
 
   KS_DEVICE norm_place(int64_t rows, int64_t cols) {
     const int group = GROUP ? GROUP : (int)blockDim.x, lane = (int)threadIdx.x;
+    n_rows = rows;
     in_block = GROUP ? lane / group : 0;
     block_rows = GROUP ? (int)blockDim.x / group : 1;
-    n_rows = rows;
-    n_cols = cols;
-    first = (int64_t)(GROUP ? lane % group : lane) * ks_piece<T>::N;
-    step = (int64_t)group * ks_piece<T>::N;
+    n_cols = (int)cols;
+    first = (GROUP ? lane % group : lane) * ks_piece<T>::N;
+    step = group * ks_piece<T>::N;
   }
   /* Columns of a row; none behind the last: its threads go on with zeros, for the collectives. */
-  KS_DEVICE int64_t cols(int64_t row) const { return row < n_rows ? n_cols : 0; }
+  KS_DEVICE int cols(int64_t row) const { return row < n_rows ? n_cols : 0; }
 };
 
 /* Weights under this thread's pieces, for all its rows. */
 template <int N, int HELD, bool WHOLE>
-KS_DEVICE void norm_weights(float w[HELD][N], const float *from, int64_t first, int64_t step,
-                            int64_t n_cols) {
+KS_DEVICE void norm_weights(float w[HELD][N], const float *from, int first, int step, int n_cols) {
 #pragma unroll
-  for (int k = 0; k < HELD; k++) {
-    const int64_t j = first + k * step;
-    ks_floats_load<N, WHOLE>(w[k], from + j, n_cols - j);
-  }
+  for (int k = 0; k < HELD; k++)
+    ks_floats_load<N, WHOLE>(w[k], from + first + k * step, n_cols - (first + k * step));
 }
 
 template <class T, int GROUP, int HELD, bool WHOLE>
-__global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
+__global__ void __launch_bounds__(NORM_FORWARD_BLOCK, WHOLE ? NORM_BLOCKS : 1)
     rmsnorm_forward_kernel(const T *x, const float *__restrict__ w, T *y, float *rstd_out, int64_t n_rows,
                            int64_t n_cols, float inverse, float eps) {
   enum { N = ks_piece<T>::N };
   ks_smem smem;
   float *room = GROUP ? nullptr : ks_smem_take<float>(&smem, KS_WARP);
   const norm_place<T, GROUP> at(n_rows, n_cols);
-  const int64_t stride = (int64_t)gridDim.x * at.block_rows, rest = at.first + HELD * at.step;
+  const int64_t stride = (int64_t)gridDim.x * at.block_rows;
+  const int rest = at.first + HELD * at.step;
   int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
   ks_piece<T> held[HELD], next[HELD];
   float weight[HELD][N];
-  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, at.n_cols);
   ks_grid_wait();
   ks_grid_start_next();
   ks_pieces_load<HELD, WHOLE>(held, x + row * n_cols, at.first, at.step, at.cols(row));
   for (; base < n_rows; base += stride, row += stride) {
-    const int64_t cols = at.cols(row);
+    const int cols = at.cols(row);
     const T *from = x + row * n_cols;
     T *to = y + row * n_cols;
     ks_pieces_load<HELD, WHOLE>(next, from + stride * n_cols, at.first, at.step, at.cols(row + stride));
@@ -168,7 +174,7 @@ __global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
     for (int k = 0; k < HELD; k++)
       sum = norm_squares(sum, held[k]);
     if (GROUP == 0)
-      for (int64_t j = rest; j < cols; j += at.step)
+      for (int j = rest; j < cols; j += at.step)
         sum = norm_squares(sum, norm_piece<WHOLE>(from + j, cols - j));
     sum = norm_group_sum<GROUP>(sum, room);
     const float rstd = rsqrtf(fmaf(sum, inverse, eps));
@@ -177,7 +183,7 @@ __global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
     for (int k = 0; k < HELD; k++)
       ks_piece_put<WHOLE>(to, norm_scaled(held[k], weight[k], rstd), at.first + k * at.step, cols);
     if (GROUP == 0)
-      for (int64_t j = rest; j < cols; j += at.step) {
+      for (int j = rest; j < cols; j += at.step) {
         float far[N];
         ks_floats_load<N, WHOLE>(far, w + j, cols - j);
         ks_piece_put<WHOLE>(to, norm_scaled(norm_piece<WHOLE>(from + j, cols - j), far, rstd), j, cols);
@@ -189,26 +195,27 @@ __global__ void __launch_bounds__(NORM_FORWARD_BLOCK, 2)
 }
 
 template <class T, int GROUP, int HELD, bool WHOLE>
-__global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, 1)
+__global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, WHOLE ? NORM_BLOCKS : 1)
     rmsnorm_backward_kernel(const T *x, const float *__restrict__ w, const float *rstd_in, const T *dy, T *dx,
                             int64_t n_rows, int64_t n_cols, float inverse, bool accumulate) {
   enum { N = ks_piece<T>::N };
   ks_smem smem;
   float *room = GROUP ? nullptr : ks_smem_take<float>(&smem, KS_WARP);
   const norm_place<T, GROUP> at(n_rows, n_cols);
-  const int64_t stride = (int64_t)gridDim.x * at.block_rows, rest = at.first + HELD * at.step;
+  const int64_t stride = (int64_t)gridDim.x * at.block_rows;
+  const int rest = at.first + HELD * at.step;
   int64_t base = (int64_t)blockIdx.x * at.block_rows, row = base + at.in_block;
   ks_piece<T> xs[HELD], dys[HELD], next_xs[HELD], next_dys[HELD], before[HELD];
   float weight[HELD][N];
-  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, n_cols);
+  norm_weights<N, HELD, WHOLE>(weight, w, at.first, at.step, at.n_cols);
   ks_grid_wait();
   ks_grid_start_next();
   ks_pieces_load<HELD, WHOLE>(xs, x + row * n_cols, at.first, at.step, at.cols(row));
   ks_pieces_load<HELD, WHOLE>(dys, dy + row * n_cols, at.first, at.step, at.cols(row));
   float rstd = row < n_rows ? rstd_in[row] : 0.0f;
   for (; base < n_rows; base += stride, row += stride) {
-    const int64_t cols = at.cols(row), next_cols = at.cols(row + stride), offset = row * n_cols,
-                  next = offset + stride * n_cols;
+    const int cols = at.cols(row), next_cols = at.cols(row + stride);
+    const int64_t offset = row * n_cols, next = offset + stride * n_cols;
     ks_pieces_load<HELD, WHOLE>(before, dx + offset, at.first, at.step, accumulate ? cols : 0);
     ks_pieces_load<HELD, WHOLE>(next_xs, x + next, at.first, at.step, next_cols);
     ks_pieces_load<HELD, WHOLE>(next_dys, dy + next, at.first, at.step, next_cols);
@@ -218,7 +225,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, 1)
     for (int k = 0; k < HELD; k++)
       dot = norm_products(dot, xs[k], dys[k], weight[k]);
     if (GROUP == 0)
-      for (int64_t j = rest; j < cols; j += at.step) {
+      for (int j = rest; j < cols; j += at.step) {
         float far[N];
         ks_floats_load<N, WHOLE>(far, w + j, cols - j);
         dot = norm_products(dot, norm_piece<WHOLE>(x + offset + j, cols - j),
@@ -232,7 +239,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, 1)
                           norm_gradient(xs[k], dys[k], before[k], accumulate, weight[k], rstd, t),
                           at.first + k * at.step, cols);
     if (GROUP == 0)
-      for (int64_t j = rest; j < cols; j += at.step) {
+      for (int j = rest; j < cols; j += at.step) {
         float far[N];
         ks_floats_load<N, WHOLE>(far, w + j, cols - j);
         const ks_piece<T> x_piece = norm_piece<WHOLE>(x + offset + j, cols - j),
@@ -318,9 +325,17 @@ template <class T> static ks_status norm_backward(ks_ctx *ctx, const ks_rmsnorm_
                          a->accumulate_dx);
 }
 
+static ks_status norm_check(const char *op, const ks_rmsnorm_args *a) {
+  return a->n_cols <= NORM_MAX_COLS ? KS_OK
+                                    : KS_FAIL(KS_EUNSUPPORTED, "%s: rows of %lld; at most %d", op,
+                                              (long long)a->n_cols, (int)NORM_MAX_COLS);
+}
+
 extern "C" ks_status ks_cuda_rmsnorm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
+  KS_TRY(norm_check("rmsnorm_forward", a));
   return KS_CUDA_BY_ACT(ctx, norm_forward, (ctx, a));
 }
 extern "C" ks_status ks_cuda_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
+  KS_TRY(norm_check("rmsnorm_backward", a));
   return KS_CUDA_BY_ACT(ctx, norm_backward, (ctx, a));
 }

@@ -11,8 +11,8 @@
  * pair is divided in double, once an output.
  *
  * Geometry: a block of 256 threads takes one sequence and 8 pieces of 16 bytes of its columns: 128 bytes of a row, a whole line. Its
- * threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 4 loads under way a thread: a sequence of 128 rows is
- * on its way at once. Then the pairs of the 4 groups of a warp are added by shuffles, those of the 8 warps in their order.
+ * threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 2 loads under way a thread, 32 KiB a
+ * multiprocessor. Then the pairs of the 4 groups of a warp are added by shuffles, those of the 8 warps in their order.
  *
  * Determinism: the order of a sum depends on the sequence's own number of rows only.
  *
@@ -20,7 +20,7 @@
  *   considered  a thread a column over all rows, in double: one load under way, and double's rate on small cards
  *   v1          blocks of 32 pieces, a row a warp: 128 blocks, 16 KiB under way where 26 would be enough, 4 turns. Mean 12.8 us, hot
  *               in a recorded step 6.0 us; last 8.2 and 3.1 us
- *   v2          this: 512 blocks, all 8.4 MB asked for at once. Computed: 9 us, hot 4 us; not measured yet */
+ *   v2          this: 512 blocks, half of the 8.4 MB asked for at once. Computed: 9 us, hot 4 us; not measured yet */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 
@@ -29,7 +29,7 @@ enum {
   POOL_WARPS = POOL_THREADS / KS_WARP,
   POOL_LANES = 8,
   POOL_GROUPS = POOL_THREADS / POOL_LANES,
-  POOL_UNROLL = 4
+  POOL_UNROLL = 2
 };
 
 typedef struct {

@@ -84,17 +84,16 @@ template <class T> KS_DEVICE void ks_piece_store(T *p, const ks_piece<T> &r, int
 
 /* K pieces of an array of n elements, from elements at, at + step, ...: all loads under way together. WHOLE: p is aligned and no
  * piece reaches beyond the array's end (n is a multiple of N), so that no code for single elements is in the way. */
-template <int K, bool WHOLE, class T>
-KS_DEVICE void ks_pieces_load(ks_piece<T> held[K], const T *p, int64_t at, int64_t step, int64_t n) {
+template <int K, bool WHOLE, class T, class I>
+KS_DEVICE void ks_pieces_load(ks_piece<T> held[K], const T *p, I at, int step, I n) {
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    const int64_t j = at + k * step;
+    const I j = at + k * step;
     held[k] = WHOLE ? ks_piece_load_whole(p + j, j < n) : ks_piece_load_part(p + j, n - j);
   }
 }
 /* One back to element `at`. */
-template <bool WHOLE, class T>
-KS_DEVICE void ks_piece_put(T *p, const ks_piece<T> &r, int64_t at, int64_t n) {
+template <bool WHOLE, class T, class I> KS_DEVICE void ks_piece_put(T *p, const ks_piece<T> &r, I at, I n) {
   if (!WHOLE)
     ks_piece_store(p + at, r, n - at, false);
   else if (at < n)
@@ -145,7 +144,7 @@ template <int N, bool WHOLE> KS_DEVICE void ks_floats_load(float x[N], const flo
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     ks_piece<float> r[1];
-    ks_pieces_load<1, WHOLE>(r, p, i, 0, n_left);
+    ks_pieces_load<1, WHOLE, float, int64_t>(r, p, i, 0, n_left);
     ks_piece_unpack(x + i, r[0]);
   }
 }

@@ -30,7 +30,7 @@ template <class T, int ITEMS> KS_DEVICE int64_t swiglu_at() {
 }
 
 template <class T, int ITEMS, bool WHOLE>
-__global__ void __launch_bounds__(SWIGLU_THREADS, !WHOLE || ITEMS > 1 ? 4 : 8)
+__global__ void __launch_bounds__(SWIGLU_THREADS, 4)
     swiglu_forward_kernel(const T *gate, const T *up, T *h, int64_t n) {
   enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
   const int64_t at = swiglu_at<T, ITEMS>();
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(SWIGLU_THREADS, !WHOLE || ITEMS > 1 ? 4 : 8)
 }
 
 template <class T, int ITEMS, bool WHOLE>
-__global__ void __launch_bounds__(SWIGLU_THREADS, !WHOLE || ITEMS > 1 ? 4 : 8)
+__global__ void __launch_bounds__(SWIGLU_THREADS, 4)
     swiglu_backward_kernel(const T *gate, const T *up, const T *dh, T *dgate, T *dup, int64_t n) {
   enum { N = ks_piece<T>::N, STEP = SWIGLU_THREADS * N };
   const int64_t at = swiglu_at<T, ITEMS>();
