@@ -75,7 +75,8 @@ KS_DEVICE void attention_few_softmax(const attention_few_room *room, float (*s)[
 }
 
 template <int DIM, bool WIDE>
-__global__ void __launch_bounds__(ATTENTION_THREADS, 3) attention_few_kernel(attention_forward_params p) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
+    attention_few_kernel(attention_forward_params p) {
 #if KS_ATTENTION_HAS_MMA
   typedef attention_few_size<DIM> size;
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
