@@ -15,6 +15,8 @@
 static const int64_t MAX_THREADS = 256;
 
 static __global__ void embed_copy_kernel(ks_weight_view w, const int32_t *tokens, uint4 *y, int64_t vectors) {
+  ks_grid_wait();
+  ks_grid_start_next();
   const uint4 *from = (const uint4 *)(w.values + tokens[blockIdx.x] * w.row_bytes);
   for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
     y[blockIdx.x * vectors + i] = from[i];
@@ -22,6 +24,8 @@ static __global__ void embed_copy_kernel(ks_weight_view w, const int32_t *tokens
 
 template <class T>
 __global__ void embed_unpack_kernel(const __grid_constant__ ks_weight_view w, const int32_t *tokens, T *y) {
+  ks_grid_wait();
+  ks_grid_start_next();
   for (int64_t i = threadIdx.x; i < w.n_in; i += blockDim.x)
     y[blockIdx.x * w.n_in + i] = ks_from_float<T>(ks_weight_at<T>(w, tokens[blockIdx.x], i));
 }
@@ -37,11 +41,11 @@ template <class T> static ks_status launch_embed(ks_ctx *ctx, const ks_embed_arg
   const dim3 grid(ks_blocks_for(a->n_rows, 1));
   if (!w.scales && ks_is_vector_aligned((const T *)a->y, w.n_in)) {
     const int64_t vectors = w.row_bytes / (int64_t)sizeof(uint4);
-    return ks_launch(ctx, "embed_forward", embed_copy_kernel, grid, dim3(threads_for(vectors)), 0, w, tokens,
-                     (uint4 *)a->y, vectors);
+    return ks_launch_early(ctx, "embed_forward", embed_copy_kernel, grid, dim3(threads_for(vectors)), 0, w,
+                           tokens, (uint4 *)a->y, vectors);
   }
-  return ks_launch(ctx, "embed_forward", embed_unpack_kernel<T>, grid, dim3(threads_for(w.n_in)), 0, w,
-                   tokens, (T *)a->y);
+  return ks_launch_early(ctx, "embed_forward", embed_unpack_kernel<T>, grid, dim3(threads_for(w.n_in)), 0, w,
+                         tokens, (T *)a->y);
 }
 
 extern "C" ks_status ks_cuda_embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
