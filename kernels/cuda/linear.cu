@@ -1,20 +1,22 @@
 /* Linear layers with segmented LoRA: which kernels the two operations are made of.
  *
- *   forward    [mask] -> u = drop(x) A^T -> y = x W^T + bias (+ residual) + scale u B^T
- *   backward   [mask] -> v = scale dy B  -> grad_b_t += scale u^T dy,  grad_a += v^T drop(x)
- *                                        -> dx = dy W (+ dx) + drop'(v A)
+ *   forward    [masks] -> u = drop(x) A^T -> y = scale u B^T (+ residual) -> y += x W^T + bias
+ *   backward   [masks] -> v = scale dy B  -> grad_b_t += scale u^T dy, grad_a += v^T drop(x)
+ *                                         -> dx = drop'(v A) (+ dx) -> dx += dy W
  *
- * Each arrow is one launch for all adapters of the batch. Derivation: with y = W x + s B A drop(x), the loss
- * gradient g = dy gives dB = s g (A drop(x))^T, dA = (s B^T g) drop(x)^T, dx = W^T g + drop'(A^T (s B^T g));
- * the rank-r products u and v come first and are the only intermediates: nothing of [rows, hidden] size is
- * made besides y and dx.
+ * Each arrow is one launch for all adapters of the batch and all maps that read the same x (ks_linears_args), but for the products,
+ * one each. Derivation: with y = W x + s B A drop(x), the loss gradient g = dy gives dB = s g (A drop(x))^T,
+ * dA = (s B^T g) drop(x)^T, dx = W^T g + drop'(A^T (s B^T g)); the rank-r products u and v come first and are the only
+ * intermediates: nothing of [rows, hidden] size is made besides y and dx.
  *
  * Variants
- *   cublaslt  the product by cuBLASLt, then expand adds the adapters' term: one more pass over y
+ *   cublaslt  the adapters' term is written first and the product added to it (lora_term.cu)
  *   mma       product and adapters' term in one kernel (linear_mma.cu): no extra pass; bf16 only
- *   simt      plain fma throughout (linear_simt.cu)
+ *   simt      plain fma throughout (linear_simt.cu); the term is added afterwards, as it is in float32
  *   wgmma     product and adapters' term in one kernel by Hopper's own products (linear_wgmma.cu); bf16 on sm_90 only, and mma for
  *             what it does not take. Not measured yet, so no default
+ *
+ * Launches of a layer with adapters on q, k, v and o beside its products: 10, with dropout 14 (one map after another: 32 and 40).
  *
  * Block weights, machines without cuBLASLt and shapes that it has no algorithm for take mma (bf16) or simt (float32; bf16
  * before sm_80, which has no such tensor cores). Generation passes in bf16 take linear_decode.cu for few rows and a form of
@@ -29,12 +31,23 @@
  *   cublaslt + shrink + expand
  *       2048 x 8192 x 2048   product 98 us, with adapter 184 us;   backward 90 and 196 us
  *       2048 x 2048 x 8192   product 90 us, with adapter 247 us;   backward 97 and 246 us
- *       Computed for expand's pass over y: 16 and 4 us. The adapters cost ten times what their bytes do: lora_mma.cu.
+ *       Computed for expand's pass over y: 16 and 4 us. The adapters cost ten times what their bytes do: lora_shrink.cu.
  *   mma       no pass, but expected at about 60 % of wgmma's rate on Hopper; on Ampere and Orin mma.sync is the hardware's
  *             own path. Not measured yet.
  *   wgmma     no pass; 2048 x 8192 x 2048 with adapter 108 us computed (linear_wgmma.cu). Not measured yet.
+ *   maps of one input together, term before the product. Not measured yet. Computed for OpenLLaMA-3B (rank 8 on q, k, v, o), from
+ *       lora_shrink.cu, lora_gradient.cu and lora_term.cu, microseconds a layer:
+ *                              16384 rows                         2048 rows
+ *         forward              30 + 90 + 28 + 58 = 206            5 + 12 + 5 + 8 = 30
+ *         backward             85 + 130 + 30 + 28 + 65 + 30 = 368 12 + 16 + 5 + 5 + 10 + 5 = 53
+ *         C of five products   50                                 5
+ *         frozen layer         12,800                             1,800 (products at 88 and 80 % of 796 TFLOP/s, and the rest)
+ *         adapters add         4.9 %                              4.9 %
+ *       Dropout comes on top: masks of 3200 columns are 27 us a map and pass at 16384 rows (64 integer operations a clock and
+ *       SM), 1.7 % for all; 2048 rows 3.5 us. Sixteen adapters read and write the same bytes as one: 1.02 x at most.
  *   Next, not built: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and u in one array.
- *   Next, not built: one shrink for q, k, v (gate, up), which share x: a third of its reads of x; needs them in one call. */
+ *   Next, not built: products of maps of one input side by side. 2048 rows x 3200 outputs are 200 tiles of 128 x 256, 1.5 waves of
+ *       132 SMs at the time of 2; three of them side by side 4.6 waves at the time of 5 instead of 6. */
 #include "kernels/cuda/linear.cuh"
 
 typedef enum { BY_BLAS, BY_MMA, BY_SIMT, BY_WGMMA } way;

@@ -1,24 +1,23 @@
 /* Adapters of a batch: description, dropout masks, and the last sum of gradients.
  *
- * The host cuts every segment, from its first row on, into tiles and chunks of fixed size and stages the
- * lists: kernels take a piece a block, whichever segment it is of, so one launch serves all adapters, and
- * what a segment's result is made of does not depend on the batch around it.
+ * The host cuts every segment, from its first row on, into tiles and chunks of fixed size and stages the lists, once for all maps
+ * of one input: kernels take a piece a block, whichever segment it is of, so one launch serves all adapters, and what a
+ * segment's result is made of does not depend on the batch around it.
  *
  * Mask (ks_linear_args in ops.h). One Philox block gives eight elements, a byte of the mask: with i the row
  * in its segment and S the bytes of a row, byte b of the row comes from counter i * S + b. A pass makes the
- * mask once, every kernel of it reads bits: 1/8 byte an element beside the 2 of x.
+ * masks of all maps in one launch, every kernel of it reads bits: 1/8 byte an element beside the 2 of x.
  *   Operations: about 70 integer instructions a byte; bytes: n_rows * S written.
- *   H200, computed: a byte costs about 70 / (132 SM * 128 lanes * 1.98 GHz) = 2.1 ps; 4096 rows of 2048 columns: 2.2 us beside
- *   43 us of the product.
+ *   H200, computed: a byte costs about 70 / (132 SM * 64 lanes * 1.98 GHz) = 4.2 ps; 2048 rows of 3200 columns 3.5 us a map.
  *
- * Sum of gradients: grad[r, c] += ((p_0 + p_1) + p_2) + ..., p_k the partial sum over chunk k. Segments of one chunk were
- * added by the gradient kernel itself. Bytes: 4 rank n_cols (n_chunks + 2).
+ * Sum of gradients (of linear_simt.cu): grad[r, c] += ((p_0 + p_1) + p_2) + ..., p_k the partial sum over chunk k. Segments of one
+ * chunk were added by the gradient kernel itself. Bytes: 4 rank n_cols (n_chunks + 2).
  *
  * Determinism: fixed order; integers otherwise.
  *
  * Ladder
- *   mask in a launch of its own, four bytes a thread. Not measured yet on its own.
- *   Next, not built: drawn inside shrink (forward), exchanging bytes between lanes: saves a launch and 1/8 byte an element. */
+ *   masks in a launch of their own, four bytes a thread. Not measured yet on its own.
+ *   Next, not built: drawn inside shrink (forward): saves a launch and 1/8 byte an element. */
 #include "kernels/cuda/lora.cuh"
 
 #include "kernels/base/rng.h"

@@ -1,7 +1,28 @@
 /* Gradients of adapters, bf16 activations, of all maps of one input in one launch:
  *
  *   grad_b_t[r, c] += scale sum_i u[i, r] dy[i, c] of every map,   grad_a[r, c] += sum_i v[i, r] drop(x)[i, c] of all
- */
+ *
+ * Bytes: each dy once and x once for all maps, 2 a column and row; u and v; sums of chunks of 256 rows 4 rank a column, written and
+ * read (rank 8: an eighth of the chunk). FLOPs: 2 rank a column and row: memory-bound.
+ *
+ * Geometry: a block does 128 columns of a chunk, 4 warps of 32 columns: the columns are the mma's rows (16), the ranks its columns
+ * (8), so that 8 ranks waste nothing. Stages of 32 rows through shared memory (cp.async), three under way: 25 KB of x or dy a
+ * block, 5 or 6 blocks an SM. The last block of a segment's chunks adds up what all gave, in the chunks' order, while others still
+ * read; no launch of its own. Chunks are neighbours in the grid, so that this happens column by column.
+ * L = 16 mma a chunk + chunks.   More than 24 ranks together: groups of 64, each of which reads x.
+ *
+ * Determinism: chunks are cut from a segment's first row; which block is last does not matter.
+ *
+ * H200, sm_90, from the compiler: 70 and 91 registers (8 and 24 ranks), no spills; 35 and 40 KB shared memory, 6 and 5 blocks an
+ * SM. Hot loop: 4 and 12 mma a step of 32 rows.
+ * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 80 % of a read at 4.5 TB/s:
+ *                               16384 rows                        2048 rows
+ *   q, k, v                     420 + 78 MB, 110 us -> 130 us     52 + 10 MB, 13 us -> 16 us
+ *   o                           210 + 26 MB, 52 us -> 65 us       26 + 3 MB, 6 us -> 10 us
+ *
+ * Ladder
+ *   v1, v2  a map and side a launch and one more for the sums of chunks, four a map: lora_shrink.cu has what was measured.
+ *   v3      this. Not measured yet. */
 #include "kernels/cuda/lora.cuh"
 
 enum { GRAD_ROWS = 32 /* of a step */, GRAD_STAGES = 4, GRAD_Z = GRAD_ROWS * LORA_SLICE };

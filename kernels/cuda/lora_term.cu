@@ -2,8 +2,31 @@
  *
  *   y = scale u B^T (+ residual) of every map (forward),   dx = sum over maps drop'(v A) (+ dx) (backward)
  *
- * Written before the products, which are then added to it.
- */
+ * Written before the products, which cuBLASLt adds to it (beta = 1: C is read behind its main loop). Afterwards it would be a read
+ * and a write of y; before, it is a write, or a read and a write where a residual comes in, which the product then need not
+ * read. It is rounded to bf16 once, as y was before it was added afterwards: as many roundings.
+ *
+ * Bytes: 2 an element of y or dx written (+ 2 read); u or v 2 rank a row; R 4 rank a column for each tile of 128 rows, from the L2.
+ * FLOPs: 2 rank an element. Memory-bound, but close to the rate of instructions: 1 KB of y is 64 clocks of an SM at the rate of
+ * a copy, 256 instructions.
+ *
+ * Geometry: a warp does 32 columns of a tile of 128 rows, 16 rows at a time, and keeps R in registers (up to 48 ranks together, in
+ * sixteens a map; beyond, it is read again for each 16 rows). Columns are dealt out so that a lane holds eight neighbours:
+ * 16-byte accesses without exchange. No shared memory, no barrier. L = rank / 16 mma.
+ *
+ * Determinism: a row's sum is one chain over its maps' ranks (with masks: one a map, added in the maps' order), whatever the tile.
+ *
+ * H200, sm_90, from the compiler: 58 registers (one map), 84 (three), no spills: 8 and 5 blocks an SM. A loop of 16 rows: 4 and 12
+ * mma, some 100 and 160 instructions on the path without odd sizes.
+ * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 82 % of a copy at 4.25 TB/s:
+ *                               16384 rows                 2048 rows
+ *   q, k, v: y                  315 MB, 74 us -> 90 us     39 MB, 9 us -> 12 us
+ *   o: y with its residual      210 MB, 49 us -> 58 us     26 MB, 6 us -> 8 us
+ *   q, k, v: dx; o: dx          105 MB each -> 30 us       13 MB each -> 5 us
+ *
+ * Ladder
+ *   v1, v2  added to y after the product: 420 MB where this writes 210; lora_shrink.cu has what was measured.
+ *   v3      this. Not measured yet. */
 #include "kernels/cuda/lora.cuh"
 
 enum { TERM_COLS = 32 /* of a warp */, TERM_HELD = 3 /* sixteens of ranks whose R is held in registers */ };
@@ -17,9 +40,26 @@ struct term_place {
   int g, t;
 };
 
-/* b of the four tiles of columns, ranks rank0 .. of a map. */
+/* Sixteen ranks of a map, as a lane reads them. */
+struct term_unit {
+  const ks_bf16 *u; /* of rank 2t, at the tile's first row */
+  int64_t stride;
+  uint32_t keep[2]; /* which halves of ranks 2t, 2t + 1 and of those 8 further are the segment's */
+  int map;
+};
+
+KS_DEVICE term_unit term_unit_of(const lora_work &p, const lora_job &job, const term_place &at, int k) {
+  const lora_place place = lora_place_of(p, job, k, 16);
+  const lora_map &map = p.map[place.map];
+  const int left = map.segs[at.tile.seg].rank - place.rank0 - 2 * at.t;
+  const ks_bf16 *u = (job.of_b ? map.u : map.v) + at.tile.row * map.u_stride + place.rank0 + 2 * at.t;
+  return {u, map.u_stride, {tile_select(left > 0, left > 1), tile_select(left > 8, left > 9)}, place.map};
+}
+
+/* b of the four tiles of columns. */
 KS_DEVICE void term_read_r(uint32_t (&b)[4][2], const lora_work &p, const lora_job &job, const term_place &at,
-                           lora_place place) {
+                           int k) {
+  const lora_place place = lora_place_of(p, job, k, 16);
   const lora_seg &seg = p.map[place.map].segs[at.tile.seg];
   const float *r = lora_writes(seg, !job.of_b);
 #pragma unroll
@@ -30,41 +70,34 @@ KS_DEVICE void term_read_r(uint32_t (&b)[4][2], const lora_work &p, const lora_j
   }
 }
 
-/* a of rows row0 .. + 15 of the tile. */
-KS_DEVICE void term_read_u(uint32_t a[4], const lora_work &p, const lora_job &job, const term_place &at,
-                           lora_place place, int row0) {
-  const lora_map &map = p.map[place.map];
-  const int rank = map.segs[at.tile.seg].rank;
-  const ks_bf16 *u = (job.of_b ? map.u : map.v) + at.tile.row * map.u_stride;
-  const bool pairs = (((uintptr_t)u | (uintptr_t)(2 * map.u_stride)) & 3) == 0;
+/* a of rows row0 .. + 15 of the tile; beyond it: its last row, whose result nobody stores. */
+KS_DEVICE void term_read_u(uint32_t a[4], const term_unit &unit, const term_place &at, int row0) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = row0 + at.g + i % 2 * 8, r = place.rank0 + 2 * at.t + i / 2 * 8;
-    const ks_bf16 *from = u + row * map.u_stride;
-    if (row >= at.tile.n_rows || r >= rank)
-      a[i] = 0;
+    const int row = row0 + at.g + i % 2 * 8, last = at.tile.n_rows - 1;
+    const uint32_t keep = unit.keep[i / 2];
+    const ks_bf16 *from = unit.u + (row < last ? row : last) * unit.stride + i / 2 * 8;
+    if (keep == ~0u && ((uintptr_t)from & 3) == 0)
+      a[i] = *(const uint32_t *)(const void *)from;
     else
-      a[i] =
-          pairs && r + 1 < rank ? *(const uint32_t *)(const void *)(from + r) : tile_read_pair(from, r, rank);
+      a[i] = (keep & 1u ? from[0].bits : 0u) | (keep >> 16 ? (uint32_t)from[1].bits << 16 : 0u);
   }
 }
 
-/* sum += factor * acc where the map's mask keeps it; acc = 0. */
+/* sum += acc where the map's mask keeps it; acc = 0. */
 KS_DEVICE void term_close(float (&sum)[4][4], float (&acc)[4][4], const lora_work &p, const lora_map &map,
-                          const term_place &at, int row0, float factor, bool masked) {
+                          const term_place &at, int row0) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int row = row0 + at.g + 8 * h;
-    uint2 bits = make_uint2(~0u, ~0u);
-    if (masked && row < at.tile.n_rows) {
-      const uint8_t *from = map.mask + (at.tile.row + row) * p.mask_stride + at.col / 128 * 16 + at.col % 16;
-      bits = *(const uint2 *)(const void *)from;
-    }
+    const int row = row0 + at.g + 8 * h, last = at.tile.n_rows - 1;
+    const uint8_t *from = map.mask + (at.tile.row + (row < last ? row : last)) * p.mask_stride +
+                          at.col / 128 * 16 + at.col % 16;
+    const uint2 bits = *(const uint2 *)(const void *)from;
     const int q = (int)(at.col / 16 % 8);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float &of = acc[i / 2][2 * h + i % 2];
-      if ((i < 4 ? bits.x : bits.y) >> (8 * (i % 4) + q) & 1u) sum[i / 2][2 * h + i % 2] += of * factor;
+      if ((i < 4 ? bits.x : bits.y) >> (8 * (i % 4) + q) & 1u) sum[i / 2][2 * h + i % 2] += of;
       of = 0;
     }
   }
@@ -75,8 +108,8 @@ KS_DEVICE uint4 term_old(const lora_job &job, const term_place &at, int row) {
   return tile_read_8(job.z + (at.tile.row + row) * job.n_cols, at.col, job.n_cols, at.aligned);
 }
 
-/* y = old + sum, eight neighbours of two rows. */
-KS_DEVICE void term_store(const float (&sum)[4][4], const uint4 old[2], const lora_job &job,
+/* y = old + factor * sum, eight neighbours of two rows. */
+KS_DEVICE void term_store(const float (&sum)[4][4], float factor, const uint4 old[2], const lora_job &job,
                           const term_place &at, int row0) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -85,8 +118,10 @@ KS_DEVICE void term_store(const float (&sum)[4][4], const uint4 old[2], const lo
     const uint32_t was[4] = {old[h].x, old[h].y, old[h].z, old[h].w};
     uint32_t w[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      w[i] = ks_pack_bf16(ks_bf16_lo(was[i]) + sum[i][2 * h], ks_bf16_hi(was[i]) + sum[i][2 * h + 1]);
+    for (int i = 0; i < 4; i++) {
+      const float lo = sum[i][2 * h] * factor, hi = sum[i][2 * h + 1] * factor;
+      w[i] = job.z ? ks_pack_bf16(ks_bf16_lo(was[i]) + lo, ks_bf16_hi(was[i]) + hi) : ks_pack_bf16(lo, hi);
+    }
     ks_bf16 *y = job.y + (at.tile.row + row) * job.n_cols + at.col;
     if (at.aligned) {
       *(uint4 *)(void *)y = make_uint4(w[0], w[1], w[2], w[3]);
@@ -98,8 +133,9 @@ KS_DEVICE void term_store(const float (&sum)[4][4], const uint4 old[2], const lo
   }
 }
 
-/* HELD: sixteens of ranks whose R stays in registers for all rows; 0: R is read again for each sixteen of rows. */
-template <int HELD>
+/* HELD: sixteens of ranks whose R stays in registers for all rows; 0: any number, read again for each sixteen of rows.
+ * MASKED: maps are summed one by one; else all are one chain of products (several only backward, under factor 1). */
+template <int HELD, bool MASKED>
 __global__ void __launch_bounds__(LORA_THREADS) lora_term_kernel(const __grid_constant__ lora_work p) {
   const lora_job &job = p.job[blockIdx.z];
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP;
@@ -112,36 +148,40 @@ __global__ void __launch_bounds__(LORA_THREADS) lora_term_kernel(const __grid_co
   /* Whole warps; no barrier below. Between the segments y is what was there already, or gets it. */
   if (at.tile.n_rows == 0 || at.col0 >= job.n_cols || (at.tile.seg < 0 && job.z == job.y)) return;
   const int ranks = at.tile.seg < 0 ? 0 : job.ranks;
-  uint32_t held[HELD ? HELD : 1][4][2] = {};
+  uint32_t held[HELD ? HELD : 1][4][2];
+  term_unit unit[HELD ? HELD : 1];
 #pragma unroll
-  for (int k = 0; k < HELD; k++)
-    if (k < ranks) term_read_r(held[k], p, job, at, lora_place_of(p, job, k, 16));
+  for (int k = 0; k < HELD; k++) {
+    if (k >= ranks) continue;
+    unit[k] = term_unit_of(p, job, at, k);
+    term_read_r(held[k], p, job, at, k);
+  }
+  float factor = MASKED ? p.keep : 1.0f;
+  if (job.of_b && ranks > 0) factor = p.map[lora_place_of(p, job, 0, 16).map].segs[at.tile.seg].scale;
   for (int row0 = 0; row0 < at.tile.n_rows; row0 += 16) {
     const uint4 old[2] = {term_old(job, at, row0 + at.g), term_old(job, at, row0 + at.g + 8)};
     float sum[4][4] = {}, acc[4][4] = {};
-    auto add = [&](int k, const uint32_t(&b)[4][2]) {
-      const lora_place place = lora_place_of(p, job, k, 16), next = lora_place_of(p, job, k + 1, 16);
+    auto add = [&](const term_unit &of, const uint32_t(&b)[4][2], int next) {
       uint32_t a[4];
-      term_read_u(a, p, job, at, place, row0);
+      term_read_u(a, of, at, row0);
 #pragma unroll
       for (int n = 0; n < 4; n++)
-        ks_mma_bf16(acc[n], a, b[n]);
-      if (k + 1 < ranks && next.map == place.map) return;
-      const float factor = job.of_b ? p.map[place.map].segs[at.tile.seg].scale : job.masked ? p.keep : 1.0f;
-      term_close(sum, acc, p, p.map[place.map], at, row0, factor, job.masked && at.col < job.n_cols);
+        ks_mma_bf16(MASKED ? acc[n] : sum[n], a, b[n]);
+      if (MASKED && next != of.map && at.col < job.n_cols) term_close(sum, acc, p, p.map[of.map], at, row0);
     };
     if (HELD) {
 #pragma unroll
       for (int k = 0; k < HELD; k++)
-        if (k < ranks) add(k, held[k]);
+        if (k < ranks)
+          add(unit[k], held[k], k + 1 < HELD && k + 1 < ranks ? unit[k + 1 < HELD ? k + 1 : k].map : -1);
     } else {
       for (int k = 0; k < ranks; k++) {
         uint32_t b[4][2];
-        term_read_r(b, p, job, at, lora_place_of(p, job, k, 16));
-        add(k, b);
+        term_read_r(b, p, job, at, k);
+        add(term_unit_of(p, job, at, k), b, k + 1 < ranks ? lora_place_of(p, job, k + 1, 16).map : -1);
       }
     }
-    term_store(sum, old, job, at, row0);
+    term_store(sum, factor, old, job, at, row0);
   }
 }
 
@@ -153,10 +193,17 @@ static ks_status launch(ks_ctx *ctx, const char *op, const lora_work &w, int64_t
     if (w.job[i].n_cols > cols) cols = w.job[i].n_cols;
   const dim3 grid((unsigned)n_tiles, ks_blocks_for(cols, LORA_SLICE), (unsigned)w.n_jobs);
   const int ranks = lora_most_ranks(w);
+  bool masked = false;
+  for (int i = 0; i < w.n_jobs; i++)
+    masked = masked || w.job[i].masked;
+  void (*const kernels[3][2])(lora_work) = {
+      {lora_term_kernel<0, false>, lora_term_kernel<0, true>},
+      {lora_term_kernel<1, false>, lora_term_kernel<1, true>},
+      {lora_term_kernel<TERM_HELD, false>, lora_term_kernel<TERM_HELD, true>}};
   return ks_launch(ctx, op,
-                   ranks <= 1           ? lora_term_kernel<1>
-                   : ranks <= TERM_HELD ? lora_term_kernel<TERM_HELD>
-                                        : lora_term_kernel<0>,
+                   kernels[ranks <= 1           ? 1
+                           : ranks <= TERM_HELD ? 2
+                                                : 0][masked],
                    grid, dim3(LORA_THREADS), 0, w);
 }
 
