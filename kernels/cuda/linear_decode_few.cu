@@ -15,8 +15,13 @@
  * its norm applied, lies in shared memory, made once a block while the first stages are under way. Sums of the runs meet in
  * shared memory, two tiles in turn: one barrier a tile. Bias, residual and the first 16 ranks of B are loaded before a tile's
  * products and added behind them. A warp makes the adapters' terms of one segment (there are at most 8).
- *   H200, one row of 2048: 6 stages, 112 KB, two blocks an SM: 192 KB under way an SM.   8 rows of 2048: 4 stages; of 8640: 4
- *   stages, one block an SM.
+ *   H200, one row of 2048 or 3200: 6 stages, 108 to 113 KB, two blocks an SM: 192 KB under way an SM. One row of 8192 or 8640, or 8
+ *   rows of 2048: two blocks of 4 stages (down of 1B, 128 tiles, one of 6). 8 rows of 8640: one block of 4 stages, 212 KB.
+ *
+ * Resources (sm_90): 110 registers (SwiGLU 113), 256 threads, no spills. A stage in the disassembly: 107 instructions for 4 mma, 6
+ * ldmatrix and 4 copies of 512 bytes; at 17 bytes a clock and SM (4.5 TB/s) a stage is due every 120 clocks, which issue 480. A turn
+ * of the first loads is 70, with the next tile's addresses 130: in a loop, not unrolled, since an H200 would have fetched the 900
+ * instructions of six of them, cold, for about a microsecond.
  *
  * Order of sums: linear_decode.cuh. Serial chain L = n_in / 128 mma + 8. Rows are columns of the mma: none sees another.
  *
@@ -51,7 +56,7 @@ enum {
   FEW_PIECES = FEW_K / 8,
   FEW_THREADS = LINEAR_RUNS * KS_WARP,
   FEW_TILE = DECODE_FEW_ROWS * FEW_N,
-  FEW_GROUPS = 256 / LORA_GROUP, /* of ranks */
+  FEW_MAX_RANK = 256,
   FEW_RANKS = 16                 /* of an adapter's first step */
 };
 
@@ -196,7 +201,7 @@ template <bool SWIGLU> KS_DEVICE void few_multiply_ranks(float sum[4], const few
   }
 }
 
-/* The terms of a segment's rows, for each group of ranks: term [FEW_GROUPS][rows][16]. first: ranks 0 to 15, loaded before. */
+/* The terms of a segment's rows, for each group of ranks: term [groups][rows][16]. first: ranks 0 to 15, loaded before. */
 template <bool SWIGLU>
 KS_DEVICE void few_terms(float *term, const decode_args &p, const few_segment &seg, const few_halves &of,
                          const few_place &at, few_ranks<1 + SWIGLU> first) {
@@ -269,6 +274,11 @@ KS_DEVICE void few_finish(const few_element &e, const decode_args &p, const floa
 
 /* ---------------------------------------------------------------- the kernel */
 
+/* Groups of ranks that terms have room for. */
+KS_HOST_DEVICE int few_groups(const decode_args &p) {
+  return (p.adapters.max_rank + LORA_GROUP - 1) / LORA_GROUP;
+}
+
 /* Shared memory of a block. */
 struct few_room {
   ks_bf16 *ring, *xs;
@@ -277,7 +287,7 @@ struct few_room {
 };
 template <int STAGES> static size_t few_bytes(const decode_args *p) {
   return ks_smem_bytes<ks_bf16>(LINEAR_RUNS * STAGES * FEW_N * FEW_K) + decode_x_bytes(p->n_in, p->rows_at_once) +
-         ks_smem_bytes<float>(2 * LINEAR_RUNS * FEW_TILE) + ks_smem_bytes<float>(2 * FEW_GROUPS * FEW_TILE) +
+         ks_smem_bytes<float>(2 * LINEAR_RUNS * FEW_TILE) + ks_smem_bytes<float>((size_t)(2 * few_groups(*p) * FEW_TILE)) +
          ks_smem_bytes<float>(DECODE_FEW_ROWS * 16) + ks_smem_bytes<int>(KS_LINEARS_MAX * DECODE_FEW_ROWS);
 }
 
@@ -301,7 +311,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   room.ring = ks_smem_take<ks_bf16>(&smem, LINEAR_RUNS * STAGES * STAGE);
   room.xs = ks_smem_take<ks_bf16>(&smem, (size_t)p.rows_at_once * decode_x_pieces(p.n_in) * 8);
   room.sums = ks_smem_take<float>(&smem, 2 * LINEAR_RUNS * FEW_TILE);
-  room.terms = ks_smem_take<float>(&smem, 2 * FEW_GROUPS * FEW_TILE);
+  room.terms = ks_smem_take<float>(&smem, (size_t)(2 * few_groups(p) * FEW_TILE));
   room.norm = ks_smem_take<float>(&smem, DECODE_FEW_ROWS * 16);
   room.ranks = ks_smem_take<int>(&smem, KS_LINEARS_MAX * DECODE_FEW_ROWS);
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, pieces = decode_x_pieces(p.n_in);
@@ -329,7 +339,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   int slot = 0, turn = 0;
   for (int tile = (int)blockIdx.x; tile < p.n_tiles; tile += (int)gridDim.x, turn ^= 1) {
     const few_halves of = few_halves_of<SWIGLU>(p, tile);
-    float *sums = room.sums + turn * LINEAR_RUNS * FEW_TILE, *terms = room.terms + turn * FEW_GROUPS * FEW_TILE;
+    float *sums = room.sums + turn * LINEAR_RUNS * FEW_TILE, *terms = room.terms + turn * few_groups(p) * FEW_TILE;
     few_ranks<1 + SWIGLU> ranks;
     if (seg.seg >= 0) few_load_ranks<SWIGLU>(&ranks, p, seg, of, at, 0);
     const few_element e = few_element_of<SWIGLU>(p, of, at, room.ranks);
@@ -371,7 +381,7 @@ template <bool SWIGLU> static ks_status launch_any(ks_ctx *ctx, const decode_arg
   const ks_cuda_device *d = ks_cuda_device_of(ctx);
   const size_t deep = few_bytes<FEW_DEEP>(p), middle = few_bytes<FEW_MIDDLE>(p), block = (size_t)d->smem_per_block,
                half = (size_t)d->smem_per_sm / 2 - 1024;
-  if (deep <= half && deep <= block) return launch<SWIGLU, FEW_DEEP>(ctx, p);
+  if (deep <= block && (deep <= half || p->n_tiles <= d->n_sm)) return launch<SWIGLU, FEW_DEEP>(ctx, p);
   if (middle <= half && middle <= block) return launch<SWIGLU, FEW_MIDDLE>(ctx, p);
   if (deep <= block) return launch<SWIGLU, FEW_DEEP>(ctx, p);
   if (middle <= block) return launch<SWIGLU, FEW_MIDDLE>(ctx, p);
@@ -390,6 +400,7 @@ bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) 
   }
   if (a->norm) bits |= (uintptr_t)a->norm->x | (uintptr_t)a->norm->w;
   if (bits % 16 != 0 || (a->swiglu && first->y_is_f32)) return false;
+  p->adapters.max_rank = FEW_MAX_RANK; /* at most */
   p->rows_at_once = (int32_t)first->n_rows;
   while (p->rows_at_once > 0 && few_bytes<FEW_SHALLOW>(p) > (size_t)ks_cuda_device_of(ctx)->smem_per_block)
     p->rows_at_once /= 2;

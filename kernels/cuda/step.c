@@ -14,8 +14,11 @@
  * Uploads and fetches are not part of the graph: they go through pinned memory that changes from step to
  * step, so steps may be queued ahead of the device.
  *
- * Limits: 32 steps are kept, then one is forgotten (goes_before). A kernel has at most 128
- * arguments. */
+ * Host time of a decoding step from begin to end, all of it comparing, measured with launches and copies left out (one core of a
+ * virtual AMD EPYC that others used too, so an upper bound): one row, 16 layers, about 105 launches and 97 staged arrays: 37 us;
+ * with an adapter 170 and 161: 52 us; 26 layers: 61 us. Another step was recorded anew for every hundred.
+ *
+ * Limits: 32 steps are kept, then one is forgotten (goes_before). A kernel has at most 128 arguments. */
 #include "kernels/cuda/cuda_impl.h"
 
 enum { MAX_STEPS = 32, BLOCK_BYTES = 1 << 18, ARG_ALIGN = 16, LATE_PENDING_BYTES = 64 << 20 };
