@@ -24,16 +24,19 @@ static const ks_linear_args *with_segments(const ks_linears_args *a) {
   return &a->parts[0];
 }
 
-static void describe_segments(const ks_linear_args *with, int64_t item_rows, decode_rows *segs, decode_rows *items) {
+static void describe_segments(const ks_linear_args *with, int64_t item_rows, decode_rows *segs,
+                              decode_rows *items) {
   for (int64_t s = 0; s < with->n_segments; s++) {
     const ks_segment *seg = &with->segments[s];
     segs[s] = {(int32_t)seg->row_begin, (int32_t)seg->n_rows, (int32_t)s, 0};
     for (int64_t row = 0; seg->adapter >= 0 && row < seg->n_rows; row += item_rows)
-      *items++ = {(int32_t)(seg->row_begin + row), (int32_t)ks_min_i64(item_rows, seg->n_rows - row), (int32_t)s, 0};
+      *items++ = {(int32_t)(seg->row_begin + row), (int32_t)ks_min_i64(item_rows, seg->n_rows - row),
+                  (int32_t)s, 0};
   }
 }
 
-static ks_status describe_adapters(ks_ctx *ctx, const ks_linears_args *a, int64_t item_rows, decode_adapters *out) {
+static ks_status describe_adapters(ks_ctx *ctx, const ks_linears_args *a, int64_t item_rows,
+                                   decode_adapters *out) {
   const ks_linear_args *with = with_segments(a);
   const int64_t n_segs = with->n_segments, n_items = with->n_rows / item_rows + n_segs;
   *out = {};
@@ -71,8 +74,14 @@ static void describe_parts(const ks_linears_args *a, decode_args *p) {
   for (int64_t i = 0; i < a->n_parts; i++) {
     const ks_linear_args *from = &a->parts[i];
     const ks_cuda_weight *impl = (const ks_cuda_weight *)from->w->impl;
-    p->parts[i] = {(const ks_bf16 *)impl->values, from->y,          from->residual, impl->bias,
-                   (ks_bf16 *)from->u,            from->w->n_out,   from->u_stride, p->n_tiles};
+    p->parts[i] = {(const ks_bf16 *)impl->values,
+                   from->y,
+                   from->residual,
+                   impl->bias,
+                   (ks_bf16 *)from->u,
+                   from->w->n_out,
+                   from->u_stride,
+                   p->n_tiles};
     if (i == 0 || !a->swiglu) p->n_tiles += (int32_t)((from->w->n_out + tile - 1) / tile);
   }
   p->n_parts = (int32_t)a->n_parts;
@@ -116,7 +125,8 @@ static bool applies(const ks_ctx *ctx, const ks_linears_args *a) {
     return false;
   for (int64_t i = 0; i < a->n_parts; i++) {
     const ks_linear_args *p = &a->parts[i];
-    if (!p->generation || p->dropout > 0 || p->w->n_in == 0 || p->w->n_out == 0 || p->n_rows > INT32_MAX / 2) return false;
+    if (!p->generation || p->dropout > 0 || p->w->n_in == 0 || p->w->n_out == 0 || p->n_rows > INT32_MAX / 2)
+      return false;
   }
   return true;
 }

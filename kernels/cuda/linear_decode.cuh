@@ -22,9 +22,9 @@
 #include "kernels/cuda/norm.cuh"
 
 enum {
-  DECODE_FEW_ROWS = 8, /* of linear_decode_few.cu */
-  DECODE_TILE = 16,     /* outputs of a tile there; with SwiGLU 8 of gate and 8 of up */
-  DECODE_ITEM_ROWS = 32,  /* of a piece of a segment that shrink works on */
+  DECODE_FEW_ROWS = 8,   /* of linear_decode_few.cu */
+  DECODE_TILE = 16,      /* outputs of a tile there; with SwiGLU 8 of gate and 8 of up */
+  DECODE_ITEM_ROWS = 32, /* of a piece of a segment that shrink works on */
   DECODE_SHRINK_RANKS = 16
 };
 
@@ -94,7 +94,8 @@ KS_DEVICE void decode_load_x(ks_bf16 *xs, float *room, const decode_args &p, int
   for (int i = (int)threadIdx.x; i < n_rows * pieces; i += THREADS) {
     const int row = i / pieces, piece = i % pieces;
     *(uint4 *)(void *)decode_x_at(xs, pieces, row, piece) =
-        piece < whole ? *(const uint4 *)(const void *)(p.x + (row0 + row) * p.n_in + 8 * piece) : make_uint4(0, 0, 0, 0);
+        piece < whole ? *(const uint4 *)(const void *)(p.x + (row0 + row) * p.n_in + 8 * piece)
+                      : make_uint4(0, 0, 0, 0);
   }
   __syncthreads();
   if (!p.norm_w) return;

@@ -57,7 +57,7 @@ enum {
   FEW_THREADS = LINEAR_RUNS * KS_WARP,
   FEW_TILE = DECODE_FEW_ROWS * FEW_N,
   FEW_MAX_RANK = 256,
-  FEW_RANKS = 16                 /* of an adapter's first step */
+  FEW_RANKS = 16 /* of an adapter's first step */
 };
 
 /* What a warp loads next. */
@@ -113,7 +113,8 @@ KS_DEVICE void few_issue(few_cursor &c, ks_bf16 *stage, const decode_args &p, co
     const int rows = c.left > 0 ? c.rows : 0;
 #pragma unroll
     for (int i = 0; i < FEW_N / 4; i++)
-      ks_cp_async_16(tile_at<FEW_PIECES>(stage, 4 * i + line, piece), c.w[i / 2] + i % 2 * 4 * p.n_in, rows >> i & 1);
+      ks_cp_async_16(tile_at<FEW_PIECES>(stage, 4 * i + line, piece), c.w[i / 2] + i % 2 * 4 * p.n_in,
+                     rows >> i & 1);
     c.w[0] += FEW_K;
     c.w[1] += FEW_K;
     c.left -= FEW_K;
@@ -126,7 +127,8 @@ KS_DEVICE void few_issue(few_cursor &c, ks_bf16 *stage, const decode_args &p, co
 }
 
 /* acc += W x^T over the stage that begins at k: outputs g, g + 8 of rows 2t, 2t + 1. */
-KS_DEVICE void few_multiply(float acc[4], ks_bf16 *stage, ks_bf16 *xs, int pieces, int k, const few_place &at) {
+KS_DEVICE void few_multiply(float acc[4], ks_bf16 *stage, ks_bf16 *xs, int pieces, int k,
+                            const few_place &at) {
   const int lane = (int)threadIdx.x % KS_WARP, row = min(lane % 8, at.n_rows - 1);
 #pragma unroll
   for (int half = 0; half < FEW_K; half += 32) {
@@ -153,7 +155,7 @@ template <int HALVES> struct few_ranks {
 
 /* Its segment, if this warp has one among the block's rows. */
 struct few_segment {
-  int seg; /* -1: none */
+  int seg;        /* -1: none */
   int begin, end; /* rows of the block */
 };
 KS_DEVICE few_segment few_segment_of(const decode_args &p, const few_place &at) {
@@ -185,7 +187,8 @@ KS_DEVICE void few_load_ranks(few_ranks<1 + SWIGLU> *r, const decode_args &p, co
     const ks_bf16 *u = part.u + (at.row0 + at.g) * part.u_stride;
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      r->u[h][i] = at.g >= seg.begin && at.g < seg.end ? tile_read_pair(u, k + 2 * at.t + 8 * i, one.rank) : 0u;
+      r->u[h][i] =
+          at.g >= seg.begin && at.g < seg.end ? tile_read_pair(u, k + 2 * at.t + 8 * i, one.rank) : 0u;
   }
 }
 
@@ -230,7 +233,8 @@ struct few_element {
 };
 
 template <bool SWIGLU>
-KS_DEVICE few_element few_element_of(const decode_args &p, const few_halves &of, const few_place &at, const int *ranks) {
+KS_DEVICE few_element few_element_of(const decode_args &p, const few_halves &of, const few_place &at,
+                                     const int *ranks) {
   const int row = (int)threadIdx.x / FEW_N, half = (int)threadIdx.x % FEW_N / (FEW_N / 2);
   few_element e = {-1, 0, 0, 0, 0};
   if (row >= at.n_rows) return e;
@@ -243,8 +247,8 @@ KS_DEVICE few_element few_element_of(const decode_args &p, const few_halves &of,
   e.at = (at.row0 + row) * part.n_out + out;
   if (part.bias) e.bias = part.bias[out];
   if (part.residual)
-    e.residual =
-        p.y_is_f32 ? ((const float *)part.residual)[e.at] : ks_to_float(((const ks_bf16 *)part.residual)[e.at]);
+    e.residual = p.y_is_f32 ? ((const float *)part.residual)[e.at]
+                            : ks_to_float(((const ks_bf16 *)part.residual)[e.at]);
   return e;
 }
 
@@ -262,7 +266,8 @@ KS_DEVICE void few_finish(const few_element &e, const decode_args &p, const floa
     if (p.parts[e.part].residual) total += e.residual;
   }
   if constexpr (SWIGLU) {
-    const float mine = ks_to_float(ks_from_float<ks_bf16>(total)), up = __shfl_xor_sync(KS_FULL_MASK, mine, FEW_N / 2);
+    const float mine = ks_to_float(ks_from_float<ks_bf16>(total)),
+                up = __shfl_xor_sync(KS_FULL_MASK, mine, FEW_N / 2);
     if (e.part == 0) p.h[e.at] = ks_from_float<ks_bf16>(mine * swiglu_sigmoid_of<ks_bf16>(mine).s * up);
   } else if (e.part >= 0) {
     if (p.y_is_f32)
@@ -286,8 +291,9 @@ struct few_room {
   int *ranks;                 /* [part][row]: of its adapter */
 };
 template <int STAGES> static size_t few_bytes(const decode_args *p) {
-  return ks_smem_bytes<ks_bf16>(LINEAR_RUNS * STAGES * FEW_N * FEW_K) + decode_x_bytes(p->n_in, p->rows_at_once) +
-         ks_smem_bytes<float>(2 * LINEAR_RUNS * FEW_TILE) + ks_smem_bytes<float>((size_t)(2 * few_groups(*p) * FEW_TILE)) +
+  return ks_smem_bytes<ks_bf16>(LINEAR_RUNS * STAGES * FEW_N * FEW_K) +
+         decode_x_bytes(p->n_in, p->rows_at_once) + ks_smem_bytes<float>(2 * LINEAR_RUNS * FEW_TILE) +
+         ks_smem_bytes<float>((size_t)(2 * few_groups(*p) * FEW_TILE)) +
          ks_smem_bytes<float>(DECODE_FEW_ROWS * 16) + ks_smem_bytes<int>(KS_LINEARS_MAX * DECODE_FEW_ROWS);
 }
 
@@ -314,7 +320,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   room.terms = ks_smem_take<float>(&smem, (size_t)(2 * few_groups(p) * FEW_TILE));
   room.norm = ks_smem_take<float>(&smem, DECODE_FEW_ROWS * 16);
   room.ranks = ks_smem_take<int>(&smem, KS_LINEARS_MAX * DECODE_FEW_ROWS);
-  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, pieces = decode_x_pieces(p.n_in);
+  const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP,
+            pieces = decode_x_pieces(p.n_in);
   few_place at;
   at.begin = warp * p.run;
   at.end = min(at.begin + p.run, (int)p.n_in);
@@ -339,7 +346,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   int slot = 0, turn = 0;
   for (int tile = (int)blockIdx.x; tile < p.n_tiles; tile += (int)gridDim.x, turn ^= 1) {
     const few_halves of = few_halves_of<SWIGLU>(p, tile);
-    float *sums = room.sums + turn * LINEAR_RUNS * FEW_TILE, *terms = room.terms + turn * few_groups(p) * FEW_TILE;
+    float *sums = room.sums + turn * LINEAR_RUNS * FEW_TILE,
+          *terms = room.terms + turn * few_groups(p) * FEW_TILE;
     few_ranks<1 + SWIGLU> ranks;
     if (seg.seg >= 0) few_load_ranks<SWIGLU>(&ranks, p, seg, of, at, 0);
     const few_element e = few_element_of<SWIGLU>(p, of, at, room.ranks);
@@ -367,20 +375,20 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
 /* Stages of a ring, the deepest first, that leave room for two blocks an SM, or for one. */
 enum { FEW_DEEP = 6, FEW_MIDDLE = 4, FEW_SHALLOW = 2 };
 
-template <bool SWIGLU, int STAGES>
-static ks_status launch(ks_ctx *ctx, const decode_args *p) {
+template <bool SWIGLU, int STAGES> static ks_status launch(ks_ctx *ctx, const decode_args *p) {
   const ks_cuda_device *d = ks_cuda_device_of(ctx);
   const size_t bytes = few_bytes<STAGES>(p);
   const int64_t at_once = d->n_sm * (2 * (bytes + 1024) <= (size_t)d->smem_per_sm ? 2 : 1),
                 turns = (p->n_tiles + at_once - 1) / at_once;
   const dim3 grid(ks_blocks_for(p->n_tiles, turns), ks_blocks_for(p->n_rows, p->rows_at_once));
-  return ks_launch_early(ctx, "linear: few rows", linear_few_kernel<SWIGLU, STAGES>, grid, dim3(FEW_THREADS), bytes, *p);
+  return ks_launch_early(ctx, "linear: few rows", linear_few_kernel<SWIGLU, STAGES>, grid, dim3(FEW_THREADS),
+                         bytes, *p);
 }
 
 template <bool SWIGLU> static ks_status launch_any(ks_ctx *ctx, const decode_args *p) {
   const ks_cuda_device *d = ks_cuda_device_of(ctx);
-  const size_t deep = few_bytes<FEW_DEEP>(p), middle = few_bytes<FEW_MIDDLE>(p), block = (size_t)d->smem_per_block,
-               half = (size_t)d->smem_per_sm / 2 - 1024;
+  const size_t deep = few_bytes<FEW_DEEP>(p), middle = few_bytes<FEW_MIDDLE>(p),
+               block = (size_t)d->smem_per_block, half = (size_t)d->smem_per_sm / 2 - 1024;
   if (deep <= block && (deep <= half || p->n_tiles <= d->n_sm)) return launch<SWIGLU, FEW_DEEP>(ctx, p);
   if (middle <= half && middle <= block) return launch<SWIGLU, FEW_MIDDLE>(ctx, p);
   if (deep <= block) return launch<SWIGLU, FEW_DEEP>(ctx, p);
@@ -394,7 +402,8 @@ bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) 
   if (first->n_rows > DECODE_FEW_ROWS) return false;
   for (int64_t i = 0; i < a->n_parts; i++) {
     const ks_linear_args *part = &a->parts[i];
-    if (part->w->dtype != KS_DTYPE_BF16 || part->y_is_f32 != first->y_is_f32 || part->w->n_out > INT32_MAX / 2)
+    if (part->w->dtype != KS_DTYPE_BF16 || part->y_is_f32 != first->y_is_f32 ||
+        part->w->n_out > INT32_MAX / 2)
       return false;
     bits |= (uintptr_t)((const ks_cuda_weight *)part->w->impl)->values;
   }

@@ -31,7 +31,7 @@
 enum {
   SHRINK_WARPS = 16,
   SHRINK_THREADS = SHRINK_WARPS * KS_WARP,
-  SHRINK_K = 32, /* of a step */
+  SHRINK_K = 32,                /* of a step */
   SHRINK_BLOCK_BYTES = 64 << 10 /* of A that a block reads, or fewer */
 };
 
@@ -55,7 +55,8 @@ KS_DEVICE void shrink_load(shrink_ranks *r, const shrink_place &at, int64_t n_in
 
 /* sum += A x^T over a step: ranks g, g + 8 of rows 8n + 2t, 8n + 2t + 1. x: columns 8t .. 8t + 7 of rows 8n + g. The order of k
  * within the step is that of the registers. */
-template <int NT> KS_DEVICE void shrink_multiply(float (&sum)[NT][4], const shrink_ranks &r, const uint4 (&x)[NT]) {
+template <int NT>
+KS_DEVICE void shrink_multiply(float (&sum)[NT][4], const shrink_ranks &r, const uint4 (&x)[NT]) {
   const uint4 lo = tile_round_8(r.a[0], 1.0f), hi = tile_round_8(r.a[1], 1.0f);
   const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
 #pragma unroll
@@ -74,8 +75,9 @@ KS_DEVICE void shrink_read_x(uint4 (&x)[NT], const decode_args &p, const decode_
   for (int n = 0; n < NT; n++) {
     const int row = min(8 * n + at.g, item.n_rows - 1); /* beyond the last: a result that nobody stores */
     if (NT == 1)
-      x[n] = col < p.n_in ? *(const uint4 *)(void *)decode_x_at(xs, decode_x_pieces(p.n_in), row, (int)(col / 8))
-                          : make_uint4(0, 0, 0, 0);
+      x[n] = col < p.n_in
+                 ? *(const uint4 *)(void *)decode_x_at(xs, decode_x_pieces(p.n_in), row, (int)(col / 8))
+                 : make_uint4(0, 0, 0, 0);
     else
       x[n] = tile_read_8(p.x + (int64_t)(item.begin + row) * p.n_in, col, p.n_in, at.aligned);
   }
@@ -87,8 +89,10 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
     decode_shrink_kernel(const __grid_constant__ decode_args p, int block_ranks) {
   enum { TILE = DECODE_SHRINK_RANKS * 8 * NT };
   ks_smem smem;
-  float *sums = ks_smem_take<float>(&smem, SHRINK_WARPS * TILE), *room = ks_smem_take<float>(&smem, DECODE_FEW_ROWS * 16);
-  ks_bf16 *xs = NT == 1 ? ks_smem_take<ks_bf16>(&smem, (size_t)p.rows_at_once * decode_x_pieces(p.n_in) * 8) : NULL;
+  float *sums = ks_smem_take<float>(&smem, SHRINK_WARPS * TILE),
+        *room = ks_smem_take<float>(&smem, DECODE_FEW_ROWS * 16);
+  ks_bf16 *xs =
+      NT == 1 ? ks_smem_take<ks_bf16>(&smem, (size_t)p.rows_at_once * decode_x_pieces(p.n_in) * 8) : NULL;
   ks_grid_start_next();
   ks_grid_wait();
   const decode_rows item = p.adapters.items[blockIdx.x];
@@ -123,7 +127,8 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
     }
 #pragma unroll
   for (int i = 0; i < 4 * NT; i++)
-    sums[at.warp * TILE + (i / 4 * 8 + 2 * at.t + i % 2) * DECODE_SHRINK_RANKS + at.g + i % 4 / 2 * 8] = sum[i / 4][i % 4];
+    sums[at.warp * TILE + (i / 4 * 8 + 2 * at.t + i % 2) * DECODE_SHRINK_RANKS + at.g + i % 4 / 2 * 8] =
+        sum[i / 4][i % 4];
   __syncthreads();
   for (int i = (int)threadIdx.x; i < TILE; i += SHRINK_THREADS) {
     const int row = i / DECODE_SHRINK_RANKS, rank = i % DECODE_SHRINK_RANKS;
@@ -139,11 +144,13 @@ template <int NT, int AHEAD> static ks_status launch(ks_ctx *ctx, const decode_a
   int block_ranks = DECODE_SHRINK_RANKS;
   while (NT == 1 && block_ranks > 2 && block_ranks * p->n_in * (int64_t)sizeof(float) > SHRINK_BLOCK_BYTES)
     block_ranks /= 2;
-  const dim3 grid((unsigned)p->adapters.n_items, ks_blocks_for(p->adapters.max_rank, block_ranks), (unsigned)p->n_parts);
+  const dim3 grid((unsigned)p->adapters.n_items, ks_blocks_for(p->adapters.max_rank, block_ranks),
+                  (unsigned)p->n_parts);
   const size_t bytes = ks_smem_bytes<float>(SHRINK_WARPS * DECODE_SHRINK_RANKS * 8 * NT) +
                        ks_smem_bytes<float>(DECODE_FEW_ROWS * 16) +
                        (NT == 1 ? decode_x_bytes(p->n_in, p->rows_at_once) : 0);
-  return ks_launch_early(ctx, "linear: x A^T", decode_shrink_kernel<NT, AHEAD>, grid, dim3(SHRINK_THREADS), bytes, *p, block_ranks);
+  return ks_launch_early(ctx, "linear: x A^T", decode_shrink_kernel<NT, AHEAD>, grid, dim3(SHRINK_THREADS),
+                         bytes, *p, block_ranks);
 }
 
 ks_status ks_decode_shrink(ks_ctx *ctx, const decode_args *p) {

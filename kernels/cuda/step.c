@@ -154,9 +154,8 @@ static bool same_launch(const step *s, const entry *e, const ks_cuda_launch_para
 
 static bool same_matmul(const ks_cuda_matmul_params *a, const ks_cuda_matmul_params *b) {
   return a->x == b->x && a->w == b->w && a->y == b->y && a->bias == b->bias && a->n_rows == b->n_rows &&
-         a->n_out == b->n_out && a->n_in == b->n_in && a->w_transposed == b->w_transposed &&
-         a->c == b->c && a->x_dtype == b->x_dtype && a->w_dtype == b->w_dtype &&
-         a->y_dtype == b->y_dtype;
+         a->n_out == b->n_out && a->n_in == b->n_in && a->w_transposed == b->w_transposed && a->c == b->c &&
+         a->x_dtype == b->x_dtype && a->w_dtype == b->w_dtype && a->y_dtype == b->y_dtype;
 }
 
 static bool same_entry(const step *s, const entry *e, const ks_cuda_op *op) {

@@ -14,7 +14,7 @@ typedef struct {
   ks_dtype dtype; /* of the weights; F32: that of the activations */
   int n_loras;    /* adapters: of rows 0 and 1, of row 2, none of row 3, and so on in turn */
   int32_t ranks[KS_LINEARS_MAX][MAX_LORAS]; /* of a part's */
-  int64_t skip; /* elements between an aligned address and x */
+  int64_t skip;                             /* elements between an aligned address and x */
 } generation_case;
 
 /* clang-format off */
@@ -112,24 +112,27 @@ static void call(const device *d, int64_t first, int64_t n, bool at_once, output
   ks_segment segments[MAX_ROWS];
   const int64_t n_segments = segments_of(c, first, n, segments);
   ks_linear_args parts[KS_LINEARS_MAX];
-  *out = (outputs){.xn = ks_guard_make_act(ctx, NULL, n * c->n_in), .h = ks_guard_make_act(ctx, NULL, n * c->n_out[0])};
+  *out = (outputs){.xn = ks_guard_make_act(ctx, NULL, n * c->n_in),
+                   .h = ks_guard_make_act(ctx, NULL, n * c->n_out[0])};
   void *x = ks_guard_at(&d->x, c->skip + first * c->n_in);
   for (int p = 0; p < c->n_parts; p++) {
-    out->y[p] = ks_guard_make_as(ctx, c->y_is_f32 ? KS_DTYPE_F32 : ks_ctx_act_dtype(ctx), NULL, n * c->n_out[p]);
+    out->y[p] =
+        ks_guard_make_as(ctx, c->y_is_f32 ? KS_DTYPE_F32 : ks_ctx_act_dtype(ctx), NULL, n * c->n_out[p]);
     out->u[p] = ks_guard_make_act(ctx, NULL, n * d->u_stride);
-    parts[p] = (ks_linear_args){.w = d->w[p],
-                                .x = c->norm ? out->xn.p : x,
-                                .y = out->y[p].p,
-                                .y_is_f32 = c->y_is_f32,
-                                .generation = true,
-                                .n_rows = n,
-                                .residual = c->residual ? ks_guard_at(&d->residual, first * c->n_out[0]) : NULL,
-                                .segments = segments,
-                                .n_segments = c->n_loras ? n_segments : 0,
-                                .loras = d->loras[p],
-                                .n_loras = c->n_loras,
-                                .u = out->u[p].p,
-                                .u_stride = d->u_stride};
+    parts[p] =
+        (ks_linear_args){.w = d->w[p],
+                         .x = c->norm ? out->xn.p : x,
+                         .y = out->y[p].p,
+                         .y_is_f32 = c->y_is_f32,
+                         .generation = true,
+                         .n_rows = n,
+                         .residual = c->residual ? ks_guard_at(&d->residual, first * c->n_out[0]) : NULL,
+                         .segments = segments,
+                         .n_segments = c->n_loras ? n_segments : 0,
+                         .loras = d->loras[p],
+                         .n_loras = c->n_loras,
+                         .u = out->u[p].p,
+                         .u_stride = d->u_stride};
   }
   const ks_rmsnorm_args norm = {
       .x = x, .w = d->norm_w.p, .y = out->xn.p, .n_rows = n, .n_cols = c->n_in, .eps = 1e-5f};
@@ -154,7 +157,8 @@ static void free_outputs(const generation_case *c, outputs *o) {
 }
 
 /* The same bits in all of `part`'s rows and in those of `all` from `first` on. */
-static int64_t check_same(const generation_case *c, const char *name, const outputs *all, int64_t first, const outputs *part) {
+static int64_t check_same(const generation_case *c, const char *name, const outputs *all, int64_t first,
+                          const outputs *part) {
   int64_t bad = 0;
   for (int p = 0; p < (c->swiglu ? 1 : c->n_parts); p++) {
     const ks_guard *a = c->swiglu ? &all->h : &all->y[p], *b = c->swiglu ? &part->h : &part->y[p];
