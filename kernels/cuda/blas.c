@@ -18,7 +18,7 @@
 #include <dlfcn.h>
 #include <stdio.h>
 
-enum { NOMINAL_ROWS = 2048, N_CANDIDATES = 16, MAX_ALIGN = 16 };
+enum { NOMINAL_ROWS = 2048, N_CANDIDATES = 16, MAX_ALIGN = 16, MAX_ASKED = 64 };
 #ifdef KS_CUDA_ON_CPU
 static const size_t workspace_bytes =
     64 << 10; /* there allocations are filled, which takes longer than the products */
@@ -57,14 +57,13 @@ typedef struct {
   cublasLtMatmulPreference_t preference;
   bool has_algo;
   cublasLtMatmulAlgo_t algo;
-  int64_t *checked; /* row counts that it may run with */
-  size_t n_checked, cap_checked;
-  struct exception {
-    int64_t n_rows;
-    bool has_algo;
+  struct row_count { /* that was asked for; the oldest goes */
+    int64_t n_rows;  /* 0: none */
+    bool as_planned; /* it may run with the plan's algorithm */
+    bool has_algo;   /* else: there is another */
     cublasLtMatmulAlgo_t algo;
-  } * exceptions;
-  size_t n_exceptions, cap_exceptions;
+  } * asked; /* [MAX_ASKED] */
+  size_t n_asked;
 } plan;
 
 struct ks_cuda_blas {
@@ -164,8 +163,7 @@ static void plan_free(const ks_cuda_blas *blas, plan *p) {
   cublasLtMatrixLayout_t layouts[] = {p->a, p->b, p->d};
   for (int i = 0; i < 3; i++)
     if (layouts[i]) blas->cublasLtMatrixLayoutDestroy(layouts[i]);
-  free(p->checked);
-  free(p->exceptions);
+  free(p->asked);
 }
 
 void ks_cuda_blas_exit(ks_ctx *ctx) {
@@ -310,9 +308,8 @@ static ks_status choose(const ks_cuda_blas *blas, const plan *e, const ks_cuda_m
 
 static bool same_plan(const plan *a, const plan *b) {
   return a->key.n_out == b->key.n_out && a->key.n_in == b->key.n_in &&
-         a->key.w_transposed == b->key.w_transposed &&
-         a->key.x_dtype == b->key.x_dtype && a->key.w_dtype == b->key.w_dtype &&
-         a->key.y_dtype == b->key.y_dtype && a->has_bias == b->has_bias &&
+         a->key.w_transposed == b->key.w_transposed && a->key.x_dtype == b->key.x_dtype &&
+         a->key.w_dtype == b->key.w_dtype && a->key.y_dtype == b->key.y_dtype && a->has_bias == b->has_bias &&
          memcmp(a->align, b->align, sizeof a->align) == 0;
 }
 
@@ -338,34 +335,33 @@ static ks_status find_plan(ks_cuda_blas *blas, const ks_cuda_matmul_params *p, p
   return KS_OK;
 }
 
+static ks_status ask(const ks_cuda_blas *blas, const plan *e, const ks_cuda_matmul_params *p,
+                     struct row_count *out) {
+  cublasLtMatmulHeuristicResult_t result;
+  *out = (struct row_count){.n_rows = p->n_rows};
+  out->as_planned = blas->cublasLtMatmulAlgoCheck(blas->handle, e->desc, e->a, e->b, e->d, e->d, &e->algo,
+                                                  &result) == CUBLAS_STATUS_SUCCESS &&
+                    result.workspaceSize <= workspace_bytes;
+  return out->as_planned ? KS_OK : choose(blas, e, p, &out->algo, &out->has_algo);
+}
+
 /* The plan's algorithm, or the exception for this row count; NULL: there is none. The layouts have the row
  * count already. */
 static ks_status algo_for(const ks_cuda_blas *blas, plan *e, const ks_cuda_matmul_params *p,
                           const cublasLtMatmulAlgo_t **out) {
-  *out = e->has_algo ? &e->algo : NULL;
+  struct row_count *r = NULL;
+  *out = NULL;
   if (!e->has_algo) return KS_OK;
-  for (size_t i = 0; i < e->n_checked; i++)
-    if (e->checked[i] == p->n_rows) return KS_OK;
-  for (size_t i = 0; i < e->n_exceptions; i++) {
-    if (e->exceptions[i].n_rows != p->n_rows) continue;
-    *out = e->exceptions[i].has_algo ? &e->exceptions[i].algo : NULL;
-    return KS_OK;
+  if (!e->asked) KS_TRY(ks_alloc_array(&e->asked, MAX_ASKED, sizeof *e->asked, "matmul"));
+  for (size_t i = 0; i < MAX_ASKED && !r; i++)
+    if (e->asked[i].n_rows == p->n_rows) r = &e->asked[i];
+  if (!r) {
+    struct row_count made;
+    KS_TRY(ask(blas, e, p, &made));
+    r = &e->asked[e->n_asked++ % MAX_ASKED];
+    *r = made;
   }
-  cublasLtMatmulHeuristicResult_t result;
-  if (blas->cublasLtMatmulAlgoCheck(blas->handle, e->desc, e->a, e->b, e->d, e->d, &e->algo, &result) ==
-          CUBLAS_STATUS_SUCCESS &&
-      result.workspaceSize <= workspace_bytes) {
-    KS_TRY(ks_cuda_grow(&e->checked, &e->cap_checked, e->n_checked + 1, sizeof *e->checked, "matmul"));
-    e->checked[e->n_checked++] = p->n_rows;
-    return KS_OK;
-  }
-  KS_TRY(
-      ks_cuda_grow(&e->exceptions, &e->cap_exceptions, e->n_exceptions + 1, sizeof *e->exceptions, "matmul"));
-  struct exception *x = &e->exceptions[e->n_exceptions];
-  x->n_rows = p->n_rows;
-  KS_TRY(choose(blas, e, p, &x->algo, &x->has_algo));
-  e->n_exceptions++;
-  *out = x->has_algo ? &x->algo : NULL;
+  *out = r->as_planned ? &e->algo : r->has_algo ? &r->algo : NULL;
   return KS_OK;
 }
 

@@ -13,7 +13,7 @@
  *
  * Determinism: chunks are cut from a segment's first row; which block is last does not matter.
  *
- * H200, sm_90, from the compiler: 70 and 91 registers (8 and 24 ranks), no spills; 35 and 40 KB shared memory, 6 and 5 blocks an
+ * H200, sm_90, from the compiler: 65 and 93 registers (8 and 24 ranks), no spills; 35 and 40 KB shared memory, 6 and 5 blocks an
  * SM. Hot loop: 4 and 12 mma a step of 32 rows.
  * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 80 % of a read at 4.5 TB/s:
  *                               16384 rows                        2048 rows
@@ -192,7 +192,7 @@ KS_DEVICE void grad_store(const float (&acc)[2][NT][4], const lora_work &p, cons
 
 /* Blocks: chunks, slices of columns, jobs and groups of NT eights of ranks. */
 template <int NT>
-__global__ void __launch_bounds__(LORA_THREADS)
+__global__ void __launch_bounds__(LORA_THREADS, NT == 8 ? 2 : 5)
     lora_gradient_kernel(const __grid_constant__ lora_work p, int64_t any_masked) {
   ks_smem smem;
   const grad_room<NT> room(&smem, any_masked != 0);
