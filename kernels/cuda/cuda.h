@@ -119,6 +119,7 @@ typedef struct {
   int64_t steps_recorded, steps_replayed;   /* steps that went one by one; as a whole */
   int64_t steps_differing;                  /* of the recorded ones: had a list that did not fit */
   int64_t graphs;                           /* CUDA graphs made */
+  int64_t graphs_failed;                    /* steps that could not become one: they go one by one for good */
   int64_t blas_exceptions; /* products that could not use their weight's algorithm: the row count, or arrays at odd addresses */
 } ks_cuda_counts;
 const ks_cuda_counts *ks_cuda_counts_of(const ks_ctx *ctx);

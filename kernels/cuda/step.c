@@ -476,10 +476,9 @@ static void make_graph(ks_ctx *ctx, step *s) {
   cuda->capturing = false;
   cudaGetLastError();
   cuda->counts = counts;
-  if (s->graph)
-    cuda->counts.graphs++;
-  else
-    s->no_graph = true;
+  s->no_graph = s->graph == NULL;
+  cuda->counts.graphs += !s->no_graph;
+  cuda->counts.graphs_failed += s->no_graph;
 }
 
 static ks_status replay(ks_ctx *ctx, step *s) {
