@@ -346,11 +346,27 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
   return bad;
 }
 
+/* The shim's device: large enough for tiles of 128 rows in shared memory. */
+__attribute__((weak)) void ks_shim_set_smem(size_t bytes);
+
 Test(linears, oracle_everywhere) {
   int64_t bad = 0;
   for (int64_t i = 0; i < N_CASES; i++)
     bad += ks_test_everywhere("linear", i, &cases[i], run);
   cr_assert(bad == 0);
+}
+
+Test(linears, large_tiles) {
+  static const group_case c = {
+      .n_rows = 530,
+      .n_in = 264,
+      .n_parts = 3,
+      .parts = {{.n_out = 8, .ranks = {8, 5}}, {.n_out = 16, .ranks = {4, 8}}, {.n_out = 8, .ranks = {8, 0}}},
+      .dropout = 0.25f,
+      .n_segments = 2,
+      .segments = {{0, 257, 0}, {260, 270, 1}}};
+  if (ks_shim_set_smem) ks_shim_set_smem(163 << 10);
+  cr_assert(ks_test_everywhere("linear_forward=none", 0, &c, run) == 0);
 }
 
 /* ---------------------------------------------------------------- independence of the batch */
@@ -434,6 +450,7 @@ Test(linears, an_adapter_alone_or_in_a_cohort) {
                               .segments = {{0, 30, 0}}}};
 #undef PART
   int64_t bad = 0;
+  if (ks_shim_set_smem) ks_shim_set_smem(163 << 10);
   for (int i = 0; i < 2; i++)
     bad += ks_test_everywhere("linear", i, &mine[i], run_cohort);
   cr_assert(bad == 0);
