@@ -8,6 +8,8 @@
  *   similarity_list.cuh    lists of up to 32 best
  *   similarity_stream.cu   up to 8 bf16 queries, bound by memory, one launch
  *   similarity_tile.cu     many bf16 queries and keys, bound by tensor cores
+ *   similarity_wgmma.cu    the same by Hopper's own products
+ *   similarity_many.cuh    what these two share
  *   similarity_kernel.cuh  all else, on product.cuh: float32, I8 as it lies, odd rows, long lists, few of both
  *   similarity_mma.cu      it on tensor cores
  *   similarity_simt.cu     it in plain fma
@@ -23,6 +25,9 @@
  *   tile    256 x 128   when its tiles fill the card and 217 KB of shared memory are there (best k; else 152): sm_90,
  *                       sm_100; norms by a pass before, which reads k once more. I8 is copied as bf16 by that
  *                       pass. 239 to 251 registers, 1 block of 8 warps an SM
+ *   wgmma 256 x 128     a choice, not the default: wherever tile is possible, however few the queries, on sm_90 only; 8 warps
+ *                       multiply, 4 load, 1 block an SM. Else by shape. The same bits as the others if wgmma adds as mma.sync does
+ *                       on that hardware, which the test shapes_agree tells; not run yet
  *
  * Launches: stream, few and mid 1 (few and mid another with more than 64 parts); big and tile 4: factors of keys, of
  * queries, the kernel, the lists. No fills: ks_cuda_counters.
@@ -83,6 +88,7 @@
  *   next, not built: wgmma with TMA; norms inside tile (a pass of k is 18 % of the roofline at 1024 queries); tiles
  *       of 64 x 64 for one buffer's size, clusters with multicast there; int8 tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 enum {
   SIM_THREADS = 256,     /* of the small kernels of this file */
@@ -207,8 +213,9 @@ struct sim_run {
   sim_mode mode;
   int64_t best_k, n_slab;
   sim_shape shape;
-  bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors;
-  char *room; /* workspace; offsets in it: */
+  bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors,
+      has_entries; /* short lists */
+  char *room;      /* workspace; offsets in it: */
   size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, lists, list_index, scores, index, partial,
       mean, count, nearest, far[2], picked;
   const int32_t *groups, *query_groups;
@@ -252,6 +259,14 @@ static bool sim_may_be_tile(const sim_run *r) {
          sim_tile_smem_bytes(r->mode == SIM_TOP) <= (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
 }
 
+/* Rows within the reach of a tensor map. */
+static bool sim_may_be_wide(const sim_run *r) {
+  const ks_similarity_args *a = r->a;
+  return sim_may_be_tile(r) && ks_cuda_has_wgmma(r->ctx, NULL) && a->n_k <= INT32_MAX - SIM_TILE_KEYS &&
+         a->n_cols <= INT32_MAX &&
+         sim_wide_smem_bytes(r->mode == SIM_TOP) <= (size_t)ks_cuda_device_of(r->ctx)->smem_per_block;
+}
+
 static bool sim_may_stream(const sim_run *r) {
   const ks_similarity_args *a = r->a;
   return r->on_tensor_cores && (r->mode == SIM_MATRIX || r->mode == SIM_TOP) && a->n_cols > 0 &&
@@ -275,15 +290,19 @@ static sim_shape sim_choose_shape(const sim_run *r) {
     return SIM_MID;
   case KS_CUDA_similarity_big:
     return big;
+  case KS_CUDA_similarity_wgmma:
+    if (sim_may_be_wide(r)) return SIM_WIDE;
+    break;
   default:
-    if (r->a->n_q <= sim_bn(SIM_FEW)) return sim_may_stream(r) ? SIM_STREAM : SIM_FEW;
-    if (sim_n_tiles(r, big) >= n_sm) return big;
-    return sim_may_be_big(r) && sim_n_tiles(r, SIM_BIG) >= n_sm ? SIM_BIG : SIM_MID;
+    break;
   }
+  if (r->a->n_q <= sim_bn(SIM_FEW)) return sim_may_stream(r) ? SIM_STREAM : SIM_FEW;
+  if (sim_n_tiles(r, big) >= n_sm) return big;
+  return sim_may_be_big(r) && sim_n_tiles(r, SIM_BIG) >= n_sm ? SIM_BIG : SIM_MID;
 }
 
 /* Blocks that an SM holds at once. */
-static const int SIM_BLOCKS[SIM_N_SHAPES] = {4, 2, 2, 2, 1};
+static const int SIM_BLOCKS[SIM_N_SHAPES] = {4, 2, 2, 2, 1, 1};
 
 /* Parts of the keys: as many as make the longest way of any SM shortest. */
 static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
@@ -298,11 +317,12 @@ static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
   const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
   const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * SIM_BLOCKS[shape];
   const int64_t tiles_of_q = r->mode == SIM_NEAREST || j->n_q_tiles < 1 ? 1 : j->n_q_tiles;
+  const int64_t start = r->has_entries; /* new lists cost about a tile */
   int64_t best = INT64_MAX;
   j->n_parts = j->tiles_per_part = 1;
   for (int64_t parts = 1; parts <= n_blocks && parts <= n_tiles; parts++) {
     const int64_t per_part = sim_ceil(n_tiles, parts),
-                  way = sim_ceil(tiles_of_q * parts, n_blocks) * per_part;
+                  way = sim_ceil(tiles_of_q * parts, n_blocks) * (per_part + start);
     if (way >= best) continue;
     best = way;
     j->tiles_per_part = per_part;
@@ -312,6 +332,7 @@ static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
 
 static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, const sim_job *j) {
   if (shape == SIM_TILE) return sim_launch_tile(r->ctx, r->op, j);
+  if (shape == SIM_WIDE) return sim_launch_wide(r->ctx, r->op, j);
   if (shape == SIM_STREAM) return sim_launch_stream(r->ctx, r->op, j);
   return r->on_tensor_cores ? sim_launch_mma(r->ctx, r->op, shape, is_any, j)
                             : sim_launch_simt(r->ctx, r->op, shape, is_any, j);
@@ -359,9 +380,10 @@ static sim_run sim_run_of(ks_ctx *ctx, const char *op, const ks_similarity_args 
   r.shape = sim_choose_shape(&r);
   r.n_slab = a->n_q < SIM_SLAB ? a->n_q : (int64_t)SIM_SLAB;
   const bool is_q_pure = sim_is_pure(&r, a->q, a->q_dtype), is_k_pure = sim_is_pure(&r, a->k, a->k_dtype);
-  const bool is_big = r.shape == SIM_BIG || r.shape == SIM_TILE;
+  const bool is_tile = r.shape == SIM_TILE || r.shape == SIM_WIDE, is_big = r.shape == SIM_BIG || is_tile;
+  r.has_entries = is_tile || r.shape == SIM_STREAM;
   r.copies_q = is_big && !is_q_pure;
-  r.copies_k = r.shape == SIM_TILE && !is_k_pure;
+  r.copies_k = is_tile && !is_k_pure;
   r.is_any = !is_k_pure || (!is_q_pure && !r.copies_q);
   const bool prepares = a->metric == KS_METRIC_COSINE && (is_big || mode == SIM_NEAREST);
   r.has_q_factors = prepares || r.copies_q || (mode == SIM_NEAREST && a->q_scales);
@@ -396,7 +418,7 @@ static ks_status sim_reserve(sim_run *r) {
   if (r->mode == SIM_TOP) {
     const size_t last = (size_t)((a->n_q - 1) % r->n_slab + 1), whole = sim_n_lists(r, n),
                  n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
-    if (r->shape == SIM_TILE || r->shape == SIM_STREAM) {
+    if (r->has_entries) {
       r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
     } else {
       r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
@@ -424,7 +446,7 @@ static ks_status sim_finish_apart(const sim_run *r, const sim_job *j) {
   if (r->mode == SIM_MEAN)
     return ks_launch(r->ctx, r->op, sim_mean_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_THREADS / KS_WARP)),
                      dim3(SIM_THREADS), 0, *j);
-  if (r->shape == SIM_TILE)
+  if (r->has_entries)
     return ks_launch(r->ctx, r->op, sim_gather_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
                      dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<sim_entry>(SIM_MERGE_WARPS * 2 * KS_WARP),
                      *j);
@@ -459,7 +481,7 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
     j.is_finished_here =
-        r->shape == SIM_STREAM || (r->shape != SIM_BIG && r->shape != SIM_TILE &&
+        r->shape == SIM_STREAM || ((r->shape == SIM_FEW || r->shape == SIM_MID) &&
                                    j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST);
     KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
   }

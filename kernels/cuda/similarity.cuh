@@ -9,16 +9,16 @@
 enum { SIM_STRETCH = 64, SIM_SLOTS = 4 }; /* keys of a partial mean; interleaved sums of a norm */
 
 typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
-typedef enum { SIM_FEW, SIM_MID, SIM_BIG, SIM_STREAM, SIM_TILE, SIM_N_SHAPES } sim_shape;
+typedef enum { SIM_FEW, SIM_MID, SIM_BIG, SIM_STREAM, SIM_TILE, SIM_WIDE, SIM_N_SHAPES } sim_shape;
 enum { SIM_SHORT = 32 }; /* longest list of sim_entry */
 enum { SIM_TILE_KEYS = 256, SIM_TILE_QUERIES = 128, SIM_TILE_STAGES = 3 };
 enum { SIM_STREAM_KEYS = 16, SIM_STREAM_QUERIES = 8, SIM_STREAM_WARPS = 8, SIM_STREAM_STAGES = 5 };
 /* Keys and queries of a tile (SIM_STREAM: of a warp), stages of its product. */
 KS_HOST_DEVICE constexpr int sim_bm(int shape) {
-  return shape == SIM_FEW      ? 64
-         : shape == SIM_STREAM ? (int)SIM_STREAM_KEYS
-         : shape == SIM_TILE   ? (int)SIM_TILE_KEYS
-                               : 128;
+  return shape == SIM_FEW                         ? 64
+         : shape == SIM_STREAM                    ? (int)SIM_STREAM_KEYS
+         : shape == SIM_TILE || shape == SIM_WIDE ? (int)SIM_TILE_KEYS
+                                                  : 128;
 }
 KS_HOST_DEVICE constexpr int sim_bn(int shape) {
   return shape == SIM_FEW || shape == SIM_STREAM ? 8 : shape == SIM_MID ? 32 : 128;
@@ -429,11 +429,16 @@ static inline size_t sim_smem_bytes(sim_shape shape, int64_t n_list) {
          ks_smem_bytes<float>(n) + ks_smem_bytes<uint32_t>(n);
 }
 
+/* Of sim_best (similarity_many.cuh). */
+static inline size_t sim_best_bytes(size_t n_queries) {
+  return 2 * ks_smem_bytes<sim_entry>(n_queries * SIM_SHORT) + ks_smem_bytes<int>(n_queries) +
+         ks_smem_bytes<float>(n_queries);
+}
 static inline size_t sim_tile_smem_bytes(bool is_top) {
   const size_t bm = SIM_TILE_KEYS, bn = SIM_TILE_QUERIES;
   return ks_smem_bytes<uint4>((size_t)SIM_TILE_STAGES * (bm + bn) * PRODUCT_UNITS) +
-         2 * ks_smem_bytes<float>(bm) + 3 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(2) +
-         (is_top ? 2 * ks_smem_bytes<sim_entry>(bn * SIM_SHORT) + ks_smem_bytes<int>(bn) : 0);
+         2 * ks_smem_bytes<float>(bm) + 2 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(2) +
+         (is_top ? sim_best_bytes(bn) : 0);
 }
 
 static inline size_t sim_stream_smem_bytes(bool is_top, int64_t n_queries, int64_t n_cols) {
@@ -452,6 +457,9 @@ static inline size_t sim_stream_smem_bytes(bool is_top, int64_t n_queries, int64
 ks_status sim_launch_stream(ks_ctx *ctx, const char *op, const sim_job *j);
 /* Many bf16 rows, factors prepared, short lists. */
 ks_status sim_launch_tile(ks_ctx *ctx, const char *op, const sim_job *j);
+/* The same by wgmma, on a device that has it. */
+ks_status sim_launch_wide(ks_ctx *ctx, const char *op, const sim_job *j);
+size_t sim_wide_smem_bytes(bool is_top);
 /* On tensor cores (bf16 and I8 rows) or in plain fma (any), of n_parts * n_q_tiles blocks. is_any: rows may
  * have to be converted on the way; with SIM_BIG those of k only. */
 ks_status sim_launch_mma(ks_ctx *ctx, const char *op, sim_shape shape, bool is_any, const sim_job *j);

@@ -16,16 +16,7 @@
  * 64: for 16 columns a warp has 8 ldmatrix (4 KiB) and 32 mma: shared memory is read in 256 of the 512 cycles that the
  * mma take at 1024 fma a cycle. A stage and warp: 395 instructions. The scores of a tile: some 700 a warp when none
  * passes, 2 to 8 % of a tile's time for d = 3200 to 384. */
-#include "kernels/cuda/similarity.cuh"
-#include "kernels/cuda/similarity_list.cuh"
-
-#ifdef KS_CUDA_ON_CPU
-#define SIM_TILE_JOB const sim_job
-#else
-#define SIM_TILE_JOB const __grid_constant__ sim_job
-#endif
-
-enum { TILE_BUFFER = 32, TILE_JOIN_FROM = 16 };
+#include "kernels/cuda/similarity_many.cuh"
 
 struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {
   enum {
@@ -35,8 +26,7 @@ struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {
     M_TILES = 4, /* of 16 keys */
     N_TILES = 8, /* of 8 queries */
     STAGE = (BM + BN) * PRODUCT_UNITS,
-    N_SUMS = M_TILES * N_TILES * 4,
-    N_WORDS = N_SUMS / 32
+    N_SUMS = M_TILES * N_TILES * 4
   };
   static KS_DEVICE int lane() { return (int)threadIdx.x % KS_WARP; }
   static KS_DEVICE int warp() { return (int)threadIdx.x / KS_WARP; }
@@ -63,29 +53,25 @@ struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {
 };
 static_assert((int)sim_tile::BM == (int)SIM_TILE_KEYS && (int)sim_tile::BN == (int)SIM_TILE_QUERIES,
               "what launches are told");
+enum { SIM_TILE_PER_WARP = sim_tile::BN / sim_tile::WARPS };
 static_assert(SIM_STRETCH == 64, "a warp's keys are one stretch");
 
 struct sim_tile_shared {
   uint4 *stages;
-  float *gk, *gq, *worst;
+  float *gk, *gq;
   int32_t *groups, *query_groups,
-      *rare;                  /* rare[0]: some query's factor is no float; [1]: a key's, in tile - 1 */
-  sim_entry *lists, *buffers; /* [BN, 32], [BN, TILE_BUFFER] */
-  int *used;                  /* of the buffers; more than TILE_BUFFER: some found no place */
+      *rare;     /* rare[0]: some query's factor is no float; [1]: a key's, in tile - 1 */
+  sim_best best; /* of SIM_TOP */
 
   KS_DEVICE explicit sim_tile_shared(int mode) {
     ks_smem smem;
-    const size_t n = mode == SIM_TOP ? sim_tile::BN : 0;
     stages = ks_smem_take<uint4>(&smem, (size_t)sim_tile::STAGES * sim_tile::STAGE);
     gk = ks_smem_take<float>(&smem, sim_tile::BM);
     gq = ks_smem_take<float>(&smem, sim_tile::BN);
-    worst = ks_smem_take<float>(&smem, sim_tile::BN);
     groups = ks_smem_take<int32_t>(&smem, sim_tile::BM);
     query_groups = ks_smem_take<int32_t>(&smem, sim_tile::BN);
     rare = ks_smem_take<int32_t>(&smem, 2);
-    lists = n ? ks_smem_take<sim_entry>(&smem, n * KS_WARP) : NULL;
-    buffers = n ? ks_smem_take<sim_entry>(&smem, n * TILE_BUFFER) : NULL;
-    used = n ? ks_smem_take<int>(&smem, n) : NULL;
+    if (mode == SIM_TOP) best.take(&smem, sim_tile::BN);
   }
 };
 
@@ -153,39 +139,19 @@ struct sim_tile_fetch {
 /* ---------------------------------------------------------------- scores */
 
 /* Where sum `at` of a thread lies: at = (16-key tile * N_TILES + 8-query tile) * 4 + place in the product. */
-KS_DEVICE int sim_tile_m(int at) {
-  return sim_tile::first_m() + at / (4 * sim_tile::N_TILES) * 16 + at % 4 / 2 * 8;
-}
-KS_DEVICE int sim_tile_n(int at) {
-  return sim_tile::first_n() + at / 4 % sim_tile::N_TILES * 8 + at % 2;
-}
-/* f(at, sum) for every sum. */
-template <class F> KS_DEVICE void sim_tile_each(sim_tile *c, F f) {
-#pragma unroll
-  for (int at = 0; at < sim_tile::N_SUMS; at++)
-    f(at, c->acc[at / (4 * sim_tile::N_TILES)][at / 4 % sim_tile::N_TILES][at % 4]);
-}
-
-KS_DEVICE double sim_tile_exact_factor(const double *factors, const float *scales, int64_t row,
-                                       int64_t n_rows) {
-  if (row >= n_rows) return 0.0;
-  return factors ? factors[row] : scales ? (double)scales[row] : 1.0;
-}
-
-/* Where some factor is no float: one sum after another, from local memory, as registers have room for the sums only. */
-KS_DEVICE void sim_tile_scale_exactly(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
-                                      int64_t k0) {
-  float x[sim_tile::N_SUMS];
-  sim_tile_each(c, [&](int at, float &v) { x[at] = v; });
-#pragma unroll 1
-  for (int at = 0; at < sim_tile::N_SUMS; at++) {
-    const int m = sim_tile_m(at), n = sim_tile_n(at);
-    x[at] = sim_score(x[at], sh.gq[n], sh.gk[m],
-                      sim_tile_exact_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows),
-                      sim_tile_exact_factor(j.k_factors, j.k_scales, k0 + m, j.k.n_rows));
+struct sim_tile_sums {
+  enum { N_SUMS = sim_tile::N_SUMS };
+  sim_tile &c;
+  static KS_DEVICE int key(int at) {
+    return sim_tile::first_m() + at / (4 * sim_tile::N_TILES) * 16 + at % 4 / 2 * 8;
   }
-  sim_tile_each(c, [&](int at, float &v) { v = x[at]; });
-}
+  static KS_DEVICE int query(int at) { return sim_tile::first_n() + at / 4 % sim_tile::N_TILES * 8 + at % 2; }
+  template <class F> KS_DEVICE void each(F f) const {
+#pragma unroll
+    for (int at = 0; at < N_SUMS; at++)
+      f(at, c.acc[at / (4 * sim_tile::N_TILES)][at / 4 % sim_tile::N_TILES][at % 4]);
+  }
+};
 
 /* Sums become scores. */
 KS_DEVICE void sim_tile_scale(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
@@ -197,7 +163,7 @@ KS_DEVICE void sim_tile_scale(const sim_job &j, const sim_tile_shared &sh, sim_t
     for (int h = 0; h < 2; h++)
       gk[i][h] = sh.gk[c->first_m() + 16 * i + 8 * h];
   if (sh.rare[0] || sh.rare[1] == (int32_t)(k0 / sim_tile::BM) + 1) {
-    sim_tile_scale_exactly(j, sh, c, q0, k0);
+    sim_scale_exactly(j, sim_tile_sums{*c}, sh.gq, sh.gk, q0, k0);
     return;
   }
 #pragma unroll
@@ -222,10 +188,10 @@ KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, s
                                   int64_t k0) {
   const int64_t n_stretches = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
   float x[sim_tile::N_SUMS];
-  sim_tile_each(c, [&](int at, float &v) { x[at] = v; });
+  sim_tile_sums{*c}.each([&](int at, float &v) { x[at] = v; });
 #pragma unroll 1
   for (int column = 0; column < 2 * sim_tile::N_TILES; column++) {
-    const int first = column / 2 * 4 + column % 2, n = sim_tile_n(first);
+    const int first = column / 2 * 4 + column % 2, n = sim_tile_sums::query(first);
     const int32_t group = sh.query_groups[n];
     double part[2][2];
     int count = 0;
@@ -256,7 +222,7 @@ KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, s
 
 /* Of a whole first tile: each query's least of 32 maxima of 8 scores. At least 32 are not below it. */
 KS_DEVICE void sim_tile_first_floor(const sim_tile_shared &sh, sim_tile *c) {
-  float *least = (float *)sh.buffers; /* [WARPS_M, BN] */
+  float *least = (float *)sh.best.buffers; /* [WARPS_M, BN] */
 #pragma unroll
   for (int jj = 0; jj < sim_tile::N_TILES; jj++)
 #pragma unroll
@@ -277,129 +243,49 @@ KS_DEVICE void sim_tile_first_floor(const sim_tile_shared &sh, sim_tile *c) {
 #pragma unroll
     for (int w = 1; w < sim_tile::WARPS_M; w++)
       most = fminf(most, least[w * sim_tile::BN + n]);
-    if (sh.worst[n] != INFINITY) sh.worst[n] = most;
+    if (sh.best.worst[n] != INFINITY) sh.best.worst[n] = most;
   }
   __syncthreads();
 }
 
-/* Buffers of TILE_JOIN_FROM or more go into their lists. A warp has 16 queries. */
-KS_DEVICE void sim_tile_join(const sim_job &j, const sim_tile_shared &sh) {
-  enum { PER_WARP = sim_tile::BN / sim_tile::WARPS };
-  const int lane = sim_tile::lane(), q0 = sim_tile::warp() * PER_WARP;
-  int used = lane < PER_WARP ? sh.used[q0 + lane] : 0;
-  used = used < TILE_BUFFER ? used : TILE_BUFFER;
-  unsigned mask = __ballot_sync(KS_FULL_MASK, used >= TILE_JOIN_FROM);
-  while (mask) {
-    sim_entry best[2], x[2];
-    int n[2], has[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      has[i] = mask != 0;
-      const int at = has[i] ? __ffs((int)mask) - 1 : 0;
-      mask &= mask - 1;
-      n[i] = q0 + at;
-      x[i] = lane < __shfl_sync(KS_FULL_MASK, used, at) && has[i] ? sh.buffers[n[i] * TILE_BUFFER + lane] : 0;
-      best[i] = sh.lists[n[i] * KS_WARP + lane];
-    }
-    sim_sort<2>(x, lane);
-    sim_join<2>(best, x, lane);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!has[i]) continue;
-      sh.lists[n[i] * KS_WARP + lane] = best[i];
-      if (lane == j.best_k - 1 && best[i] != 0 && sh.worst[n[i]] != INFINITY)
-        sh.worst[n[i]] = sim_entry_score(best[i]);
-      if (lane == 0) sh.used[n[i]] = 0;
-    }
-  }
-}
-
-/* A score to its query's buffer; false: no place. */
-KS_DEVICE bool sim_tile_push(const sim_job &j, const sim_tile_shared &sh, float score, int64_t k0, int m,
-                             int n) {
-  const sim_entry x = sim_entry_of(score, (uint32_t)(k0 + m));
-  if (k0 + m >= j.k.n_rows || x < sh.lists[n * KS_WARP + j.best_k - 1]) return true;
-  const int at = atomicAdd(sh.used + n, 1);
-  if (at < TILE_BUFFER) sh.buffers[n * TILE_BUFFER + at] = x;
-  return at < TILE_BUFFER;
-}
-
 KS_DEVICE void sim_tile_take_top(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t k0,
                                  bool is_first) {
-  float x[sim_tile::N_SUMS]; /* of scores that pass: local memory, hardly ever used */
-  uint32_t passes[sim_tile::N_WORDS] = {}, any = 0;
+  float x[sim_tile::N_SUMS];
+  sim_passing<sim_tile_sums> p;
   if (is_first && k0 + sim_tile::BM <= j.k.n_rows) sim_tile_first_floor(sh, c);
 #pragma unroll
   for (int jj = 0; jj < sim_tile::N_TILES; jj++) {
-    const float2 worst = *(const float2 *)(const void *)(sh.worst + c->first_n() + 8 * jj);
+    const float2 worst = *(const float2 *)(const void *)(sh.best.worst + c->first_n() + 8 * jj);
 #pragma unroll
     for (int i = 0; i < sim_tile::M_TILES; i++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int at = (i * sim_tile::N_TILES + jj) * 4 + e;
-        if (!(c->acc[i][jj][e] < (e % 2 ? worst.y : worst.x)))
-          passes[at / 32] |= 1u << at % 32, x[at] = c->acc[i][jj][e];
-      }
+      for (int e = 0; e < 4; e++)
+        p.test(x, (i * sim_tile::N_TILES + jj) * 4 + e, c->acc[i][jj][e], e % 2 ? worst.y : worst.x);
   }
-#pragma unroll
-  for (int w = 0; w < sim_tile::N_WORDS; w++)
-    any |= passes[w];
-  while (__syncthreads_or(any != 0)) {
-    any = 0;
-#pragma unroll
-    for (int w = 0; w < sim_tile::N_WORDS; w++) {
-      uint32_t left = passes[w];
-      while (left) {
-        const int at = w * 32 + __ffs((int)left) - 1;
-        if (sim_tile_push(j, sh, x[at], k0, sim_tile_m(at), sim_tile_n(at))) passes[w] &= ~(1u << at % 32);
-        left &= left - 1;
-      }
-      any |= passes[w];
-    }
+  p.count();
+  while (__syncthreads_or(p.any != 0)) {
+    p.offer(j, sh.best, x, k0);
     __syncthreads();
-    sim_tile_join(j, sh);
-  }
-}
-
-/* What is left in buffers, and out. */
-KS_DEVICE void sim_tile_publish(const sim_job &j, const sim_tile_shared &sh, int64_t q0, int64_t part) {
-  const int lane = sim_tile::lane();
-  for (int n = sim_tile::warp() * 2; n < sim_tile::BN && q0 + n < j.q.n_rows; n += 2 * sim_tile::WARPS) {
-    sim_entry best[2], x[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      x[i] = lane < sh.used[n + i] ? sh.buffers[(n + i) * TILE_BUFFER + lane] : 0;
-      best[i] = sh.lists[(n + i) * KS_WARP + lane];
-    }
-    sim_sort<2>(x, lane);
-    sim_join<2>(best, x, lane);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (q0 + n + i < j.q.n_rows && lane < j.best_k)
-        j.entries[((q0 + n + i) * j.n_parts + part) * j.best_k + lane] = best[i];
+    sim_best_join(sh.best, j.best_k, sim_tile::warp() * SIM_TILE_PER_WARP, SIM_TILE_PER_WARP,
+                  sim_tile::lane());
   }
 }
 
 /* ---------------------------------------------------------------- the kernel */
 
-KS_DEVICE float sim_tile_factor(const double *factors, const float *scales, int64_t row, int64_t n_rows) {
-  return row >= n_rows ? 0.0f : sim_float_factor(factors ? factors[row] : scales ? (double)scales[row] : 1.0);
-}
-
-KS_DEVICE void sim_tile_begin(const sim_job &j, const sim_tile_shared &sh, int64_t q0) {
+template <int MODE> KS_DEVICE void sim_tile_begin(const sim_job &j, const sim_tile_shared &sh, int64_t q0) {
   if (threadIdx.x == 0) sh.rare[0] = sh.rare[1] = 0;
   __syncthreads();
   for (int n = (int)threadIdx.x; n < sim_tile::BN; n += sim_tile::THREADS) {
-    const float g = sim_tile_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
+    const float g = sim_factor_of(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
     sh.gq[n] = g;
     if (g == INFINITY) sh.rare[0] = 1;
-    sh.worst[n] = q0 + n < j.q.n_rows ? NAN : INFINITY; /* all pass, none */
     sh.query_groups[n] = j.groups && q0 + n < j.q.n_rows ? j.query_groups[q0 + n] : 0;
-    if (j.mode == SIM_TOP) sh.used[n] = 0;
+    if (MODE == SIM_TOP) sh.best.clear(n, q0 + n < j.q.n_rows);
   }
-  if (j.mode == SIM_TOP)
+  if (MODE == SIM_TOP)
     for (int i = (int)threadIdx.x; i < sim_tile::BN * KS_WARP; i += sim_tile::THREADS)
-      sh.lists[i] = 0;
+      sh.best.lists[i] = 0;
 }
 
 /* What a thread knows of its key of a tile: read with the first stage, written with the second, when nobody looks
@@ -409,7 +295,7 @@ struct sim_tile_key {
   int32_t group;
 
   KS_DEVICE void read(const sim_job &j, int64_t k) {
-    g = sim_tile_factor(j.k_factors, j.k_scales, k, j.k.n_rows);
+    g = sim_factor_of(j.k_factors, j.k_scales, k, j.k.n_rows);
     group = j.groups && k < j.k.n_rows ? j.groups[k] : 0;
   }
   KS_DEVICE void write(const sim_tile_shared &sh, int64_t k0) const {
@@ -421,7 +307,7 @@ struct sim_tile_key {
 static_assert(sim_tile::THREADS == sim_tile::BM, "a thread has a key");
 
 template <int MODE>
-__global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(SIM_TILE_JOB j) {
+__global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(SIM_MANY_JOB j) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   typedef sim_tile P;
   const sim_tile_shared sh(MODE);
@@ -438,7 +324,7 @@ __global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(S
       fetch.piece(j, sh.stages, p);
     fetch.next(j);
   }
-  sim_tile_begin(j, sh, q0);
+  sim_tile_begin<MODE>(j, sh, q0);
   for (int tile = begin; tile < end; tile++) {
     const int64_t k0 = (int64_t)tile * P::BM;
     P c;
@@ -469,7 +355,8 @@ __global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(S
   }
   if constexpr (MODE == SIM_TOP) {
     __syncthreads();
-    sim_tile_publish(j, sh, q0, part);
+    for (int n = P::warp() * 2; n < P::BN && q0 + n < j.q.n_rows; n += 2 * P::WARPS)
+      sim_best_publish(j, sh.best, q0, n, part, P::lane());
   }
 #endif
 }
