@@ -5,13 +5,6 @@
 #include <stdio.h>
 #ifdef KS_CUDA_ON_CPU
 #include "kernels/cuda/cuda.h"
-void ks_shim_set_smem(size_t bytes_per_block); /* tests/cuda_on_cpu/include/ks_shim.h */
-
-/* The least that a device with tensor cores for bf16 has (8.6, 8.9, 12.0). */
-static void choose_device(void) {
-  ks_shim_set_smem(99 << 10);
-}
-TestSuite(attention, .init = choose_device);
 #endif
 
 enum { MAX_SEQS = 12 };

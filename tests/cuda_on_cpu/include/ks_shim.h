@@ -23,7 +23,8 @@ extern "C" {
 void ks_shim_set_order(int order);
 
 /* The device as the backend sees it; effective for what is asked afterwards. Defaults: 1 GiB, compute
- * capability 8.0, 64 KiB of shared memory a block (48 without cudaFuncSetAttribute, as everywhere). */
+ * capability 8.9, 99 KiB of shared memory a block, the least of any device with tensor cores for bf16 (48 without
+ * cudaFuncSetAttribute, as everywhere); with KS_SHIM_TURING=1 in the environment 7.5 and 64 KiB. */
 void ks_shim_set_memory(size_t bytes);
 void ks_shim_set_capability(int major, int minor);
 void ks_shim_set_smem(size_t bytes_per_block);
