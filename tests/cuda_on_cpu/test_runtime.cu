@@ -182,7 +182,7 @@ Test(runtime, shared_memory_is_asked_for) {
   cr_assert(launch(shared_kernel, dim3(1), dim3(1), 48 << 10, NULL, y, 48 << 8) == cudaSuccess);
   cr_assert(launch(shared_kernel, dim3(1), dim3(1), bytes, NULL, y, (int)bytes / 4) == cudaErrorInvalidValue);
   const enum cudaFuncAttribute most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  cr_assert(cudaFuncSetAttribute(func, most, (64 << 10) + 1) == cudaErrorInvalidValue);
+  cr_assert(cudaFuncSetAttribute(func, most, (99 << 10) + 1) == cudaErrorInvalidValue);
   cr_assert(cudaFuncSetAttribute(func, most, (int)bytes) == cudaSuccess);
   cr_assert(cudaFuncGetAttributes(&attributes, func) == cudaSuccess &&
             attributes.maxDynamicSharedSizeBytes == (int)bytes);
@@ -246,6 +246,6 @@ Test(runtime, names_and_device) {
   cr_assert(cudaGetDeviceProperties(&p, 0) == cudaSuccess && p.major == 7 && p.minor == 5 &&
             p.warpSize == 32);
   cr_assert(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess &&
-            value == 64 << 10);
+            value == 99 << 10);
   cr_assert(cudaDeviceGetAttribute(&value, (enum cudaDeviceAttr)9999, 0) == cudaErrorInvalidValue);
 }
