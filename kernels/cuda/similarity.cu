@@ -30,7 +30,7 @@
  *                       on that hardware, which the test shapes_agree tells; not run yet
  *
  * Launches: stream, few and mid 1 (few and mid another with more than 64 parts); big and tile 4: factors of keys, of
- * queries, the kernel, the lists. No fills: ks_cuda_counters.
+ * queries, the kernel, the lists; wgmma the same and, of the best, a fill. No other fills: ks_cuda_counters.
  *
  * Bytes: n_k d e (e: bytes of an element), once for every 8, 32 or 128 queries and then from L2 where it
  * fits; flops: 2 n_q n_k d. H200 (796 TFLOP/s, read 4.5 TB/s, measured; mma.sync expected at 60 % of that), all
@@ -40,13 +40,14 @@
  *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 2 us lists; goal 10 us
  *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 10 us
  *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives
- *                            5.5 TB/s (assumed), and the merge; goal 10 us, likely just missed with long lists
+ *                            5.5 TB/s (assumed); 2.5 us launch; merge of 16 parts by 4 queries a warp, two loads of 0.7 us and
+ *                            2 us of insertions (k = 10) each: 14 us. Matrix and mean: 9 to 10 us, the goal; best k: 22, missed
  *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters, and wgmma: 3.4 GFLOP are 7 us
- *                            by mma.sync
+ *                            by mma.sync. 64 x 64 would also be 128 blocks, with 128 rows for 160: 20 % less, and 32 parts to
+ *                            merge for 8 queries a warp. Parts of d are no way: a score's bits would depend on the shape
  *   2048 x 8192 x 2048 bf16  69 GFLOP: 86 us; by mma.sync 144, and with 97 % of the SMs, norms (10 us) and lists 180
- *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync 330, norms 36, lists 20: 390 us, 50 %. The goal, 75 %, wants
- *                            wgmma: a variant whose core replaces sim_tile::sixteen and sim_tile_fetch; what becomes of
- *                            the sums (scale, take_*) knows them by sim_tile_m and sim_tile_n only
+ *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync 330, norms 36, lists 20: 390 us, 50 %. The goal is 75 %;
+ *                            wgmma: 325 us, 61 %
  *
  * Best k <= 32: stream, tile: see there. Nothing leaves the registers when no score passes; what passes waits in
  * buffers, and 32 are sorted and joined at a time. Longer lists, and the other shapes: a tile's scores are compared in
@@ -85,8 +86,12 @@
  *               2048 x 8192 best 0.18
  *   v2 f32      with one query two warps an SM did copies, norms and sums of 64 keys: measured 0.067 ms, 1300 cycles a
  *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
- *   next, not built: wgmma with TMA; norms inside tile (a pass of k is 18 % of the roofline at 1024 queries); tiles
- *       of 64 x 64 for one buffer's size, clusters with multicast there; int8 tensor cores where both sides are I8 */
+ *   v3          wgmma, a choice; merges look at 8 parts at a time (4 before): of 16 parts two waits for L2 rather than four.
+ *               Computed, not measured yet
+ *   considered  norms inside tile: 4 of 36 mma more for each block, 12 % of 330 us, where the pass is 36 us; see also
+ *               similarity_wgmma.cu
+ *   next, not built: clusters with multicast for one buffer's size; lists of sim_entry for mid (joins side by side rather than
+ *       insertions); int8 tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -216,8 +221,8 @@ struct sim_run {
   bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors,
       has_entries; /* short lists */
   char *room;      /* workspace; offsets in it: */
-  size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, lists, list_index, scores, index, partial,
-      mean, count, nearest, far[2], picked;
+  size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, floors, lists, list_index, scores, index,
+      partial, mean, count, nearest, far[2], picked;
   const int32_t *groups, *query_groups;
 };
 
@@ -420,6 +425,7 @@ static ks_status sim_reserve(sim_run *r) {
                  n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
     if (r->has_entries) {
       r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
+      r->floors = sim_take(r, r->shape == SIM_WIDE ? n_lists : 0, sizeof(uint32_t));
     } else {
       r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
       r->list_index = sim_take(r, n_lists * (size_t)r->best_k, sizeof(uint32_t));
@@ -469,6 +475,7 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   if (r->has_k_factors) j.k_factors = (const double *)(r->room + r->k_factors);
   if (r->copies_k) j.k = product_rows_of(r->room + r->k_copy, r->a->n_k, r->a->n_cols, KS_DTYPE_BF16);
   j.entries = (sim_entry *)(r->room + r->entries);
+  j.floors = (uint32_t *)(r->room + r->floors);
   j.s = s ? s + q0 * r->a->n_k : NULL;
   j.list_scores = (float *)(r->room + r->lists);
   j.list_index = (uint32_t *)(r->room + r->list_index);
@@ -485,6 +492,8 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
                                    j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST);
     KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
   }
+  if (r->shape == SIM_WIDE && r->mode == SIM_TOP)
+    KS_TRY(ks_cuda_fill(r->ctx, j.floors, 0, (size_t)(n * j.n_parts) * sizeof *j.floors));
   KS_TRY(sim_launch(r, r->shape, r->is_any, &j));
   return sim_finish_apart(r, &j);
 }

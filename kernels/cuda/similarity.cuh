@@ -48,7 +48,8 @@ struct sim_job {
   float *list_scores;                  /* TOP: [n_q, n_parts, best_k] */
   uint32_t *list_index;                /* the same, counted from the part's first key */
   sim_entry *entries;                  /* TOP, short lists: [n_q, n_parts, best_k] */
-  float *scores;                       /* TOP: [n_q, best_k] */
+  uint32_t *floors; /* SIM_WIDE: [n_q, n_parts], what parts tell each other; zeros before */
+  float *scores;    /* TOP: [n_q, best_k] */
   int64_t *index;
   const int32_t *groups, *query_groups; /* MEAN: or both NULL */
   sim_partial *partial;                 /* [n_q, n_stretches] */
@@ -337,7 +338,7 @@ KS_DEVICE int64_t sim_part_begin(const sim_job &j, int64_t part, int bm) {
 /* The lists of query q's parts, in their order, into scores and index (room for best_k; index counts all
  * keys), then out. */
 KS_DEVICE void sim_merge(const sim_job &j, int64_t q, int bm, float *scores, int64_t *index, int lane) {
-  enum { AHEAD = 4 };
+  enum { AHEAD = 8 };
   int n = 0;
   for (int64_t p0 = 0; p0 < j.n_parts; p0 += AHEAD) {
     float s[AHEAD];

@@ -57,12 +57,21 @@ template <class P> struct sim_shared {
 template <class P> KS_DEVICE int sim_n_queries(const product_rows &q, int64_t q0) {
   return (int)(q.n_rows - q0 < P::BN ? q.n_rows - q0 : (int64_t)P::BN);
 }
-/* Not kept in registers while a product runs. */
+/* Read anew each time, so that what follows from it is not kept in registers while a product runs. */
+KS_DEVICE unsigned sim_block() {
+#ifdef __CUDA_ARCH__
+  unsigned b;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
+  return b;
+#else
+  return blockIdx.x;
+#endif
+}
 KS_DEVICE unsigned sim_part(const sim_job &j) {
-  return blockIdx.x % (unsigned)j.n_parts;
+  return sim_block() % (unsigned)j.n_parts;
 }
 KS_DEVICE unsigned sim_q_tile(const sim_job &j) {
-  return blockIdx.x / (unsigned)j.n_parts;
+  return sim_block() / (unsigned)j.n_parts;
 }
 KS_DEVICE int sim_warp() {
   return (int)threadIdx.x / KS_WARP;
@@ -288,8 +297,8 @@ __global__ __launch_bounds__(P::THREADS,
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 || defined(KS_SIMILARITY_ON_ALL)
   for (int n = (int)threadIdx.x; n < P::BN; n += P::THREADS)
     sim_shared<P>(j).worst[n] = NAN; /* everything goes in */
-  const int64_t k_end = sim_part_begin(j, sim_part(j) + 1, P::BM);
-  for (int64_t k0 = sim_part_begin(j, sim_part(j), P::BM); k0 < k_end; k0 += P::BM) {
+  for (int64_t k0 = sim_part_begin(j, sim_part(j), P::BM); k0 < sim_part_begin(j, sim_part(j) + 1, P::BM);
+       k0 += P::BM) {
     for (int m = (int)threadIdx.x; m < P::BM; m += P::THREADS)
       sim_shared<P>(j).groups[m] = j.groups && k0 + m < j.k.n_rows ? j.groups[k0 + m] : 0;
     P c;

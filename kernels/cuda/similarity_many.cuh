@@ -6,9 +6,10 @@
  *
  *   sim_best b = ...;                                       // shared memory of all queries that a block has
  *   b.clear(n, exists);                                     // each by one thread
- *   sim_passing<L> p;  p.find(...)                          // scores that are not below their query's floor, to local memory
+ *   sim_passing<L> p;
+ *   p.test(x, at, score, floor) of all sums; p.count();     // those that are not below their query's floor, to local memory
  *   while (p.any over the threads that share queries) {
- *     p.offer(j, b, l, k0);                                 // into buffers of SIM_BUFFER; what finds no place stays
+ *     p.offer(j, b, x, k0);                                 // into buffers of SIM_BUFFER; what finds no place stays
  *     <barrier>
  *     sim_best_join(b, j.best_k, n0, n, lane);              // buffers of SIM_JOIN_FROM or more go into the lists: a warp, n queries
  *     <barrier>

@@ -10,23 +10,43 @@
  *   warps 4 - 11 64 queries x 256 keys a warpgroup; scores; then, as in similarity_tile.cu:
  *     matrix     two keys of a query an instruction (8 bytes; a sector a quad)
  *     mean       four stretches of 64 keys of each query, the tree of sim_take_mean
- *     best       floor of the first tile: the least of 32 maxima of 8 scores. Whatever passes is offered, and joined by the warp
+ *     best       floor of the first tile: of eight groups of 32 scores, the least of their fourth best; about 50 of 256 pass. A
+ *                buffer of 16 or more is sorted and joined with its list by the warp
  *
- * A block has one tile of queries and a part of the keys. Nothing waits for another part.
+ * A block has one tile of queries and a part of the keys. Parts tell each other, without waiting: each leaves in `floors`, behind
+ * every tile and for each query, the place ceil(best_k / parts) of its list; the least of these over all parts is a floor for all,
+ * as best_k keys are not below it. Idle warps 1 - 3 gather them, a tile late. What a floor keeps out is not among the best, so
+ * that the result does not depend on when it is read. Zeros before the launch: a fill.
  *
- * Bytes and flops of a stage: 48 KB, 4.2 MFLOP. Shared memory: 3 stages for the best (144 KB, and 66 KB of lists), else 4.
- * Resources (nvcc 13.0, sm_90a): 168 registers at launch, 224 of a consumer, no spills, 512 bytes of local memory for scores
- * that pass; 1 block an SM. The loop: 135 instructions for 8 m64n256k16.
+ * Bytes and flops of a stage: 48 KB, 4.2 MFLOP. Shared memory: 3 stages for the best (144 KB, and 70 KB of lists and factors),
+ * else 4. Resources (nvcc 13.0, sm_90a): 168 registers at launch, 224 of a consumer, 56 of a loader, no spills, 512 bytes of
+ * local memory for scores that pass; 1 block an SM. The loop: 136 instructions for 8 m64n256k16.
  *
- * Arithmetic (H200; computed, not measured). 1024 x 100 k x 768, best 32: 157 GFLOP, 198 us at 796 TFLOP/s; at the core's expected
- * 83 % 238 us, with 128 of 132 SMs and 25 tiles for 24.4 251 us. Behind each tile: 690 instructions a warp to scale and compare,
- * 2 warps a scheduler, 0.70 us beside 8.3 (d = 768) of product: 17 us in all. A warpgroup may be up to 3 stages before the other
- * and multiply meanwhile, which hides up to 1 us a tile: short rather than overlapped, and nothing makes them take turns.
- * Lists: 192 candidates of a query and part of 25 tiles (90 of the first, 32 ln 25), 25000 instructions a warp: 25 us. Norms
- * 36 us. In all 337 us, 59 % of the roofline; mma.sync is expected at 390.
+ * Arithmetic (H200; computed, not measured). 1024 x 100 k x 768, best 32: 157 GFLOP, 198 us at 796 TFLOP/s.
+ *   product   238 us at the core's expected 83 %; 251 with 128 of 132 SMs and 25 tiles for 24.4 on average
+ *   scores    690 instructions a warp and tile to scale and compare, 2 warps a scheduler: 0.70 us beside 10 of product, 17 in all.
+ *             Short rather than overlapped: a warpgroup may be up to 3 stages (1 us) before the other and multiply while that one
+ *             looks at its scores, but nothing makes them take turns. Own tiles for each (64 x 256) would: and load 1.7 times as much
+ *   lists     76 candidates a query and part (50, 16 of the second tile, 10 of all others; 152 if parts told each other nothing),
+ *             3 or 4 joins of 160 instructions for each of a warp's 16 queries, and 80 rounds of offers: 11000 instructions, 11 us
+ *   norms     36 us, a pass over k before; queries, fill, gathering the parts' lists: 10 us
+ *   in all    325 us, 61 % of the roofline (tile: 390); the goal is 75 %, 264 us. With d = 3200: 824 us of product at 796 TFLOP/s,
+ *             1045 + 17 + 11 + 150 + 10: 67 %
+ *
+ * Norms in here, considered and not built, for 1024 x 100 k x 768:
+ *   every block, by warps 1 - 3 from the stages: reads 32 KB more of shared memory a stage: products 80 KB, copies 48, at 83 % of the
+ *     rate 105 of 128 bytes a cycle, then 131: the product slows by what the pass costs
+ *   every block, by mma.sync: 128 mma a stage are 12 % of its fma, and 20 % of the time at mma.sync's rate: 30 to 50 us
+ *   the blocks of one tile of queries, for all: others must wait for these, which needs all on the card at once (a cooperative
+ *     launch); that tile in a launch before: 128 queries are 31 us of product beside 34 of reading, but 132 short parts with their
+ *     lists cost 10 us more and a second set of launches 5: 15 us saved, 5 %
+ *   warps 1 - 3 from L2 ahead of the tile, an eighth of the keys a block, told by k_factors, computed anew where the others are
+ *     late: saves 30 us; 12 KB that are under way give 1.6 times the bytes needed at 1 us of latency. The next to try, with a GPU
  *
  * Ladder
- *   v1  this. Not measured yet. */
+ *   v1  floor of the first tile by 32 maxima of 8 (90 of 256 pass), parts on their own: 192 candidates; 337 us. Not measured
+ *   v2  fourth best of groups of 32, floors of all parts: 325 us. Not measured yet.
+ *   next, not built: clusters of two blocks with multicast of keys (product_wgmma.cuh): 20 to 30 us */
 #include "kernels/cuda/product_wgmma.cuh"
 #include "kernels/cuda/similarity_many.cuh"
 
@@ -52,7 +72,8 @@ size_t sim_wide_smem_bytes(bool is_top) {
          ks_smem_bytes<ks_bf16>(stages * SIM_WIDE_KEYS * WG_BK) + ks_smem_bytes<uint64_t>(4 * stages) +
          ks_smem_bytes<uint64_t>(2 * SIM_WIDE_SETS) + ks_smem_bytes<float>(SIM_WIDE_SETS * SIM_WIDE_KEYS) +
          ks_smem_bytes<int32_t>(SIM_WIDE_SETS * SIM_WIDE_KEYS) + ks_smem_bytes<float>(SIM_WIDE_QUERIES) +
-         ks_smem_bytes<int32_t>(SIM_WIDE_SETS) + (is_top ? sim_best_bytes(SIM_WIDE_QUERIES) : 0);
+         ks_smem_bytes<int32_t>(SIM_WIDE_SETS) +
+         (is_top ? sim_best_bytes(SIM_WIDE_QUERIES) + ks_smem_bytes<float>(SIM_WIDE_QUERIES) : 0);
 }
 
 #ifdef KS_HAS_WGMMA
@@ -60,7 +81,7 @@ size_t sim_wide_smem_bytes(bool is_top) {
 /* Behind the stages of wg_room. */
 template <int MODE> struct sim_wide_shared {
   uint64_t *full, *empty; /* of the sets */
-  float *gk, *gq;
+  float *gk, *gq, *floor; /* floor: of all parts; written and read at any time, since it only rises */
   int32_t *groups, *rare; /* rare: of a set: some key's factor is no float */
   sim_best best;
 
@@ -72,9 +93,11 @@ template <int MODE> struct sim_wide_shared {
     gq = ks_smem_take<float>(smem, SIM_WIDE_QUERIES);
     rare = ks_smem_take<int32_t>(smem, SIM_WIDE_SETS);
     if (MODE == SIM_TOP) best.take(smem, SIM_WIDE_QUERIES);
+    floor = MODE == SIM_TOP ? ks_smem_take<float>(smem, SIM_WIDE_QUERIES) : NULL;
   }
   /* Before the block's barrier. */
   KS_DEVICE void init() const {
+    if (MODE == SIM_TOP && threadIdx.x < SIM_WIDE_QUERIES) floor[threadIdx.x] = NAN;
     if (threadIdx.x != 0) return;
     for (int i = 0; i < SIM_WIDE_SETS; i++) {
       ks_barrier_init(full + i, WG_FILLERS);
@@ -141,7 +164,25 @@ template <int MODE> struct sim_wide_work {
         if (g == INFINITY) sh.rare[set] = step;
       }
       ks_barrier_arrive(sh.full + set);
+      if (MODE == SIM_TOP && step > 0) gather_floors(thread);
     }
+  }
+  /* Of each query, the least of what all parts have told. */
+  KS_DEVICE void gather_floors(int thread) const {
+    for (int n = thread; n < SIM_WIDE_QUERIES && q0 + n < j.q.n_rows; n += WG_FILLERS) {
+      const uint32_t *of = j.floors + (q0 + n) * j.n_parts;
+      uint32_t least = UINT32_MAX;
+#pragma unroll 8
+      for (int64_t p = 0; p < j.n_parts; p++)
+        least = min(least, __ldcg(of + p));
+      *(volatile float *)(sh.floor + n) = sim_entry_score((sim_entry)least << 32);
+    }
+  }
+  /* By the owner of the queries: where ceil(best_k / n_parts) keys of this part end. */
+  KS_DEVICE void tell_floors() const {
+    const int n = first_query() + lane(), place = (int)((j.best_k - 1) / j.n_parts);
+    if (lane() >= SIM_WIDE_PER_WARP || q0 + n >= j.q.n_rows) return;
+    j.floors[(q0 + n) * j.n_parts + part] = (uint32_t)(sh.best.lists[n * KS_WARP + place] >> 32);
   }
 
   /* A warp's own queries, with its first tile. */
@@ -246,17 +287,26 @@ template <int MODE> struct sim_wide_work {
 
   /* ---------------------------------------------------------------- the best */
 
+  /* Of a whole first tile: of eight groups of 32 scores (two a lane), the least of their fourth best. 32 are not below it. */
   KS_DEVICE void first_floor(const float (&acc)[SIM_WIDE_KEYS / 2]) const {
+    enum { GROUP = 32, DEEP = 4 };
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float least = INFINITY;
 #pragma unroll
-      for (int i = 0; i < SIM_WIDE_KEYS / 8; i += 4) {
-        float most = -INFINITY;
+      for (int i0 = 0; i0 < SIM_WIDE_KEYS / 4; i0 += GROUP) {
+        float most[DEEP] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-          most = fmaxf(most, acc[4 * (i + e / 2) + 2 * h + e % 2]);
-        least = fminf(least, most);
+        for (int i = i0; i < i0 + GROUP; i++) {
+          float v = fmaxf(acc[4 * (i / 2) + 2 * h + i % 2], -INFINITY); /* a number */
+#pragma unroll
+          for (int e = 0; e < DEEP; e++) {
+            const float next = fminf(most[e], v);
+            most[e] = fmaxf(most[e], v);
+            v = next;
+          }
+        }
+        least = fminf(least, most[DEEP - 1]);
       }
       least = fminf(least, __shfl_xor_sync(KS_FULL_MASK, least, 1));
       least = fminf(least, __shfl_xor_sync(KS_FULL_MASK, least, 2));
@@ -269,7 +319,10 @@ template <int MODE> struct sim_wide_work {
     float x[SIM_WIDE_KEYS / 2];
     sim_passing<sim_wide_sums> p;
     if (t.tag == 0 && t.col + SIM_WIDE_KEYS <= j.k.n_rows) first_floor(acc);
-    const float worst[2] = {sh.best.worst[wg_row(0)], sh.best.worst[wg_row(1)]};
+    float worst[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      worst[h] = fmaxf(sh.best.worst[wg_row(h)], *(volatile const float *)(sh.floor + wg_row(h)));
     sim_wide_sums{acc}.each([&](int at, float &v) { p.test(x, at, v, worst[at / 2 % 2]); });
     p.count();
     while (__any_sync(KS_FULL_MASK, p.any != 0)) {
@@ -278,6 +331,7 @@ template <int MODE> struct sim_wide_work {
       sim_best_join(sh.best, j.best_k, first_query(), SIM_WIDE_PER_WARP, lane());
       __syncwarp();
     }
+    tell_floors();
     if (t.tag == (int)(end - first) - 1)
 #pragma unroll 1
       for (int n = first_query(); n < first_query() + SIM_WIDE_PER_WARP; n += 2)

@@ -58,12 +58,13 @@ static const sim_case large_cases[] = {{97, 203, 32, DOT, KS_FILL_POSITIVE, F32,
                                        {2, 5000, 96, COSINE, KS_FILL_SIGNED, BF16, BF16, false}};
 enum { N_LARGE = sizeof large_cases / sizeof large_cases[0] };
 
-/* Inputs with a zero row and repeated rows among both. */
+/* Inputs with a zero row and repeated rows among both; LARGE: and one that is no number. */
 static float *rows(int64_t n, int64_t d, ks_fill_kind fill, uint64_t seed) {
   float *x = ks_floats(n * d, fill, seed);
   if (n > 2) memset(x + 2 * d, 0, (size_t)d * sizeof *x);
   if (n > 20) memcpy(x + 20 * d, x + 7 * d, (size_t)d * sizeof *x);
   if (n > 66) memcpy(x + 66 * d, x + 7 * d, (size_t)d * sizeof *x);
+  if (n > 130 && fill == KS_FILL_LARGE) x[130 * d] = NAN;
   return x;
 }
 
@@ -394,11 +395,15 @@ Test(similarity, shapes_agree) {
   cr_assert(bad == 0);
 }
 
-/* Parts of many tiles, the last one of a few keys. */
+/* Parts of many tiles, the last one of a few keys; a key that is no number. */
 Test(similarity, long_parts_agree) {
   static const shape_case shapes[] = {{"similarity=big", SMEM_HOPPER}, {"similarity=wgmma", SMEM_HOPPER}};
-  static const sim_case c = {140, 2570, 16, COSINE, KS_FILL_SIGNED, BF16, BF16, false};
-  cr_assert(!ks_test_is_cuda() || check_shapes(&c, shapes, 2) == 0);
+  static const sim_case both[] = {{140, 2570, 16, COSINE, KS_FILL_SIGNED, BF16, BF16, false},
+                                  {129, 1300, 8, DOT, KS_FILL_LARGE, BF16, BF16, false}};
+  int64_t bad = 0;
+  for (int i = 0; ks_test_is_cuda() && i < 2; i++)
+    bad += check_shapes(&both[i], shapes, 2);
+  cr_assert(bad == 0);
 }
 
 /* A query's results do not depend on the other queries, nor a score on the other keys. */
