@@ -40,8 +40,8 @@
  *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 2 us lists; goal 10 us
  *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 10 us
  *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives
- *                            5.5 TB/s (assumed); 2.5 us launch; merge of 16 parts by 4 queries a warp, two loads of 0.7 us and
- *                            2 us of insertions (k = 10) each: 14 us. Matrix and mean: 9 to 10 us, the goal; best k: 22, missed
+ *                            5.5 TB/s (assumed); 2.5 us launch; merge of 16 parts: 4 queries a warp one after another, a wait of
+ *                            0.7 us and 6 joins of 0.2 us each: 7 us. Matrix and mean: 9 to 10 us, the goal; best k: 16, missed
  *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters, and wgmma: 3.4 GFLOP are 7 us
  *                            by mma.sync. 64 x 64 would also be 128 blocks, with 128 rows for 160: 20 % less, and 32 parts to
  *                            merge for 8 queries a warp. Parts of d are no way: a score's bits would depend on the shape
@@ -55,7 +55,7 @@
  * where a warp a query inserts what beats the worst: k (1 + ln(n / k)) insertions for n keys of a part, one after
  * another. The lists of parts are merged in the order of the keys by the block that is the last of a tile of queries
  * (up to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel with a
- * warp a query.
+ * warp a query. Of lists up to 32 that is joins of sorted lists, four side by side; the tree does not matter, as the order is total.
  *
  * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
  *
@@ -86,12 +86,12 @@
  *               2048 x 8192 best 0.18
  *   v2 f32      with one query two warps an SM did copies, norms and sums of 64 keys: measured 0.067 ms, 1300 cycles a
  *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
- *   v3          wgmma, a choice; merges look at 8 parts at a time (4 before): of 16 parts two waits for L2 rather than four.
- *               Computed, not measured yet
+ *   v3          wgmma, a choice; short lists of parts merged by joins, four side by side, 16 read at once: 16 parts of a
+ *               query 1.7 us rather than 5 (k = 10) to 9 (k = 32). Computed, not measured yet
  *   considered  norms inside tile: 4 of 36 mma more for each block, 12 % of 330 us, where the pass is 36 us; see also
  *               similarity_wgmma.cu
- *   next, not built: clusters with multicast for one buffer's size; lists of sim_entry for mid (joins side by side rather than
- *       insertions); int8 tensor cores where both sides are I8 */
+ *   next, not built: clusters with multicast for one buffer's size; the merge of a tile of queries by several blocks; int8
+ *       tensor cores where both sides are I8 */
 #include "kernels/cuda/similarity.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -180,7 +180,7 @@ __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int3
 #endif
 }
 
-__global__ void sim_merge_kernel(sim_job j, int32_t bm) {
+__global__ void sim_merge_kernel(SIM_JOB j, int32_t bm) {
   ks_smem smem;
   int64_t *index = ks_smem_take<int64_t>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
   float *scores = ks_smem_take<float>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);

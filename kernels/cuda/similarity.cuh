@@ -69,6 +69,13 @@ struct sim_job {
   int32_t is_finished_here, none; /* by the last block of a tile of queries; else by a kernel of its own */
 };
 
+/* The argument of a kernel as it lies, without a copy in local memory when a function that is not inlined looks at it. */
+#ifdef KS_CUDA_ON_CPU
+#define SIM_JOB const sim_job
+#else
+#define SIM_JOB const __grid_constant__ sim_job
+#endif
+
 /* ---------------------------------------------------------------- scores */
 
 /* Numbers fall, NaN comes last: whether score b of a later key goes before score a of an earlier one. */
@@ -335,11 +342,46 @@ KS_DEVICE int64_t sim_part_begin(const sim_job &j, int64_t part, int bm) {
   return at < j.k_rows ? at : j.k_rows;
 }
 
+/* Place `place` of part p's list of query q; 0: none. */
+KS_DEVICE sim_entry sim_list_entry(const sim_job &j, int64_t q, int64_t p, int bm, int place) {
+  const int64_t begin = sim_part_begin(j, p, bm), left = sim_part_begin(j, p + 1, bm) - begin,
+                from = (q * j.n_parts + p) * j.best_k + place;
+  if (p >= j.n_parts || place >= j.best_k || place >= left) return 0;
+  return sim_entry_of(__ldcg(j.list_scores + from), (uint32_t)begin + __ldcg(j.list_index + from));
+}
+/* The lists of query q's parts, out; best_k <= 32. Four go side by side, 16 are read at once. */
+[[maybe_unused]] static __device__ __noinline__ void sim_merge_short(const sim_job &j, int64_t q, int bm,
+                                                                     int lane) {
+  enum { SIDE = 4, AHEAD = 4 };
+  sim_entry best[SIDE] = {0, 0, 0, 0};
+  for (int64_t p0 = 0; p0 < j.n_parts; p0 += SIDE * AHEAD) {
+    sim_entry x[AHEAD][SIDE];
+#pragma unroll
+    for (int i = 0; i < SIDE * AHEAD; i++)
+      x[i / SIDE][i % SIDE] = sim_list_entry(j, q, p0 + i, bm, KS_WARP - 1 - lane);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      sim_join<SIDE>(best, x[i], lane);
+  }
+  sim_entry rest[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    rest[i] = __shfl_sync(KS_FULL_MASK, best[2 + i], KS_WARP - 1 - lane);
+  sim_join<2>(best, rest, lane);
+  rest[0] = __shfl_sync(KS_FULL_MASK, best[1], KS_WARP - 1 - lane);
+  sim_join<1>(best, rest, lane);
+  sim_put_best(j, q, best[0], lane);
+}
+
 /* The lists of query q's parts, in their order, into scores and index (room for best_k; index counts all
  * keys), then out. */
 KS_DEVICE void sim_merge(const sim_job &j, int64_t q, int bm, float *scores, int64_t *index, int lane) {
-  enum { AHEAD = 8 };
+  enum { AHEAD = 4 };
   int n = 0;
+  if (j.best_k <= SIM_SHORT && j.k.n_rows < UINT32_MAX) {
+    sim_merge_short(j, q, bm, lane);
+    return;
+  }
   for (int64_t p0 = 0; p0 < j.n_parts; p0 += AHEAD) {
     float s[AHEAD];
     uint32_t at[AHEAD];

@@ -10,12 +10,9 @@
 
 #include "kernels/cuda/similarity.cuh"
 
-/* Arguments as they lie, without copies in local memory when a function that is not inlined looks at them. */
 #ifdef KS_CUDA_ON_CPU
-#define SIM_JOB   const sim_job
 #define SIM_APART template <class P> static void
 #else
-#define SIM_JOB   const __grid_constant__ sim_job
 #define SIM_APART template <class P> static __device__ __noinline__ void
 #endif
 

@@ -23,12 +23,6 @@
 #include "kernels/cuda/similarity.cuh"
 #include "kernels/cuda/similarity_list.cuh"
 
-#ifdef KS_CUDA_ON_CPU
-#define SIM_MANY_JOB const sim_job
-#else
-#define SIM_MANY_JOB const __grid_constant__ sim_job
-#endif
-
 enum { SIM_BUFFER = 32, SIM_JOIN_FROM = 16 };
 
 /* ---------------------------------------------------------------- factors */

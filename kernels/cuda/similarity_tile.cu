@@ -307,7 +307,7 @@ struct sim_tile_key {
 static_assert(sim_tile::THREADS == sim_tile::BM, "a thread has a key");
 
 template <int MODE>
-__global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(SIM_MANY_JOB j) {
+__global__ __launch_bounds__(sim_tile::THREADS, 1) void similarity_tile_kernel(SIM_JOB j) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   typedef sim_tile P;
   const sim_tile_shared sh(MODE);
