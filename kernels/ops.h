@@ -143,6 +143,8 @@ typedef struct {
   const int32_t *tokens;
   void *y;
   int64_t n_rows;
+  const int32_t *drawn; /* NULL, or in place of tokens: backend memory [n_rows], what ks_sample left there; a number that is no
+                           row of w reads row 0 */
 } ks_embed_args;
 ks_status ks_embed_forward(ks_ctx *ctx, const ks_embed_args *a);
 
@@ -358,6 +360,7 @@ typedef struct {
   int64_t n_rows, n_vocab;
   const ks_sampler *samplers; /* host [n_rows] */
   int32_t *tokens;            /* host out, late: [n_rows] */
+  int32_t *drawn;             /* NULL, or backend memory [n_rows] that gets them at once */
 } ks_sample_args;
 ks_status ks_sample(ks_ctx *ctx, const ks_sample_args *a);
 

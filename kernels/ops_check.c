@@ -96,10 +96,13 @@ static ks_status check_indices32(const char *op, const char *name, const int32_t
 ks_status ks_embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
   KS_TRY(CHECK_CTX(embed_forward));
   KS_TRY(check_weight("embed_forward", ctx, a->w));
-  const span spans[] = {ARRAY("tokens", a->tokens, a->n_rows, IN),
+  const span spans[] = {ARRAY("tokens", a->tokens, a->n_rows, a->drawn ? IN | MAY_BE_NULL : IN),
+                        ARRAY("drawn", a->drawn, a->n_rows, IN | MAY_BE_NULL),
                         ACT("y", a->y, a->n_rows, a->w->n_in, OUT)};
   KS_TRY(check_spans("embed_forward", spans, N_SPANS(spans)));
-  KS_TRY(check_indices32("embed_forward", "tokens", a->tokens, a->n_rows, a->w->n_out));
+  if (!a->drawn) KS_TRY(check_indices32("embed_forward", "tokens", a->tokens, a->n_rows, a->w->n_out));
+  if (a->drawn && a->n_rows && a->w->n_out == 0)
+    return KS_FAIL(KS_EINVAL, "embed_forward: w has no rows to read");
   return a->n_rows && a->w->n_in ? ctx->backend->embed_forward(ctx, a) : KS_OK;
 }
 
@@ -589,7 +592,8 @@ ks_status ks_sample(ks_ctx *ctx, const ks_sample_args *a) {
   KS_TRY(CHECK_CTX(sample));
   const span spans[] = {F32("logits", a->logits, a->n_rows, a->n_vocab, IN),
                         {"samplers", a->samplers, a->n_rows, 1, sizeof(ks_sampler), IN},
-                        ARRAY("tokens", a->tokens, a->n_rows, OUT)};
+                        ARRAY("tokens", a->tokens, a->n_rows, OUT),
+                        ARRAY("drawn", a->drawn, a->n_rows, OUT | MAY_BE_NULL)};
   if (a->n_vocab > INT32_MAX || (a->n_rows > 0 && a->n_vocab < 1))
     return KS_FAIL(KS_EINVAL, "sample: n_vocab is %lld; give 1 to 2^31 - 1", (long long)a->n_vocab);
   KS_TRY(check_spans("sample", spans, N_SPANS(spans)));

@@ -165,6 +165,7 @@ ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h) {
   *h = run->h_out;
   KS_TRY(ks_embed_forward(run->model->ctx, &(ks_embed_args){.w = run->model->embedding,
                                                             .tokens = pass->tokens,
+                                                            .drawn = pass->drawn,
                                                             .y = s.acts.h_in,
                                                             .n_rows = pass->all.n_rows}));
   for (s.layer = 0; s.layer < m->n_layers; s.layer++) {

@@ -1,9 +1,13 @@
 /* Continuous batching: each pass takes the next token of every running sequence and, in the rows that are
- * left, pieces of the prompts of those that are starting. */
+ * left, pieces of the prompts of those that are starting.
+ *
+ * Flights: when every sequence has drawn a token, the next passes need nothing from the host but the tokens, and these are in
+ * backend memory: several passes are queued before the host looks. What a sequence drew after its last token is dropped. Rows
+ * do not see each other, so the tokens are the same for any length of flight. */
 #include "core/model/generate.h"
 #include "core/model/run.h"
 
-enum { DEFAULT_BATCH = 64, PROMPT_ROWS = 512, DEFAULT_CACHE_MB = 512 };
+enum { DEFAULT_BATCH = 64, PROMPT_ROWS = 512, DEFAULT_CACHE_MB = 512, DEVICE_AHEAD = 4, MAX_AHEAD = 64 };
 #define REPORT_SECONDS 0.1
 
 typedef struct {
@@ -35,7 +39,10 @@ typedef struct {
   int64_t *ends;        /* [max_batch] out rows whose logits are wanted */
   sequence **ending;    /* [max_batch] their sequences */
   ks_sampler *samplers; /* [max_batch] */
-  int32_t *sampled;     /* [max_batch] */
+  int32_t *sampled;     /* [ahead, max_batch] */
+  int32_t *drawn;       /* backend memory [max_batch]: of the last pass */
+  int64_t ahead;        /* longest flight */
+  int64_t flying;       /* passes of this flight so far: tokens of each sequence that the host has not seen */
   float *logits;        /* backend memory [max_batch, vocab] */
   double reported;      /* when */
 } generator;
@@ -151,7 +158,9 @@ static ks_status allocate(generator *g, int64_t cache_bytes) {
   KS_TRY(ks_alloc_array(&g->ending, batch, sizeof(sequence *), "generation"));
   KS_TRY(ks_alloc_array(&g->pass_pages, batch, sizeof *g->pass_pages, "generation"));
   KS_TRY(ks_alloc_array(&g->samplers, batch, sizeof *g->samplers, "generation"));
-  KS_TRY(ks_alloc_array(&g->sampled, batch, sizeof *g->sampled, "generation"));
+  KS_TRY(ks_alloc_array(&g->sampled, batch * (size_t)g->ahead, sizeof *g->sampled, "generation"));
+  KS_TRY_AS(ks_mem_alloc(g->model->ctx, batch * sizeof *g->drawn, &p), "drawn tokens");
+  g->drawn = p;
   return ks_run_reserve_loras(g->run, g->n_adapters);
 }
 
@@ -167,6 +176,7 @@ static void release(generator *g) {
   free(g->cache_rows);
   free(g->tokens);
   free(g->active);
+  ks_mem_free(g->model->ctx, g->drawn);
   ks_mem_free(g->model->ctx, g->logits);
   ks_mem_free(g->model->ctx, g->cache.v);
   ks_mem_free(g->model->ctx, g->cache.k);
@@ -204,8 +214,12 @@ static ks_status admit(generator *g) {
 
 /* ---------------------------------------------------------------- one pass */
 
-static int64_t n_pending(const sequence *s) {
-  return s->request->n_prompt + s->request->n_tokens - s->n_cached;
+static int64_t n_pending(const generator *g, const sequence *s) {
+  return s->request->n_prompt + s->request->n_tokens + g->flying - s->n_cached;
+}
+
+static bool decodes(const generator *g, const sequence *s) {
+  return s->request->n_tokens + g->flying > 0;
 }
 
 /* Gives each sequence its rows of this pass; those that decode come first. Returns the prompts' rows. */
@@ -213,13 +227,13 @@ static int64_t share_rows(generator *g) {
   int64_t room = g->run->params.max_rows, n_prompt_rows = 0;
   for (int64_t i = 0; i < g->n_active; i++) {
     sequence *s = &g->active[i];
-    s->n_rows = s->request->n_tokens > 0 ? 1 : 0;
+    s->n_rows = decodes(g, s) ? 1 : 0;
     room -= s->n_rows;
   }
   for (int64_t i = 0; i < g->n_active; i++) {
     sequence *s = &g->active[i];
-    if (s->request->n_tokens > 0) continue;
-    s->n_rows = ks_min_i64(n_pending(s), room);
+    if (decodes(g, s)) continue;
+    s->n_rows = ks_min_i64(n_pending(g, s), room);
     room -= s->n_rows;
     n_prompt_rows += s->n_rows;
   }
@@ -240,6 +254,7 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
   ks_run *run = g->run;
   int64_t row = 0, n_seqs = 0;
   *pass = (ks_pass){.tokens = g->tokens,
+                    .drawn = g->flying > 0 ? g->drawn : NULL,
                     .pages = g->pass_pages,
                     .adapters = g->adapters,
                     .n_adapters = g->n_adapters,
@@ -252,7 +267,7 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
     const ks_request *r = s->request;
     if (s->n_rows == 0) continue;
     add_to_segment(run, pass, s, row);
-    if (s->n_rows == n_pending(s)) {
+    if (s->n_rows == n_pending(g, s)) {
       g->ends[*n_ends] = n_seqs;
       g->ending[(*n_ends)++] = s;
     }
@@ -260,7 +275,7 @@ static void describe_pass(generator *g, ks_pass *pass, int64_t *n_ends) {
     g->pass_pages[n_seqs] = s->pages;
     run->tails[n_seqs++] = 1;
     for (int64_t p = s->n_cached; p < s->n_cached + s->n_rows; p++, row++) {
-      g->tokens[row] = p < r->n_prompt ? r->prompt[p] : r->tokens[p - r->n_prompt];
+      if (!pass->drawn) g->tokens[row] = p < r->n_prompt ? r->prompt[p] : r->tokens[p - r->n_prompt];
       run->positions[row] = (int32_t)p;
       g->cache_rows[row] =
           s->pages[p / KS_ATTENTION_PAGE_UNIT] * KS_ATTENTION_PAGE_UNIT + p % KS_ATTENTION_PAGE_UNIT;
@@ -302,14 +317,14 @@ static ks_status sample(generator *g, int64_t n_ends) {
   for (int64_t i = 0; i < n_ends; i++) {
     const ks_request *r = g->ending[i]->request;
     g->samplers[i] = r->sampler;
-    g->samplers[i].counter += (uint64_t)r->n_tokens;
+    g->samplers[i].counter += (uint64_t)(r->n_tokens + g->flying);
   }
   KS_TRY(ks_sample(g->model->ctx, &(ks_sample_args){.logits = g->logits,
                                                     .n_rows = n_ends,
                                                     .n_vocab = g->model->config.vocab_size,
                                                     .samplers = g->samplers,
-                                                    .tokens = g->sampled}));
-  g->stats.new_tokens += n_ends;
+                                                    .tokens = g->sampled + g->flying * g->max_batch,
+                                                    .drawn = g->drawn}));
   return KS_OK;
 }
 
@@ -326,16 +341,34 @@ static void give_back_pages(generator *g, sequence *s) {
   free(s->pages);
 }
 
-/* Takes the new tokens and drops the sequences that end. */
-static void collect(generator *g, int64_t n_ends) {
-  int64_t kept = 0;
+static ks_status bad_logits(const generator *g, const ks_request *r) {
+  return KS_FAIL(
+      KS_ENUMERIC,
+      "generate: the logits of request %lld at new token %lld hold a NaN or have no finite maximum; the "
+      "model's weights or its adapter are damaged or training diverged",
+      (long long)(r - g->requests), (long long)r->n_tokens);
+}
+
+/* The tokens of `n_passes` passes, of which the i-th ended sequence i of `ending`: until it stops. */
+static ks_status take_tokens(generator *g, int64_t n_passes, int64_t n_ends) {
   for (int64_t i = 0; i < n_ends; i++) {
     sequence *s = g->ending[i];
     ks_request *r = s->request;
-    r->stopped = is_stop(r, g->sampled[i]);
-    if (!r->stopped) r->tokens[r->n_tokens++] = g->sampled[i];
-    if (r->stopped || r->n_tokens == s->limit) s->request = NULL;
+    for (int64_t j = 0; j < n_passes && s->request; j++) {
+      const int32_t token = g->sampled[j * g->max_batch + i];
+      if (token < 0) return bad_logits(g, r);
+      g->stats.new_tokens++;
+      r->stopped = is_stop(r, token);
+      if (!r->stopped) r->tokens[r->n_tokens++] = token;
+      if (r->stopped || r->n_tokens == s->limit) s->request = NULL;
+    }
   }
+  return KS_OK;
+}
+
+/* Drops the sequences that ended. */
+static void drop_ended(generator *g) {
+  int64_t kept = 0;
   for (int64_t i = 0; i < g->n_active; i++) {
     if (g->active[i].request)
       g->active[kept++] = g->active[i];
@@ -361,50 +394,55 @@ static uint64_t pass_key(const generator *g, const ks_pass *pass, int64_t n_ends
   uint64_t key = 0x67656e6572617465; /* "generate" */
   key = ks_hash_mix(key, (uint64_t)pass->all.n_rows);
   key = ks_hash_mix(key, (uint64_t)n_ends);
+  key = ks_hash_mix(key, g->flying > 0);
   for (int64_t i = 0; i < g->n_active; i++) {
     const sequence *s = &g->active[i];
     key = ks_hash_mix(key, (uint64_t)s->request->adapter);
-    if (s->request->n_tokens > 0) continue;
+    if (decodes(g, s)) continue;
     key = ks_hash_mix(key, (uint64_t)s->n_rows);
     key = ks_hash_mix(key, (uint64_t)s->n_cached);
   }
   return key;
 }
 
-static ks_status check_tokens(const generator *g, int64_t n_ends) {
-  for (int64_t i = 0; i < n_ends; i++) {
-    if (g->sampled[i] < 0)
-      return KS_FAIL(KS_ENUMERIC,
-                     "generate: the logits of request %lld at new token %lld hold a NaN or have no finite "
-                     "maximum; the model's "
-                     "weights or its adapter are damaged or training diverged",
-                     (long long)(g->ending[i]->request - g->requests),
-                     (long long)g->ending[i]->request->n_tokens);
-  }
-  return KS_OK;
+/* How many passes may fly: one, unless every sequence draws a token in the first. None passes its limit. */
+static int64_t flight_of(const generator *g, int64_t n_ends) {
+  int64_t n = n_ends == g->n_active ? g->ahead : 1;
+  for (int64_t i = 0; i < g->n_active && n > 1; i++)
+    n = ks_min_i64(n, g->active[i].limit - g->active[i].request->n_tokens);
+  return n;
 }
 
-static ks_status step(generator *g) {
+static ks_status run_pass(generator *g, const ks_pass *pass, int64_t n_ends, double *sampling_seconds) {
   ks_ctx *ctx = g->model->ctx;
-  ks_pass pass;
-  int64_t n_ends = 0;
-  double start = ks_clock_seconds(), sampling = start, sampled;
-  int64_t n_prompt_rows = share_rows(g);
-  describe_pass(g, &pass, &n_ends);
-  KS_TRY(ks_step_begin(ctx, pass_key(g, &pass, n_ends)));
-  ks_status status = queue_pass(g, &pass, n_ends, &sampling);
-  sampled = ks_clock_seconds();
+  double sampling = 0;
+  KS_TRY(ks_step_begin(ctx, pass_key(g, pass, n_ends)));
+  ks_status status = queue_pass(g, pass, n_ends, &sampling);
+  *sampling_seconds += ks_clock_seconds() - sampling;
   ks_status ended = ks_step_end(ctx);
-  KS_TRY(status != KS_OK ? status : ended);
-  KS_TRY(ks_sync(ctx));
-  KS_TRY(check_tokens(g, n_ends));
-  double layers = ks_clock_seconds() - start - (sampled - sampling);
-  double share = (double)n_prompt_rows / (double)pass.all.n_rows;
+  return status != KS_OK ? status : ended;
+}
+
+static ks_status fly(generator *g) {
+  ks_pass pass;
+  int64_t n_ends = 0, n_prompt_rows = 0, n_rows = 0, n_passes = 1;
+  double start = ks_clock_seconds(), sampling = 0;
+  for (g->flying = 0; g->flying < n_passes; g->flying++) {
+    n_prompt_rows += share_rows(g);
+    describe_pass(g, &pass, &n_ends);
+    if (g->flying == 0) n_passes = flight_of(g, n_ends);
+    KS_TRY(run_pass(g, &pass, n_ends, &sampling));
+    n_rows += pass.all.n_rows;
+  }
+  g->flying = 0;
+  KS_TRY(ks_sync(g->model->ctx));
+  double layers = ks_clock_seconds() - start - sampling, share = (double)n_prompt_rows / (double)n_rows;
   g->stats.prompt_tokens += n_prompt_rows;
   g->stats.prefill_seconds += layers * share;
   g->stats.decode_seconds += layers * (1 - share);
-  g->stats.sample_seconds += sampled - sampling;
-  collect(g, n_ends);
+  g->stats.sample_seconds += sampling;
+  KS_TRY(take_tokens(g, n_passes, n_ends));
+  drop_ended(g);
   return KS_OK;
 }
 
@@ -420,7 +458,7 @@ static ks_status run_all(generator *g) {
   for (;;) {
     KS_TRY(admit(g));
     if (g->n_active == 0) break;
-    KS_TRY(step(g));
+    KS_TRY(fly(g));
     KS_TRY(report(g, false));
   }
   return report(g, true);
@@ -434,6 +472,11 @@ static void add_stats(ks_generate_stats *to, const ks_generate_stats *s) {
   to->sample_seconds += s->sample_seconds;
 }
 
+/* The CPU computes while it queues: nothing is gained there, and passes in vain cost. */
+static int64_t default_ahead(const ks_ctx *ctx) {
+  return strcmp(ks_ctx_backend_name(ctx), "cpu") == 0 ? 1 : DEVICE_AHEAD;
+}
+
 ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
                       const ks_adapter_view *adapters, int64_t n_adapters, const ks_generate_params *params,
                       const ks_progress *progress, ks_generate_stats *stats) {
@@ -441,16 +484,19 @@ ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
   if (!model || n_requests < 0 || (n_requests > 0 && !requests) || n_adapters < 0 ||
       (n_adapters > 0 && !adapters))
     return KS_FAIL(KS_EINVAL, "ks_generate: NULL argument");
-  if (p.max_batch < 0 || p.cache_bytes < 0)
-    return KS_FAIL(KS_EINVAL, "ks_generate: max_batch %lld, cache_bytes %lld; give 0 or more",
-                   (long long)p.max_batch, (long long)p.cache_bytes);
+  if (p.max_batch < 0 || p.cache_bytes < 0 || p.ahead < 0 || p.ahead > MAX_AHEAD)
+    return KS_FAIL(
+        KS_EINVAL,
+        "ks_generate: max_batch %lld, cache_bytes %lld, ahead %lld; give 0 or more, ahead up to %d",
+        (long long)p.max_batch, (long long)p.cache_bytes, (long long)p.ahead, MAX_AHEAD);
   generator g = {.model = model,
                  .requests = requests,
                  .n_requests = n_requests,
                  .adapters = adapters,
                  .n_adapters = n_adapters,
                  .progress = progress,
-                 .max_batch = ks_min_i64(p.max_batch > 0 ? p.max_batch : DEFAULT_BATCH, n_requests)};
+                 .max_batch = ks_min_i64(p.max_batch > 0 ? p.max_batch : DEFAULT_BATCH, n_requests),
+                 .ahead = p.ahead > 0 ? p.ahead : default_ahead(model->ctx)};
   for (int64_t i = 0; i < n_requests; i++) {
     requests[i].tokens = NULL;
     requests[i].n_tokens = 0;
@@ -461,6 +507,7 @@ ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
   if (n_requests == 0) return KS_OK;
   ks_status status = allocate(&g, p.cache_bytes);
   if (status == KS_OK) status = run_all(&g);
+  if (status != KS_OK) (void)ks_sync(model->ctx); /* tokens still on their way need their places until they are there */
   release(&g);
   if (stats) add_stats(stats, &g.stats);
   for (int64_t i = 0; status != KS_OK && i < n_requests; i++) {

@@ -23,10 +23,12 @@ typedef struct {
   int64_t max_batch;  /* sequences at a time; 0: 64 */
   int64_t cache_bytes; /* bound on the KV cache, which comes in pages of KS_ATTENTION_PAGE_UNIT tokens; 0: 512 MB, or what the
                           largest request needs */
+  int64_t ahead; /* passes queued before their tokens are looked at, so that a device need not wait for the host: a sequence that
+                    stops may have up to ahead - 1 passes in vain. 0: 4 on a device, 1 on the CPU */
 } ks_generate_params;
-#define KS_GENERATE_DEFAULT ((ks_generate_params){0, 0})
+#define KS_GENERATE_DEFAULT ((ks_generate_params){0, 0, 0})
 
-/* new_tokens counts every token drawn, stop ids too. A pass that holds prompts and new tokens is shared by rows. The head counts to
+/* new_tokens counts every token drawn, stop ids too, but none after them. A pass that holds prompts and new tokens is shared by rows. The head counts to
  * its pass, drawing to sample_seconds. */
 typedef struct {
   int64_t prompt_tokens, new_tokens;

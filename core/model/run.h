@@ -27,6 +27,7 @@ typedef struct {
 
 typedef struct {
   const int32_t *tokens; /* host [all.n_rows] */
+  const int32_t *drawn;  /* NULL, or in place of tokens: backend memory, drawn by the pass before */
   int64_t n_seqs;
   ks_row_set all, out;
   int64_t *out_index;          /* host [out.n_rows]: rows of `all`, rising */

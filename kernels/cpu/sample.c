@@ -252,6 +252,7 @@ static ks_status sample(ks_ctx *ctx, const ks_sample_args *a) {
     const float *x = a->logits + i * a->n_vocab;
     sample_row row = sample_row_at(ks_cpu_scratch(ctx, omp_get_thread_num()), x, a->n_vocab);
     a->tokens[i] = sample_one(&row, &a->samplers[i]);
+    if (a->drawn) a->drawn[i] = a->tokens[i];
   }
   return KS_OK;
 }

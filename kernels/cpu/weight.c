@@ -228,7 +228,10 @@ static void weight_read_row(const ks_weight *w, int64_t row, float *y) {
 
 static ks_status embed_forward(ks_ctx *ctx, const ks_embed_args *a) {
 #pragma omp parallel for num_threads(ks_cpu_threads(ctx, 4 * a->n_rows * a->w->n_in)) schedule(static)
-  for (int64_t i = 0; i < a->n_rows; i++)
-    weight_read_row(a->w, a->tokens[i], ks_out(a->y) + i * a->w->n_in);
+  for (int64_t i = 0; i < a->n_rows; i++) {
+    int64_t token = a->drawn ? a->drawn[i] : a->tokens[i];
+    if (token < 0 || token >= a->w->n_out) token = 0;
+    weight_read_row(a->w, token, ks_out(a->y) + i * a->w->n_in);
+  }
   return KS_OK;
 }

@@ -14,10 +14,15 @@
 
 static const int64_t MAX_THREADS = 256;
 
+/* Drawn tokens were not checked by the host: a row without a token holds -1. */
+KS_DEVICE int64_t embed_row(const ks_weight_view &w, int32_t token) {
+  return token >= 0 && token < w.n_out ? token : 0;
+}
+
 static __global__ void embed_copy_kernel(ks_weight_view w, const int32_t *tokens, uint4 *y, int64_t vectors) {
   ks_grid_wait();
   ks_grid_start_next();
-  const uint4 *from = (const uint4 *)(w.values + tokens[blockIdx.x] * w.row_bytes);
+  const uint4 *from = (const uint4 *)(w.values + embed_row(w, tokens[blockIdx.x]) * w.row_bytes);
   for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x)
     y[blockIdx.x * vectors + i] = from[i];
 }
@@ -26,8 +31,9 @@ template <class T>
 __global__ void embed_unpack_kernel(const __grid_constant__ ks_weight_view w, const int32_t *tokens, T *y) {
   ks_grid_wait();
   ks_grid_start_next();
+  const int64_t row = embed_row(w, tokens[blockIdx.x]);
   for (int64_t i = threadIdx.x; i < w.n_in; i += blockDim.x)
-    y[blockIdx.x * w.n_in + i] = ks_from_float<T>(ks_weight_at<T>(w, tokens[blockIdx.x], i));
+    y[blockIdx.x * w.n_in + i] = ks_from_float<T>(ks_weight_at<T>(w, row, i));
 }
 
 static unsigned threads_for(int64_t n) {
@@ -36,8 +42,9 @@ static unsigned threads_for(int64_t n) {
 
 template <class T> static ks_status launch_embed(ks_ctx *ctx, const ks_embed_args *a) {
   const ks_weight_view w = ks_weight_view_of(a->w);
-  const int32_t *tokens;
-  KS_TRY(ks_cuda_stage(ctx, a->tokens, (size_t)a->n_rows * sizeof *tokens, (const void **)&tokens));
+  const int32_t *tokens = a->drawn;
+  if (!tokens)
+    KS_TRY(ks_cuda_stage(ctx, a->tokens, (size_t)a->n_rows * sizeof *tokens, (const void **)&tokens));
   const dim3 grid(ks_blocks_for(a->n_rows, 1));
   if (!w.scales && ks_is_vector_aligned((const T *)a->y, w.n_in)) {
     const int64_t vectors = w.row_bytes / (int64_t)sizeof(uint4);

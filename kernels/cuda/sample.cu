@@ -425,6 +425,7 @@ extern "C" ks_status ks_cuda_sample(ks_ctx *ctx, const ks_sample_args *a) {
   const int64_t n_slices = (a->n_vocab + r.slice - 1) / r.slice;
   KS_TRY(ks_cuda_workspace(ctx, sample_arrays(&r, (size_t)a->n_rows, (size_t)n_slices, NULL), &room));
   sample_arrays(&r, (size_t)a->n_rows, (size_t)n_slices, (char *)room);
+  if (a->drawn) r.tokens = a->drawn;
   KS_TRY(sample_stage_jobs(ctx, a, &r.jobs, &wants));
   const dim3 grid(ks_blocks_for(a->n_rows * n_slices, 1)), block(SAMPLE_THREADS);
   KS_TRY(ks_launch_early(ctx, "sample", sample_largest_kernel, grid, block, sample_smem_bytes(0), r));

@@ -160,7 +160,7 @@ static void one_step(ks_ctx *ctx, const step_arrays *a, int step, bool recorded,
   cr_assert(ks_rope(ctx, &(ks_rope_args){a->x.p, positions, inv_freq, ROWS, 2, COLS / 2, false}) == KS_OK);
   cr_assert(ks_rows_gather(ctx, &(ks_rows_args){a->x.p, a->y.p, index, ROWS, ROWS, COLS}) == KS_OK);
   cr_assert(ks_adamw(ctx, &(ks_adamw_args){&job, 1, &norm}) == KS_OK);
-  cr_assert(ks_sample(ctx, &(ks_sample_args){a->logits.p, ROWS, COLS, samplers, tokens}) == KS_OK);
+  cr_assert(ks_sample(ctx, &(ks_sample_args){a->logits.p, ROWS, COLS, samplers, tokens, NULL}) == KS_OK);
   if (recorded) cr_assert(ks_step_end(ctx) == KS_OK);
   memset(positions, 0xff, sizeof positions); /* the host's arrays are its own again; late outputs are not */
   memset(index, 0xff, sizeof index);

@@ -22,11 +22,19 @@ static void draw_many(ks_ctx *ctx, const float *logits, int64_t n, const ks_samp
     for (int64_t i = 0; i < rows; i++)
       memcpy(x + i * n, logits, (size_t)n * sizeof *x);
     ks_guard g = ks_guard_make(ctx, x, rows * n);
-    const ks_sample_args a = {g.p, rows, n, samplers + row, tokens + row};
+    int32_t there[AT_ONCE];
+    void *drawn = NULL; /* every second time the tokens are wanted on the device too */
+    if (row / AT_ONCE % 2 == 0) cr_assert(ks_mem_alloc(ctx, sizeof there, &drawn) == KS_OK);
+    const ks_sample_args a = {g.p, rows, n, samplers + row, tokens + row, drawn};
     for (int64_t i = 0; i < rows; i++)
       tokens[row + i] = -7;
     cr_assert(ks_sample(ctx, &a) == KS_OK && ks_sync(ctx) == KS_OK, "%s", ks_error_message());
     cr_assert(ks_guard_check_input("logits", &g) == 0);
+    if (drawn) {
+      cr_assert(ks_mem_download(ctx, there, drawn, (size_t)rows * sizeof *there) == KS_OK);
+      cr_assert(memcmp(there, tokens + row, (size_t)rows * sizeof *there) == 0);
+    }
+    ks_mem_free(ctx, drawn);
     for (int64_t i = 0; i < rows; i++)
       cr_assert(tokens[row + i] >= -1 && tokens[row + i] < n);
     ks_guard_free(&g);
@@ -249,7 +257,7 @@ static int64_t run_alone(ks_ctx *ctx, const void *test_case, const char *name, k
   for (int i = 0; i < ROWS; i++)
     samplers[i] = (ks_sampler){0.3f * (float)i, 5 * (i % 3), i % 2 ? 0.9f : 1, (uint64_t)(i % 4),
                                (uint64_t)i * 1000003};
-  bad += ks_sample(ctx, &(ks_sample_args){g.p, ROWS, n, samplers, tokens}) != KS_OK;
+  bad += ks_sample(ctx, &(ks_sample_args){g.p, ROWS, n, samplers, tokens, NULL}) != KS_OK;
   bad += ks_sync(ctx) != KS_OK;
   for (int i = 0; i < ROWS; i++)
     if (tokens[i] != draw(ctx, x + i * n, n, samplers[i])) {
@@ -284,7 +292,7 @@ Test(sample, rows_without_a_finite_maximum) {
           float x[2 * N] = {0};
           x[N + at] = wrong[w];
           ks_guard g = ks_guard_make(ctx, x, 2 * N);
-          cr_assert(ks_sample(ctx, &(ks_sample_args){g.p, 2, N, samplers, tokens}) == KS_OK &&
+          cr_assert(ks_sample(ctx, &(ks_sample_args){g.p, 2, N, samplers, tokens, NULL}) == KS_OK &&
                     ks_sync(ctx) == KS_OK);
           cr_assert(tokens[0] >= 0 && tokens[1] == -1, "%d %d", tokens[0], tokens[1]);
           ks_guard_free(&g);
@@ -308,12 +316,12 @@ Test(sample, illegal_arguments) {
   const ks_sampler wrong[] = {{-1, 0, 1, 0, 0}, {NAN, 0, 1, 0, 0},  {INFINITY, 0, 1, 0, 0}, {1, -1, 1, 0, 0},
                               {1, 0, 0, 0, 0},  {1, 0, 1.5f, 0, 0}, {1, 0, NAN, 0, 0}};
   for (int i = 0; i < 7; i++)
-    cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 4, &wrong[i], &token}) == KS_EINVAL, "%d", i);
+    cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 4, &wrong[i], &token, NULL}) == KS_EINVAL, "%d", i);
   const ks_sampler good = {1, 0, 1, 0, 0};
-  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 0, &good, &token}) == KS_EINVAL);
-  cr_assert(ks_sample(ctx, &(ks_sample_args){NULL, 1, 4, &good, &token}) == KS_EINVAL);
-  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 4, &good, NULL}) == KS_EINVAL);
-  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 0, 4, NULL, NULL}) == KS_OK);
+  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 0, &good, &token, NULL}) == KS_EINVAL);
+  cr_assert(ks_sample(ctx, &(ks_sample_args){NULL, 1, 4, &good, &token, NULL}) == KS_EINVAL);
+  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 1, 4, &good, NULL, NULL}) == KS_EINVAL);
+  cr_assert(ks_sample(ctx, &(ks_sample_args){x.p, 0, 4, NULL, NULL, NULL}) == KS_OK);
   ks_guard_free(&x);
   ks_ctx_destroy(ctx);
 }

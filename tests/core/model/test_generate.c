@@ -72,7 +72,8 @@ Test(generate, a_request_does_not_depend_on_the_batch) {
       make_world(&w, threads, &ks_twin_cases[c].config, c == 1 ? KS_DTYPE_BF16 : KS_DTYPE_F32);
       const ks_model_config *m = &w.twin.model.config;
       int64_t row = m->n_layers * 2 * m->n_kv_heads * m->head_dim * 4;
-      const ks_generate_params params[] = {{0, 0}, {1, 0}, {3, 0}, {16, 64 * row}, {5, 191 * row}};
+      const ks_generate_params params[] = {
+          {0, 0, 1}, {1, 0, 3}, {3, 0, 0}, {16, 64 * row, 64}, {5, 191 * row, 2}};
       for (size_t k = 0; k < sizeof params / sizeof params[0]; k++) {
         ks_request r[N_REQUESTS];
         ks_generate_stats stats = {0};
@@ -150,6 +151,52 @@ Test(generate, the_cache_gives_what_a_full_pass_gives) {
   }
 }
 
+/* Requests of several lengths that stop at different tokens: the same for flights of any length, and nothing counted after a stop. */
+Test(generate, flights_change_nothing) {
+  enum { N = 5 };
+  world w;
+  make_world(&w, 1, &ks_twin_cases[0].config, KS_DTYPE_F32);
+  ks_request reference[N];
+  static const int64_t lengths[] = {1, 2, 7, 64};
+  for (int k = 0; k < 4; k++) {
+    const int64_t ahead = lengths[k];
+    ks_request r[N];
+    ks_generate_stats stats = {0};
+    int32_t stops[N];
+    int64_t drawn = 0;
+    for (int i = 0; i < N; i++) {
+      r[i] = (ks_request){.prompt = w.prompts[0],
+                          .n_prompt = 3 + i,
+                          .adapter = i % N_ADAPTERS - 1,
+                          .sampler = {.temperature = (float)(i % 2), .top_p = 0.9F, .key = (uint64_t)i},
+                          .max_new_tokens = 4 + 5 * i};
+      if (ahead == 1 || reference[i].n_tokens < 3) continue;
+      stops[i] = reference[i].tokens[reference[i].n_tokens * i / N];
+      r[i].stop_ids = &stops[i];
+      r[i].n_stop = 1;
+    }
+    ks_must(ks_generate(&w.twin.model, r, N, w.views, N_ADAPTERS,
+                        &(ks_generate_params){.max_batch = 3, .ahead = ahead}, NULL, &stats));
+    for (int i = 0; i < N; i++) {
+      int64_t n = r[i].n_tokens;
+      drawn += n + r[i].stopped;
+      if (ahead == 1) continue;
+      cr_expect(r[i].stopped == (r[i].n_stop > 0), "request %d, %ld ahead", i, (long)ahead);
+      cr_expect(r[i].n_stop == 0 || reference[i].tokens[n] == stops[i], "request %d, %ld ahead", i,
+                (long)ahead);
+      cr_expect_arr_eq(r[i].tokens, reference[i].tokens, (size_t)n * sizeof *stops, "request %d, %ld ahead",
+                       i, (long)ahead);
+    }
+    cr_expect_eq(stats.new_tokens, drawn, "%ld ahead", (long)ahead);
+    if (ahead == 1)
+      memcpy(reference, r, sizeof r);
+    else
+      free_requests(r, N);
+  }
+  free_requests(reference, N);
+  free_world(&w);
+}
+
 Test(generate, stops_limits_and_context) {
   world w;
   make_world(&w, 1, &ks_twin_cases[0].config, KS_DTYPE_F32);
@@ -222,6 +269,7 @@ Test(generate, refusals_and_interruption) {
   ks_request r = good;
   cr_expect_eq(ks_generate(m, &r, 1, NULL, 0, &(ks_generate_params){.cache_bytes = 1000}, NULL, NULL),
                KS_EBUDGET);
+  cr_expect_eq(ks_generate(m, &r, 1, NULL, 0, &(ks_generate_params){.ahead = 65}, NULL, NULL), KS_EINVAL);
   r.sampler.temperature = -1;
   cr_expect_eq(ks_generate(m, &r, 1, NULL, 0, NULL, NULL, NULL), KS_EINVAL);
   cr_expect_eq(r.tokens, NULL);
