@@ -68,6 +68,7 @@
  *
  *   Next, not built: for one long sequence, the scores of all keys in one kernel and the chain over values in a second, by columns
  *   (the same bits, 32 SMs and more); wgmma with TMA and specialised warps as FlashAttention-3. */
+#include "kernels/cuda/attention_decode.cuh"
 #include "kernels/cuda/attention_few.cuh"
 #include "kernels/cuda/attention_forward_simt.cuh"
 #include "kernels/cuda/attention_plan.cuh"
@@ -98,27 +99,54 @@ static ks_status attention_partials(ks_ctx *ctx, const attention_plan *p, attent
   return KS_OK;
 }
 
-template <int DIM, bool WIDE, bool FEW>
-static ks_status attention_launch_mma_dim(ks_ctx *ctx, attention_forward_params f, int64_t n_items) {
-  if constexpr (FEW) {
-    f.n_stages = attention_stages_of(ctx, attention_few_smem<DIM>, 2, ATTENTION_FEW_STAGES);
-    return ks_launch(ctx, "attention_forward", attention_few_kernel<DIM, WIDE>,
-                     dim3((unsigned)(n_items * f.n_kv_heads)), dim3(ATTENTION_THREADS),
-                     attention_few_smem<DIM>(f.n_stages), f);
-  } else {
-    f.n_stages = attention_stages_of(ctx, attention_forward_smem<DIM>, 1, 2);
-    return ks_launch(ctx, "attention_forward", attention_forward_mma_kernel<DIM, WIDE>,
-                     dim3((unsigned)(n_items * f.n_kv_heads * attention_size<DIM>::PARTS)),
-                     dim3(ATTENTION_THREADS), attention_forward_smem<DIM>(f.n_stages), f);
-  }
+/* How attention_decode_kernel does it; false: more blocks of threads than SMs, or no room. Keys are read once for each slice of
+ * columns: no more than 4, and than half of the SMs. */
+template <int DIM>
+static bool attention_plan_decode(const ks_ctx *ctx, int64_t n_blocks, attention_forward_params *f) {
+  const ks_cuda_device *device = ks_cuda_device_of(ctx);
+  const int n_tiles = (f->d + 15) / 16;
+  int n_slices = 1;
+  while (n_slices < 4 && 2 * n_slices <= n_tiles && 4 * n_slices * n_blocks <= device->n_sm)
+    n_slices *= 2;
+  f->slice_tiles = (n_tiles + n_slices - 1) / n_slices;
+  f->n_slices = (n_tiles + f->slice_tiles - 1) / f->slice_tiles;
+  if (n_blocks > device->n_sm) return false;
+  for (f->round_blocks = ATTENTION_DECODE_BLOCKS; f->round_blocks > 0; f->round_blocks--)
+    for (f->n_stages = ATTENTION_DECODE_STAGES; f->n_stages > 1; f->n_stages--)
+      if (attention_decode_smem<DIM>(f->round_blocks, f->slice_tiles, f->n_stages) <=
+          (size_t)device->smem_per_block)
+        return true;
+  return false;
 }
+
+template <int DIM, bool WIDE>
+static ks_status attention_launch_few(ks_ctx *ctx, attention_forward_params f, int64_t n_items,
+                                      bool is_decode) {
+  const int64_t n_blocks = n_items * f.n_kv_heads;
+  if constexpr (DIM <= ATTENTION_DECODE_MAX_DIM)
+    if (is_decode && attention_plan_decode<DIM>(ctx, n_blocks, &f))
+      return ks_launch_early(ctx, "attention_forward", attention_decode_kernel<DIM, WIDE>,
+                             dim3((unsigned)(n_blocks * f.n_slices)), dim3(ATTENTION_DECODE_THREADS),
+                             attention_decode_smem<DIM>(f.round_blocks, f.slice_tiles, f.n_stages), f);
+  f.n_stages = attention_stages_of(ctx, attention_few_smem<DIM>, 2, ATTENTION_FEW_STAGES);
+  return ks_launch_early(ctx, "attention_forward", attention_few_kernel<DIM, WIDE>, dim3((unsigned)n_blocks),
+                         dim3(ATTENTION_THREADS), attention_few_smem<DIM>(f.n_stages), f);
+}
+template <int DIM, bool WIDE>
+static ks_status attention_launch_tiles(ks_ctx *ctx, attention_forward_params f, int64_t n_items) {
+  f.n_stages = attention_stages_of(ctx, attention_forward_smem<DIM>, 1, 2);
+  return ks_launch(ctx, "attention_forward", attention_forward_mma_kernel<DIM, WIDE>,
+                   dim3((unsigned)(n_items * f.n_kv_heads * attention_size<DIM>::PARTS)),
+                   dim3(ATTENTION_THREADS), attention_forward_smem<DIM>(f.n_stages), f);
+}
+/* few_queries: most of a sequence with few rows; 0: tiles of many. */
 template <bool WIDE>
 static ks_status attention_launch_mma(ks_ctx *ctx, const attention_forward_params *f, int64_t n_items,
-                                      bool few) {
+                                      int64_t few_queries) {
 #define X(DIM)                                                                                               \
   if (f->d <= DIM)                                                                                           \
-    return (few ? attention_launch_mma_dim<DIM, WIDE, true>                                                  \
-                : attention_launch_mma_dim<DIM, WIDE, false>)(ctx, *f, n_items);
+    return few_queries ? attention_launch_few<DIM, WIDE>(ctx, *f, n_items, few_queries == 1)                 \
+                       : attention_launch_tiles<DIM, WIDE>(ctx, *f, n_items);
   KS_ATTENTION_SIZES(X)
 #undef X
   return KS_EUNSUPPORTED; /* refused before */
@@ -185,9 +213,9 @@ extern "C" ks_status ks_cuda_attention_forward(ks_ctx *ctx, const ks_attention_a
   for (int second = 0; second < 2; second++) {
     if (!plan.cap_items[second]) continue;
     if (use_mma)
-      KS_TRY((attention_is_wide(f.d, f.width)
-                  ? attention_launch_mma<true>
-                  : attention_launch_mma<false>)(ctx, &f, plan.cap_items[second], second));
+      KS_TRY((attention_is_wide(f.d, f.width) ? attention_launch_mma<true>
+                                              : attention_launch_mma<false>)(ctx, &f, plan.cap_items[second],
+                                                                             second ? plan.few_queries : 0));
     else
       KS_TRY(KS_CUDA_BY_ACT(ctx, attention_launch_simt_of, (ctx, &f, plan.cap_items[second], second)));
     f.items += plan.cap_items[second];

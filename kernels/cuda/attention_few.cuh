@@ -89,7 +89,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
   room.max = ks_smem_take<float>(&smem, ATTENTION_WARPS_MMA * 16);
   room.sum = ks_smem_take<float>(&smem, ATTENTION_WARPS_MMA * 64);
   attention_work w;
-  if (!attention_work_at(&p, 1, ATTENTION_FEW, &w)) return;
+  ks_grid_start_next();
+  const bool has_work = attention_work_at(&p, 1, ATTENTION_FEW, &w);
+  ks_grid_wait(); /* above this line: staged tables only */
+  if (!has_work) return;
   attention_load<DIM, ATTENTION_FEW, WIDE>(q, attention_queries(&p, &w, (const ks_bf16 *)p.q), w.n_rows, p.d);
   const int ahead = p.n_stages - 1;
   for (int i = 0; i < ahead; i++)

@@ -15,9 +15,10 @@ static inline bool attention_is_split(const ks_attention_seq *s) {
 /* What the launches need. Of a pair, [1] is of the sequences with few rows (mma), or of the split ones (simt). */
 struct attention_plan {
   int64_t group, n_pages;
-  int tile_rows[2]; /* of a block of threads */
-  int few_rows;     /* mma: sequences of so many rows are few; 0: simt */
-  int per_item;     /* blocks of keys of an item of a split sequence */
+  int tile_rows[2];    /* of a block of threads */
+  int few_rows;        /* mma: sequences of so many rows are few; 0: simt */
+  int64_t few_queries; /* most of one of these */
+  int per_item;        /* blocks of keys of an item of a split sequence */
   int64_t n_items[2], cap_items[2], n_split_rows;
   int64_t n_slots; /* partial results: (block, query, head) of split sequences */
   attention_seq *seqs;
@@ -59,12 +60,15 @@ static inline void attention_measure(const ks_attention_args *a, int n_sm, atten
     const ks_attention_seq *seq = &a->seqs[s];
     const bool second = attention_is_second(p, seq);
     if (!seq->n_q) continue;
+    if (second && seq->n_q > p->few_queries) p->few_queries = seq->n_q;
     const int64_t tiles = (seq->n_q * p->group + p->tile_rows[second] - 1) / p->tile_rows[second];
     p->n_items[second] +=
         tiles * (second && !p->few_rows ? (attention_blocks(seq->n_k) + p->per_item - 1) / p->per_item : 1);
   }
   for (int i = 0; i < 2; i++)
-    p->cap_items[i] = p->n_items[i] ? attention_coarse(p->n_items[i]) : 0;
+    p->cap_items[i] = !p->n_items[i]          ? 0
+                      : i == 1 && p->few_rows ? p->n_items[i] /* one a sequence: their number does not grow */
+                                              : attention_coarse(p->n_items[i]);
 }
 
 static inline void attention_fill_items(const ks_attention_args *a, int64_t cache_bytes, attention_plan *p) {

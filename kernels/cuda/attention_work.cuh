@@ -16,11 +16,11 @@ struct attention_forward_params {
   int64_t kv_stride;
   float scale; /* times log2 e */
   int32_t n_heads, n_kv_heads, group, d, page_rows, width;
-  int32_t n_stages;    /* mma: blocks of keys in shared memory */
-  int32_t is_negative; /* mma: scale is that of -q */
-  int32_t zero;        /* in place of padding: arguments are compared */
+  int32_t n_stages;                            /* mma: blocks of keys in shared memory */
+  int32_t is_negative;                         /* mma: scale is that of -q */
+  int32_t n_slices, slice_tiles, round_blocks; /* attention_decode.cuh */
 };
-static_assert(sizeof(attention_forward_params) == 10 * 8 + 10 * 4, "no padding");
+static_assert(sizeof(attention_forward_params) == 10 * 8 + 12 * 4, "no padding");
 
 /* The work of a block of threads. */
 struct attention_work {

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #ifdef KS_CUDA_ON_CPU
 #include "kernels/cuda/cuda.h"
+#include "ks_shim.h"
 #endif
 
 enum { MAX_SEQS = 12 };
@@ -318,14 +319,24 @@ static int64_t run_decode(ks_ctx *ctx, const void *test_case, const char *name, 
   return bad;
 }
 
-Test(attention, decode_equals_prefill) {
-  static const shape shapes[] = {
-      {6, 2, 48, 131}, {8, 2, 64, 70}, {7, 1, 100, 97}, {4, 2, 33, 66}, {1, 1, 256, 65}};
+static const shape decode_shapes[] = {{6, 2, 48, 131}, {8, 2, 64, 70},   {7, 1, 100, 97},  {4, 2, 33, 66},
+                                      {1, 1, 256, 65}, {12, 1, 64, 131}, {2, 1, 128, 200}, {1, 1, 30, 200}};
+static int64_t decode_from(int first) {
   int64_t bad = 0;
-  for (int i = 0; i < 5; i++)
-    bad += ks_test_everywhere("attention_forward", i, &shapes[i], run_decode);
-  cr_assert(bad == 0);
+  for (int i = first; i < (int)(sizeof decode_shapes / sizeof decode_shapes[0]); i++)
+    bad += ks_test_everywhere("attention_forward", i, &decode_shapes[i], run_decode);
+  return bad;
 }
+Test(attention, decode_equals_prefill) {
+  cr_assert(decode_from(0) == 0);
+}
+#ifdef KS_CUDA_ON_CPU
+Test(attention, decode_equals_prefill_with_deeper_rings) {
+  ks_shim_set_hopper(1);
+  static const attention_case often_around = {2, 1, 64, 1, {1}, {1100}, KS_FILL_SIGNED, 1, 0, 0};
+  cr_assert(ks_test_everywhere("attention", 0, &often_around, run) + decode_from(5) == 0);
+}
+#endif
 
 /* A sequence's results and gradients are the same bits alone and in a batch. */
 static int64_t run_alone(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
@@ -354,7 +365,19 @@ Test(attention, a_sequence_does_not_depend_on_its_batch) {
   /* A decoding pass: prompts, pieces of prompts and single tokens. */
   static const attention_case mixed = {
       4, 2, 40, 6, {1, 31, 33, 1, 2, 70}, {66, 31, 97, 1, 129, 70}, KS_FILL_SIGNED, 0, 0, 0};
-  int64_t bad = ks_test_everywhere("attention", 0, &mixed, run_alone);
+  /* Tokens alone go to many SMs, the batch is more than there are: a block of threads for each key head. */
+  static const attention_case tokens = {12,
+                                        12,
+                                        20,
+                                        12,
+                                        {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+                                        {1, 64, 65, 3, 129, 30, 2, 2, 9, 17, 3, 63},
+                                        KS_FILL_SIGNED,
+                                        0,
+                                        0,
+                                        0};
+  int64_t bad = ks_test_everywhere("attention", 0, &mixed, run_alone) +
+                ks_test_everywhere("attention", 1, &tokens, run_alone);
   cr_assert(bad == 0);
 }
 
@@ -413,9 +436,11 @@ static int64_t run_paged(ks_ctx *ctx, const void *test_case, const char *name, k
 Test(attention, pages_change_no_bit) {
   static const paged_case paged[] = {
       {{4, 2, 32, 4, {1, 3, 70, 1}, {64, 200, 70, 130}, KS_FILL_SIGNED, 0, 0, 0}, 64},
-      {{2, 1, 100, 3, {1, 2, 5}, {129, 65, 5}, KS_FILL_SIGNED, 0, 0, 4}, 128}};
+      {{2, 1, 100, 3, {1, 2, 5}, {129, 65, 5}, KS_FILL_SIGNED, 0, 0, 4}, 128},
+      {{4, 2, 32, 2, {1, 1}, {330, 129}, KS_FILL_SIGNED, 0, 0, 0}, 64},
+      {{2, 1, 100, 3, {1, 1, 1}, {129, 400, 5}, KS_FILL_SIGNED, 0, 0, 4}, 128}};
   int64_t bad = 0;
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < 4; i++)
     bad += ks_test_everywhere("attention_forward", i, &paged[i], run_paged);
   cr_assert(bad == 0);
 }
@@ -442,23 +467,24 @@ static int64_t forward_of(ks_ctx *ctx, const float *q, const float *k, const flo
                                                                .scale = 1}) != KS_OK;
   *o = ks_guard_read(&go), *lse = ks_guard_read(&gl);
   /* The last queries alone, as decoding takes them: the same, but for the bits of a NaN. */
-  const int64_t tail = n < 5 ? n : 5;
-  const ks_attention_seq last = {.q_begin = n - tail, .n_q = tail, .n_k = n, .k = gk.p, .v = gv.p};
-  bad += ks_attention_forward(ctx, &(ks_attention_args){.q = gq.p,
-                                                        .o = go.p,
-                                                        .lse = gl.p,
-                                                        .seqs = &last,
-                                                        .n_seqs = 1,
-                                                        .n_rows = n,
-                                                        .n_heads = 1,
-                                                        .n_kv_heads = 1,
-                                                        .head_dim = d,
-                                                        .kv_stride = d,
-                                                        .scale = 1}) != KS_OK;
-  float *again = ks_guard_read(&go);
-  for (int64_t i = 0; i < n * d; i++)
-    bad += isnan((*o)[i]) ? !isnan(again[i]) : (*o)[i] != again[i];
-  free(again);
+  for (int64_t tail = n < 5 ? n : 5; tail > 0; tail -= 4) {
+    const ks_attention_seq last = {.q_begin = n - tail, .n_q = tail, .n_k = n, .k = gk.p, .v = gv.p};
+    bad += ks_attention_forward(ctx, &(ks_attention_args){.q = gq.p,
+                                                          .o = go.p,
+                                                          .lse = gl.p,
+                                                          .seqs = &last,
+                                                          .n_seqs = 1,
+                                                          .n_rows = n,
+                                                          .n_heads = 1,
+                                                          .n_kv_heads = 1,
+                                                          .head_dim = d,
+                                                          .kv_stride = d,
+                                                          .scale = 1}) != KS_OK;
+    float *again = ks_guard_read(&go);
+    for (int64_t i = 0; i < n * d; i++)
+      bad += isnan((*o)[i]) ? !isnan(again[i]) : (*o)[i] != again[i];
+    free(again);
+  }
   ks_guard *all[] = {&gq, &gk, &gv, &go, &gl};
   for (int i = 0; i < 5; i++)
     ks_guard_free(all[i]);
