@@ -135,18 +135,19 @@ static ks_status check_no_repeats(const int64_t *index, int64_t n, int64_t n_val
   return status;
 }
 
-static ks_status check_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
+static ks_status check_rows_scatter(ks_ctx *ctx, const ks_rows_args *a, bool known_index) {
   KS_TRY(CHECK_CTX(rows_scatter));
   const span spans[] = {ACT("x", a->x, a->n_rows, a->n_cols, IN), ARRAY("index", a->index, a->n_rows, IN),
                         ACT("y", a->y, a->n_x_rows, a->n_cols, OUT)};
   KS_TRY(check_spans("rows_scatter", spans, N_SPANS(spans)));
+  if (known_index) return KS_OK;
   for (int64_t i = 0; i < a->n_rows; i++)
     KS_TRY(check_index("rows_scatter", "index", i, a->index[i], a->n_x_rows));
   return check_no_repeats(a->index, a->n_rows, a->n_x_rows);
 }
 
 ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
-  KS_TRY(check_rows_scatter(ctx, a));
+  KS_TRY(check_rows_scatter(ctx, a, false));
   return a->n_rows && a->n_cols ? ctx->backend->rows_scatter(ctx, a) : KS_OK;
 }
 
@@ -154,7 +155,9 @@ ks_status ks_rows_scatter(ks_ctx *ctx, const ks_rows_args *a) {
 
 enum { MAX_RANK = 256, MAX_LORAS = 1 << 20 };
 
-static ks_status check_segment(const char *op, const ks_linear_args *a, int64_t s, int64_t previous_end) {
+/* largest: of the adapters before; rising ones, the usual case, need not be looked for. */
+static ks_status check_segment(const char *op, const ks_linear_args *a, int64_t s, int64_t previous_end,
+                               int32_t largest) {
   const ks_segment *seg = &a->segments[s];
   if (seg->n_rows < 0 || seg->row_begin < previous_end || seg->row_begin > a->n_rows ||
       seg->n_rows > a->n_rows - seg->row_begin)
@@ -165,7 +168,7 @@ static ks_status check_segment(const char *op, const ks_linear_args *a, int64_t 
   if (seg->adapter < -1 || seg->adapter >= a->n_loras)
     return KS_FAIL(KS_EINVAL, "%s: segment %lld has adapter %d; give -1 (none) to %lld", op, (long long)s,
                    (int)seg->adapter, (long long)a->n_loras - 1);
-  for (int64_t t = 0; seg->adapter >= 0 && t < s; t++)
+  for (int64_t t = 0; seg->adapter >= 0 && seg->adapter <= largest && t < s; t++)
     if (a->segments[t].adapter == seg->adapter)
       return KS_FAIL(KS_EINVAL, "%s: segments %lld and %lld both have adapter %d", op, (long long)t,
                      (long long)s, (int)seg->adapter);
@@ -202,12 +205,14 @@ static ks_status check_segments(const char *op, const ks_linear_args *a, bool ba
   if (!(a->dropout >= 0 && a->dropout < 1))
     return KS_FAIL(KS_EINVAL, "%s: dropout is %g; give 0 or more and less than 1", op, (double)a->dropout);
   int64_t end = 0;
+  int32_t largest = -1;
   bool any = false;
   for (int64_t s = 0; s < a->n_segments; s++) {
-    KS_TRY(check_segment(op, a, s, end));
+    KS_TRY(check_segment(op, a, s, end, largest));
     end = a->segments[s].row_begin + a->segments[s].n_rows;
     int32_t adapter = a->segments[s].adapter;
     if (adapter < 0) continue;
+    if (adapter > largest) largest = adapter;
     KS_TRY(check_lora(op, a, &a->loras[adapter], backward, others, n_others));
     any |= a->loras[adapter].rank > 0;
   }
@@ -349,7 +354,7 @@ static bool same_input(const ks_linear_args *a, const ks_linear_args *b) {
 /* Parts beside each other; *empty: one of them has nothing to do. */
 static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool backward,
                              bool *empty) {
-  span spans[KS_LINEARS_MAX];
+  span spans[2 * KS_LINEARS_MAX + 1];
   const ks_linear_args *with_segments = a->parts;
   *empty = false;
   if (a->n_parts < 1 || a->n_parts > KS_LINEARS_MAX || !a->parts)
@@ -365,15 +370,19 @@ static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args 
     if (backward && i > 0 && p->dx && p->dx == a->parts[0].dx && !p->accumulate_dx)
       return KS_FAIL(KS_EINVAL, "%s: part %lld would overwrite the dx of part 0; set accumulate_dx", op,
                      (long long)i);
-    spans[i] = (span){"y (or v) of a part",
-                      backward ? p->v : p->y,
-                      p->n_rows,
-                      backward ? (p->v ? p->u_stride : 0) : p->w->n_out,
-                      p->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx),
-                      OUT};
+    spans[2 * i] = (span){"y (or v) of a part",
+                          backward ? p->v : p->y,
+                          p->n_rows,
+                          backward ? (p->v ? p->u_stride : 0) : p->w->n_out,
+                          p->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx),
+                          OUT};
+    spans[2 * i + 1] = (span)ACT("u of a part", p->n_segments ? p->u : NULL, p->n_rows,
+                                 p->n_segments && p->u ? p->u_stride : 0, backward ? IN : OUT);
     *empty |= p->n_rows == 0 || p->w->n_in == 0 || p->w->n_out == 0;
   }
-  return check_spans(op, spans, (int)a->n_parts);
+  int n = 2 * (int)a->n_parts;
+  if (a->norm) spans[n++] = (span)ACT("x of the norm", a->norm->x, a->norm->n_rows, a->norm->n_cols, IN);
+  return check_spans(op, spans, n);
 }
 
 ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
@@ -433,9 +442,10 @@ ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
     empty |= a->rope[i].n_rows == 0 || a->rope[i].n_heads == 0 || a->rope[i].head_dim == 0;
   }
   for (int64_t i = 0; i < a->n_store; i++) {
-    KS_TRY(check_rows_scatter(ctx, &a->store[i]));
-    if (a->store[i].index != a->store[0].index || a->store[i].n_rows != a->store[0].n_rows)
+    const ks_rows_args *store = &a->store[i];
+    if (store->index != a->store[0].index || store->n_rows != a->store[0].n_rows)
       return KS_FAIL(KS_EINVAL, "%s: the stored arrays differ in their index", op);
+    KS_TRY(check_rows_scatter(ctx, store, i > 0 && store->n_x_rows == a->store[0].n_x_rows));
     empty |= a->store[i].n_rows == 0 || a->store[i].n_cols == 0;
   }
   if (ctx->backend->rope_store && !empty) return ctx->backend->rope_store(ctx, a);

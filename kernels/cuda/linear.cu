@@ -199,7 +199,7 @@ static ks_status run_gradients(ks_ctx *ctx, const pass *p, void *room) {
 }
 
 /* Behind the masks: partial sums of one kernel at a time. */
-static size_t partial_bytes(const pass *p) {
+static size_t partial_bytes(const ks_ctx *ctx, const pass *p) {
   size_t most = 0;
   for (int64_t i = 0; i < p->group.n && !p->tensor_cores && p->backward; i++) {
     const ks_weight *w = p->parts[i].w;
@@ -207,7 +207,7 @@ static size_t partial_bytes(const pass *p) {
     if (bytes > most) most = bytes;
   }
   if (!p->tensor_cores) return most;
-  const size_t shrink = ks_mma_shrink_bytes(p->parts, &p->group, p->backward),
+  const size_t shrink = ks_mma_shrink_bytes(ctx, p->parts, &p->group, p->backward),
                gradient = p->backward ? ks_mma_gradient_bytes(p->parts, &p->group) : 0;
   return shrink > gradient ? shrink : gradient;
 }
@@ -216,7 +216,7 @@ static ks_status run_pass(ks_ctx *ctx, pass *p) {
   if (p->group.any) {
     const size_t mask_bytes = ks_lora_mask_bytes(&p->group);
     uint8_t *room = NULL;
-    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + partial_bytes(p), (void **)&room));
+    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + partial_bytes(ctx, p), (void **)&room));
     KS_TRY(ks_lora_make_masks(ctx, &p->group, room));
     KS_TRY(run_shrinks(ctx, p, room + mask_bytes));
     if (p->backward) KS_TRY(run_gradients(ctx, p, room + mask_bytes));

@@ -150,7 +150,7 @@ ks_status ks_lora_combine(ks_ctx *ctx, const char *op, const lora_gradient_args 
 /* The adapters of maps of one input on tensor cores, bf16 activations: one launch each, for all maps and segments.
  * shrink: u of all, or v (backward). term: starts y (or dx) of the maps whose bit is set in `which` with what the
  * adapters, the residual and what was there before give; the products are then added to it. room: workspace. */
-size_t ks_mma_shrink_bytes(const ks_linear_args *parts, const lora_group *g, bool backward);
+size_t ks_mma_shrink_bytes(const ks_ctx *ctx, const ks_linear_args *parts, const lora_group *g, bool backward);
 ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
                         bool backward, void *room);
 size_t ks_mma_gradient_bytes(const ks_linear_args *parts, const lora_group *g);

@@ -25,7 +25,13 @@
  *   v3      this. Not measured yet. */
 #include "kernels/cuda/lora.cuh"
 
-enum { GRAD_ROWS = 32 /* of a step */, GRAD_STAGES = 4, GRAD_Z = GRAD_ROWS * LORA_SLICE };
+enum {
+  GRAD_ROWS = 32, /* of a step */
+  GRAD_STAGES = 4,
+  GRAD_Z = GRAD_ROWS * LORA_SLICE,
+  GRAD_TOGETHER =
+      8 /* eights of ranks of A: beyond, one launch a job, whose partial sums take the same place */
+};
 
 /* NT: eights of ranks. w: u or v, [NT][rows][8]; mask: [maps][rows][16 bytes]. */
 template <int NT> struct grad_room {
@@ -246,11 +252,18 @@ static lora_work work_of(const ks_linear_args *parts, const lora_group *g, void 
     job->n_cols = parts[i].w->n_out;
   }
   w.job[w.n_jobs++] = of_a;
-  *bytes = 0;
+  size_t most = 0, sum = 0;
   for (int i = 0; i < w.n_jobs; i++) {
-    w.job[i].partial = (float *)(void *)((uint8_t *)room + *bytes);
-    *bytes += (size_t)(g->of[0].n_chunks * 8 * w.job[i].ranks * w.job[i].n_cols) * sizeof(float);
+    const size_t mine = (size_t)(g->of[0].n_chunks * 8 * w.job[i].ranks * w.job[i].n_cols) * sizeof(float);
+    w.job[i].partial = (float *)(void *)((uint8_t *)room + sum);
+    sum += mine;
+    if (mine > most) most = mine;
   }
+  *bytes = sum;
+  if (of_a.ranks <= GRAD_TOGETHER) return w;
+  *bytes = most;
+  for (int i = 0; i < w.n_jobs; i++)
+    w.job[i].partial = (float *)room;
   return w;
 }
 
@@ -261,22 +274,36 @@ size_t ks_mma_gradient_bytes(const ks_linear_args *parts, const lora_group *g) {
 }
 
 template <int NT> static ks_status launch(ks_ctx *ctx, const char *op, const lora_work &w, int64_t n_chunks) {
-  const bool masked = w.job[w.n_jobs - 1].masked != 0;
+  bool masked = false;
   int64_t cols = 0;
-  for (int i = 0; i < w.n_jobs; i++)
+  for (int i = 0; i < w.n_jobs; i++) {
+    masked = masked || w.job[i].masked != 0;
     if (w.job[i].n_cols > cols) cols = w.job[i].n_cols;
+  }
   const dim3 grid((unsigned)n_chunks, ks_blocks_for(cols, LORA_SLICE),
                   (unsigned)(w.n_jobs * lora_blocks_of(lora_most_ranks(w))));
   return ks_launch(ctx, op, lora_gradient_kernel<NT>, grid, dim3(LORA_THREADS), grad_room<NT>::bytes(masked),
                    w, (int64_t)masked);
 }
 
+static ks_status launch_width(ks_ctx *ctx, const char *op, const lora_work &w, int64_t n_chunks) {
+  const int width = lora_width(lora_most_ranks(w));
+  return width == 1   ? launch<1>(ctx, op, w, n_chunks)
+         : width == 3 ? launch<3>(ctx, op, w, n_chunks)
+                      : launch<8>(ctx, op, w, n_chunks);
+}
+
 ks_status ks_mma_gradient(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
                           void *room) {
   size_t bytes;
   const lora_work w = work_of(parts, g, room, &bytes);
-  const int width = lora_width(lora_most_ranks(w));
-  return width == 1   ? launch<1>(ctx, op, w, g->of[0].n_chunks)
-         : width == 3 ? launch<3>(ctx, op, w, g->of[0].n_chunks)
-                      : launch<8>(ctx, op, w, g->of[0].n_chunks);
+  if (w.n_jobs < 2 || w.job[0].partial != w.job[1].partial)
+    return launch_width(ctx, op, w, g->of[0].n_chunks);
+  for (int i = 0; i < w.n_jobs; i++) { /* they share the room */
+    lora_work one = w;
+    one.job[0] = w.job[i];
+    one.n_jobs = 1;
+    KS_TRY(launch_width(ctx, op, one, g->of[0].n_chunks));
+  }
+  return KS_OK;
 }

@@ -113,7 +113,9 @@ KS_DEVICE void shrink_load(const shrink_room<MT, NT> &room, const lora_work &p, 
     const float *from = at.r[j];
     if (((uintptr_t)from & 15) == 0 && at.n_cols % 4 == 0) {
       const bool there = from && col0 + c < at.n_cols;
-      ks_cp_async_16(to, there ? (const void *)(from + col0 + c) : (const void *)at.z, there);
+      ks_cp_async_16(
+          to, there ? (const void *)(from + col0 + c) : (const void *)((uintptr_t)at.z & ~(uintptr_t)15),
+          there);
       continue;
     }
 #pragma unroll
@@ -305,8 +307,18 @@ __global__ void __launch_bounds__(LORA_THREADS)
 /* ---------------------------------------------------------------- launches */
 
 /* Forward: x through A of all maps. Backward: each dy through its B. */
-static lora_work work_of(const ks_linear_args *parts, const lora_group *g, bool backward, void *room,
-                         size_t *bytes) {
+/* Blocks of whole tiles. */
+static int64_t full_blocks(const lora_work &w) {
+  return w.n_rows / LORA_TILE_ROWS * w.n_jobs * lora_blocks_of(lora_most_ranks(w));
+}
+
+/* Slices meet in one block where tiles alone fill most of the device. */
+static bool is_split(const ks_ctx *ctx, const lora_work &w) {
+  return 8 * full_blocks(w) < 7 * ks_cuda_device_of(ctx)->n_sm;
+}
+
+static lora_work work_of(const ks_ctx *ctx, const ks_linear_args *parts, const lora_group *g, bool backward,
+                         void *room, size_t *bytes) {
   lora_work w = lora_work_of(parts, g);
   *bytes = 0;
   for (int64_t i = 0; i < g->n; i++) {
@@ -319,16 +331,17 @@ static lora_work work_of(const ks_linear_args *parts, const lora_group *g, bool 
     job->z = (const ks_bf16 *)(backward ? parts[i].dy : parts[i].x);
     job->masked = !backward && g->of[i].mask;
   }
-  for (int i = 0; i < w.n_jobs; i++) {
+  for (int i = 0; i < w.n_jobs && is_split(ctx, w); i++) {
     w.job[i].partial = (float *)(void *)((uint8_t *)room + *bytes);
     *bytes += (size_t)(shrink_slices(w.job[i].n_cols) * w.n_rows * 8 * w.job[i].ranks) * sizeof(float);
   }
   return w;
 }
 
-size_t ks_mma_shrink_bytes(const ks_linear_args *parts, const lora_group *g, bool backward) {
+size_t ks_mma_shrink_bytes(const ks_ctx *ctx, const ks_linear_args *parts, const lora_group *g,
+                           bool backward) {
   size_t bytes = 0;
-  if (g->any) work_of(parts, g, backward, NULL, &bytes);
+  if (g->any) work_of(ctx, parts, g, backward, NULL, &bytes);
   return bytes;
 }
 
@@ -341,14 +354,13 @@ static ks_status launch(ks_ctx *ctx, const char *op, const lora_work &w, int64_t
                    S::bytes(w.job[0].masked != 0), w, (int64_t)split);
 }
 
-/* Slices meet in one block where tiles alone fill most of the device; halves of tiles where slices do not either. */
+/* Halves of tiles where slices do not fill the device either. */
 template <int NT>
 static ks_status launch_width(ks_ctx *ctx, const char *op, const lora_work &w, int64_t n_tiles) {
   const ks_cuda_device *device = ks_cuda_device_of(ctx);
-  const int64_t full = w.n_rows / LORA_TILE_ROWS * w.n_jobs * lora_blocks_of(lora_most_ranks(w));
-  const bool split = 8 * full < 7 * device->n_sm;
+  const bool split = is_split(ctx, w);
   if constexpr (NT < 8)
-    if (full * shrink_slices(w.job[0].n_cols) >= device->n_sm &&
+    if (full_blocks(w) * shrink_slices(w.job[0].n_cols) >= device->n_sm &&
         shrink_room<2, NT>::bytes(w.job[0].masked != 0) <= (size_t)device->smem_per_block)
       return launch<2, NT>(ctx, op, w, n_tiles, split);
   return launch<1, NT>(ctx, op, w, n_tiles, split);
@@ -357,7 +369,7 @@ static ks_status launch_width(ks_ctx *ctx, const char *op, const lora_work &w, i
 ks_status ks_mma_shrink(ks_ctx *ctx, const char *op, const ks_linear_args *parts, const lora_group *g,
                         bool backward, void *room) {
   size_t bytes;
-  const lora_work w = work_of(parts, g, backward, room, &bytes);
+  const lora_work w = work_of(ctx, parts, g, backward, room, &bytes);
   const int width = lora_width(lora_most_ranks(w));
   return width == 1   ? launch_width<1>(ctx, op, w, g->of[0].n_tiles)
          : width == 3 ? launch_width<3>(ctx, op, w, g->of[0].n_tiles)

@@ -223,7 +223,10 @@ ks_status ks_mma_term(ks_ctx *ctx, const char *op, const ks_linear_args *parts, 
     lora_job *job = job_of(&w, backward ? a->dx : a->y);
     if (job->maps == 0) {
       job->y = (ks_bf16 *)(backward ? a->dx : a->y);
-      job->z = (const ks_bf16 *)(!backward ? a->residual : a->accumulate_dx ? a->dx : NULL);
+      int64_t first = i; /* of the maps that add to this dx: it says whether there is anything to add to */
+      for (int64_t k = i - 1; k >= 0; k--)
+        if (backward && parts[k].dx == a->dx) first = k;
+      job->z = (const ks_bf16 *)(!backward ? a->residual : parts[first].accumulate_dx ? a->dx : NULL);
       job->n_cols = backward ? a->w->n_in : a->w->n_out;
       job->of_b = !backward;
     }

@@ -286,9 +286,10 @@ __global__ __launch_bounds__(SIM_STREAM_WARPS *KS_WARP, 2) void similarity_strea
     }
     if (is_first) {
       of_queries.spread();
-      const double f = j.is_cosine ? sim_factor(j.q, min(lane / 4, n_queries - 1), of_queries.hi[0],
-                                                of_queries.lo[0], false, NULL)
-                                   : 1.0;
+      const double f =
+          has_queries
+              ? sim_factor(j.q, min(lane / 4, n_queries - 1), of_queries.hi[0], of_queries.lo[0], false, NULL)
+              : 1.0; /* warps without squares would take theirs for too small and count again */
       if (warp == SIM_STREAM_WARPS - 1 && lane % 4 == 0)
         sh.fq[lane / 4] = f, sh.gq[lane / 4] = sim_float_factor(f);
       __syncthreads();

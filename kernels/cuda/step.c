@@ -424,9 +424,12 @@ static ks_status fetch_late(ks_ctx *ctx, const ks_cuda_steps *steps, const step 
 /* ---------------------------------------------------------------- begin, end */
 
 /* A step that never came again goes before one that did, so that many that come once (prompts of all lengths) leave those that
- * come all the time; else the one unused for longer. */
-static bool goes_before(const step *a, const step *b) {
-  if ((a->graph != NULL) != (b->graph != NULL)) return !a->graph;
+ * come all the time; else the one unused for longer. What did not come for so many steps that all places could have been filled
+ * several times has no such right: else old graphs would leave one place for everything new. */
+static bool goes_before(const step *a, const step *b, uint64_t now) {
+  enum { RIGHT = 4 * MAX_STEPS };
+  const bool a_stays = a->graph && now - a->used_at < RIGHT, b_stays = b->graph && now - b->used_at < RIGHT;
+  if (a_stays != b_stays) return b_stays;
   return a->used_at < b->used_at;
 }
 
@@ -434,7 +437,7 @@ static step *find_step(ks_cuda_steps *steps, uint64_t key) {
   step *oldest = &steps->items[0];
   for (int i = 0; i < steps->n; i++) {
     if (steps->items[i].key == key) return &steps->items[i];
-    if (goes_before(&steps->items[i], oldest)) oldest = &steps->items[i];
+    if (goes_before(&steps->items[i], oldest, steps->clock)) oldest = &steps->items[i];
   }
   if (steps->n < MAX_STEPS)
     oldest = &steps->items[steps->n++];

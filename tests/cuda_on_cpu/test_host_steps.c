@@ -15,8 +15,8 @@ static ks_ctx *make_ctx(const char *no_graphs) {
 
 static void destroy(ks_ctx *ctx) {
   host_destroy(ctx);
-  cr_expect(ks_shim_memory_used() == 0 && ks_shim_pinned_used() == 0, "%zu bytes of device memory, %zu pinned left",
-            ks_shim_memory_used(), ks_shim_pinned_used());
+  cr_expect(ks_shim_memory_used() == 0 && ks_shim_pinned_used() == 0,
+            "%zu bytes of device memory, %zu pinned left", ks_shim_memory_used(), ks_shim_pinned_used());
 }
 
 /* ---------------------------------------------------------------- programs */
@@ -251,6 +251,24 @@ Test(cuda_steps, more_keys_than_are_kept) {
   cr_expect(same(&with, &without));
   host_destroy(with.ctx);
   destroy(without.ctx);
+}
+
+/* Places full of steps that came again give way to two that come in turn from then on. */
+Test(cuda_steps, old_graphs_give_way) {
+  static const program p = {{{AFFINE, 0, 1, 200, 1}, {DELIVER, 0, 0, 9, 0}}, 2};
+  start(&with, "0");
+  const ks_cuda_counts *c = ks_cuda_counts_of(with.ctx);
+  for (int round = 0; round < 2; round++)
+    for (uint64_t key = 0; key < 31; key++)
+      run_step(&with, &p, 0, key);
+  for (int s = 0; s < 150; s++)
+    run_step(&with, &p, 0, 1000 + (uint64_t)s % 2);
+  const int64_t before = c->steps_replayed;
+  for (int s = 0; s < 10; s++)
+    run_step(&with, &p, 0, 1000 + (uint64_t)s % 2);
+  cr_expect(c->steps_replayed == before + 10, "%d of 10 replayed", (int)(c->steps_replayed - before));
+  finish(&with);
+  host_destroy(with.ctx);
 }
 
 /* Memory that a held-back list uses is freed, or its workspace grows, in the middle of the step. */

@@ -60,6 +60,11 @@ static const group_case cases[] = {
                {.n_out = 32, .ranks = {16}, .residual = RESIDUAL_IS_Y}, {.n_out = 16, .ranks = {4}},
                {.n_out = 8, .no_segments = true, .dx = OWN_DX}},
      .n_segments = 1, .segments = {{0, 24, 0}}},
+    /* none on the maps that make dx first */
+    {.n_rows = 24, .n_in = 64, .n_parts = 2, .parts = {{.n_out = 64, .ranks = {0}}, {.n_out = 32, .ranks = {8}}},
+     .n_segments = 1, .segments = {{0, 24, 0}}},
+    {.n_rows = 24, .n_in = 64, .n_parts = 3, .dropout = 0.1f, .parts = {{.n_out = 64, .no_segments = true},
+     {.n_out = 32, .ranks = {0}}, {.n_out = 32, .ranks = {8}}}, .n_segments = 1, .segments = {{3, 20, 0}}},
     /* no adapter anywhere */
     {.n_rows = 9, .n_in = 40, .n_parts = 2, .parts = {{.n_out = 24, .residual = OTHER_RESIDUAL}, {.n_out = 16}},
      .n_segments = 1, .segments = {{0, 9, -1}}},
