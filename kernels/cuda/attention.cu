@@ -19,6 +19,7 @@
  *   attention_forward_mma_kernel  a tile of 128 rows (64 beyond 128 columns), see attention.cuh: 4 warps of 32. Keys beyond a warp's
  *                                 last row are skipped, only blocks on the diagonal are masked.
  *   attention_few_kernel          sequences of up to 16 rows of a key head, which is decoding: 4 warps share a block of keys.
+ *   attention_decode_kernel       one query of each of few sequences, heads up to 128 columns: an SM and more for each key head.
  *   attention_forward_simt_kernel float32, Turing, and the plain check (attention_forward_simt.cuh).
  *
  * Bytes: q and o once; k and v once for each tile of rows, from L2 but for the first: tiles are launched in rounds whose keys fit
@@ -43,10 +44,26 @@
  * but no more than bytes allow: 8 x 256 tokens, 32 heads of 64, are 34 MB, 8 us, and 2.2 GFLOP, 8 us; predicted 12 us with launch
  * and the wave that is not full (512 tiles, 264 places), 0.23 of 796 where bytes allow 0.34.
  *
- * Decoding: a block of threads for each (sequence, key head), 4 stages of 64 keys under way (d = 128: 3; two blocks an SM), about
- * 0.35 us a block of keys. Many sequences: 96 KiB and more under way an SM, where 4.25 TB/s at 600 ns ask for 20: bytes bound it.
- * One sequence of 2048 keys and 8 key heads: 8 SMs, 32 blocks of keys: 11 us, where 37 us of weights surround it (1B). Its keys are
- * not dealt out to more: sums in another order would not be the bits of prefill.
+ * Decoding many sequences (attention_few_kernel): a block of threads for each (sequence, key head), 4 stages of 64 keys under way
+ * (d = 128: 3; two blocks an SM), about 0.35 us a block of keys. 96 KiB and more are under way an SM, where 4.25 TB/s at 600 ns ask
+ * for 20: bytes bound it.
+ *
+ * Decoding few (attention_decode_kernel, when (sequence, key head) are no more than the SMs): the chain of a row is kept, but only what
+ * is a chain goes block after block: bases, and products with values. Scores and weights of four blocks of keys are made at once, by
+ * warps of their own, a round ahead. Where there are SMs, up to 4 blocks of threads make all scores of a key head, and columns of its
+ * output each. Instructions of a round of 4 blocks, d = 64, group up to 8, from the disassembly (sm_90): a score warp 350 (16 HMMA), a
+ * value warp with 16 columns 380 (32 HMMA), so 1070 in the busiest quarter of an SM, 270 clocks a block of keys if one is issued every
+ * clock; bytes ask for 11 KB at some 50 a clock, 220; the chain of HMMA for 4 x 33. Computed 0.16 us a block of keys, d = 100 (copies of
+ * 8 bytes) 0.3. Not measured yet:
+ *
+ *     d    registers  shared memory, stages (227 KiB)        64 keys   512   2048   4096, without launch, us
+ *     64       123    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
+ *     100      140    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
+ *     128      160    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
+ *
+ * 1B (16 layers, 8 key heads of 64, 2048 keys): 85 us less of some 700 a token. 3B (32 heads of 100) reads 26 MB a layer: 6.2 us at
+ * least. Batch 8 of 8 heads: 64 SMs, one slice; batch 64: attention_few_kernel. Scores in a launch of their own and values in a
+ * second would be 2.2 us (the HMMA alone) and 2.5 more for the launch: less from about 2048 keys on, more below.
  *
  * A key or value that is not finite reaches those who see it and nobody else: a hidden score is replaced, and where a block holds
  * values that one row sees and another does not, those not finite go into the sums of the former by hand, and zero into the product.
@@ -66,8 +83,14 @@
  *          kernel, rows padded instead of swizzled up to 112 columns (addresses are constants), one copy of tables. Predicted: above.
  *          Not measured yet.
  *
- *   Next, not built: for one long sequence, the scores of all keys in one kernel and the chain over values in a second, by columns
- *   (the same bits, 32 SMs and more); wgmma with TMA and specialised warps as FlashAttention-3. */
+ *   decode 1  attention_decode_kernel as above. A first draft, two blocks of keys a round and every thread copying of each block,
+ *             took as many instructions for two blocks as this for four. Not measured yet.
+ *
+ *   Both kernels for decoding begin early (launch.cuh): tables are read and places computed while rotary ends, and the output
+ *   projection fills its rings on the SMs that are free.
+ *
+ *   Next, not built: scores and values of long sequences in two launches (above); wgmma with TMA and specialised warps as
+ *   FlashAttention-3. */
 #include "kernels/cuda/attention_decode.cuh"
 #include "kernels/cuda/attention_few.cuh"
 #include "kernels/cuda/attention_forward_simt.cuh"
@@ -111,7 +134,7 @@ static bool attention_plan_decode(const ks_ctx *ctx, int64_t n_blocks, attention
   f->slice_tiles = (n_tiles + n_slices - 1) / n_slices;
   f->n_slices = (n_tiles + f->slice_tiles - 1) / f->slice_tiles;
   if (n_blocks > device->n_sm) return false;
-  for (f->round_blocks = ATTENTION_DECODE_BLOCKS; f->round_blocks > 0; f->round_blocks--)
+  for (f->round_blocks = ATTENTION_DECODE_BLOCKS; f->round_blocks > 0; f->round_blocks /= 2)
     for (f->n_stages = ATTENTION_DECODE_STAGES; f->n_stages > 1; f->n_stages--)
       if (attention_decode_smem<DIM>(f->round_blocks, f->slice_tiles, f->n_stages) <=
           (size_t)device->smem_per_block)

@@ -108,27 +108,26 @@ KS_DEVICE void attention_load_both(ks_bf16 *tile, const attention_query_rows<con
     attention_load<COLS, ROWS, WIDE>(other, others, n_valid, n_cols);
   }
 }
-/* Keys: they lie a constant apart, in both memories. The first THREADS threads. */
-template <int COLS, int ROWS, bool WIDE, int THREADS = ATTENTION_THREADS>
+/* Keys: they lie a constant apart, in both memories. */
+template <int COLS, int ROWS, bool WIDE>
 KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_bf16> &rows, int n_valid,
                               int n_cols) {
   typedef attention_tile<COLS> at;
   if constexpr (WIDE) {
     typedef attention_copy<COLS, WIDE> by;
-    constexpr int STEP = THREADS / by::LANES;
     const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
     const bool is_here = c < n_cols;
     const ks_bf16 *from = rows.first + r0 * rows.stride + c;
     if (by::LANES != by::CHUNKS && c >= COLS) return;
 #pragma unroll
-    for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++, from += STEP * rows.stride) {
-      const int r = r0 + i * STEP;
-      if (ROWS % STEP != 0 && r >= ROWS) break;
+    for (int i = 0; i < (ROWS + by::STEP - 1) / by::STEP; i++, from += by::STEP * rows.stride) {
+      const int r = r0 + i * by::STEP;
+      if (ROWS % by::STEP != 0 && r >= ROWS) break;
       by::copy(tile + at::at(r, c / 8) + c % 8, from, is_here && r < n_valid);
     }
   } else {
 #pragma unroll 1
-    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += THREADS) {
+    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
       const int r = i / COLS, c = i % COLS;
       ks_bf16 x = {0};
       if (r < n_valid && c < n_cols) x = rows.at(r)[c];
