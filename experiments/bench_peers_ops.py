@@ -100,6 +100,7 @@ class Attention:
 
 
 def attention(env, case):
+    """FlashAttention-2 is PyTorch's own copy of it (SDPBackend.FLASH_ATTENTION), which pads head sizes as the package does."""
     from torch.nn.attention import SDPBackend
 
     backward = case["op"].endswith("backward")
