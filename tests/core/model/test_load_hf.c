@@ -138,8 +138,8 @@ static void check_packed(const char *folder, const ks_checkpoint *c, ks_model *m
     tokens[i] = i;
   ks_tensor_read_f32(&c->embedding, expected);
   cr_assert_eq(ks_mem_alloc(m->ctx, n * sizeof(float), &y), KS_OK);
-  cr_assert_eq(ks_embed_forward(m->ctx, &(ks_embed_args){m->embedding, tokens, y, c->embedding.n_out}), KS_OK,
-               "%s", ks_error_message());
+  cr_assert_eq(ks_embed_forward(m->ctx, &(ks_embed_args){m->embedding, tokens, y, c->embedding.n_out, NULL}),
+               KS_OK, "%s", ks_error_message());
   cr_assert_eq(ks_mem_download(m->ctx, host, y, n * sizeof(float)), KS_OK);
   cr_expect(memcmp(host, expected, n * sizeof(float)) == 0, "%s: embedding", folder);
   ks_mem_free(m->ctx, y);

@@ -302,7 +302,7 @@ Test(load_llama2c, random_model) {
   ks_model *models[3] = {a, b, other};
   cr_assert_eq(ks_mem_alloc(ctx, sizeof rows[0], &y), KS_OK);
   for (int i = 0; i < 3; i++) {
-    cr_assert_eq(ks_embed_forward(ctx, &(ks_embed_args){models[i]->embedding, tokens, y, 10}), KS_OK);
+    cr_assert_eq(ks_embed_forward(ctx, &(ks_embed_args){models[i]->embedding, tokens, y, 10, NULL}), KS_OK);
     cr_assert_eq(ks_mem_download(ctx, rows[i], y, sizeof rows[0]), KS_OK);
   }
   cr_expect_eq(memcmp(rows[0], rows[1], sizeof rows[0]), 0, "one seed, one model");
@@ -331,7 +331,7 @@ Test(load_llama2c, random_model) {
     cr_expect_eq(a->n_params, b->n_params);
     const ks_weight *matrices[2] = {b->embedding, b->head};
     for (int k = 0; k < 2; k++) {
-      cr_assert_eq(ks_embed_forward(ctx, &(ks_embed_args){matrices[k], tokens, y, 10}), KS_OK);
+      cr_assert_eq(ks_embed_forward(ctx, &(ks_embed_args){matrices[k], tokens, y, 10, NULL}), KS_OK);
       cr_assert_eq(ks_mem_download(ctx, rows[k], y, sizeof rows[k]), KS_OK);
       squares = 0;
       for (int j = 0; j < 160; j++)
