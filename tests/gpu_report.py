@@ -2,16 +2,17 @@
 """The table of goals: this project's rows and its peers', joined by name, beside what experiments/bench_goals.def asks for.
 
     gpu_report.py --ours FILE [--peers FILE] [--goals DEF] [--ladder CSV [--kernels FOLDER]] [--partial]
-                  [--out FILE] [--readme FILE] [--worst N] [--variant NAMES]
+                  [--measured] [--out FILE] [--readme FILE] [--worst N] [--variant NAMES]
 
 --ours, --peers  lines of JSON as `keepsake bench goals --jsonl` and bench_peers.py write them, of one card and one commit. Runs
                  (lines with "run") may follow each other: the samples of a case are taken together.
 --partial        cases without a row are "not measured"; else they are an error
+--measured       cases without a row are left out
 --out, --readme  the report as a file; and in place of what stands between two lines of a file:
                  <!-- goals: begin --> and <!-- goals: end -->
 --worst N        instead: the names of the N cases that are furthest from their goals, a line each (0: all that missed)
 --ladder         checks the CSV (kernel, version, commit, idea, predicted, came out, card) and adds it to the report; with
-                 --kernels, every .cu with a ladder must have a row
+                 --kernels, every .cu with a ladder must have a row, and one for each of the versions that it numbers
 --variant        rows of these kernels, as the program named them in its rows, instead of the default ones
 --allow-scaled   rows of bench_peers.py --scale, for tries of the script itself
 
@@ -41,6 +42,7 @@ WORDS = {"matrix_share": "of the matrix rate", "read_share": "of the read rate",
          "device_us": "us", "launches": "launches", "graphs": "graphs", "waits": "waits", "idle_share": "idle", "time_ratio": "x the time of",
          "rate_ratio": "x the rate of", "peer_speed": "x the speed of", "peer_memory": "x the memory of"}
 SIGNS = {"at_least": ">=", "at_most": "<=", "exactly": "="}
+LADDER_VERSION = re.compile(r"^ \* +((?:v|mma |decode )\d+)\b", re.M)
 LADDER = ["kernel", "version", "commit", "idea", "predicted", "came out", "card"]
 
 
@@ -334,8 +336,12 @@ def read_ladder(path, kernels):
             if not name.endswith(".cu"):
                 continue
             with open(os.path.join(kernels, name), encoding="utf-8") as f:
-                if re.search(r"^ \* Ladder", f.read(), re.M) and name[:-3] not in have:
-                    raise Bad("%s: %s has a ladder and no row here" % (path, name))
+                ladder = re.search(r"^ \* Ladder.*?\*/", f.read(), re.M | re.S)
+            if ladder and name[:-3] not in have:
+                raise Bad("%s: %s has a ladder and no row here" % (path, name))
+            for version in LADDER_VERSION.findall(ladder.group()) if ladder else ():
+                if not any(row[0] == name[:-3] and re.match(version + r"\b", row[1]) for row in rows[1:]):
+                    raise Bad("%s: %s has a version %s and no row of it here" % (path, name, version))
         for name in sorted(have):
             if not os.path.exists(os.path.join(kernels, name + ".cu")):
                 raise Bad("%s: there is no %s.cu" % (path, name))
@@ -378,6 +384,8 @@ def report(args):
         same_card(our_runs, peer_runs)
     ours = group_rows([r for r in our_rows if (r.get("variant") or "") == args.variant], lambda r: r["name"])
     peers = group_rows(peer_rows, lambda r: (r["name"], r["peer"]))
+    if args.measured:
+        cases = {name: case for name, case in cases.items() if name in ours}
     missing = [name for name in cases if name not in ours]
     if missing and not args.partial:
         raise Bad("%s: no row of %s%s; --partial takes them as not measured" % (args.ours, ", ".join(missing[:5]), " and %d more" % (len(missing) - 5) if len(missing) > 5 else ""))
@@ -406,6 +414,7 @@ def main(argv):
     parser.add_argument("--worst", type=int)
     parser.add_argument("--variant", default="")
     parser.add_argument("--partial", action="store_true")
+    parser.add_argument("--measured", action="store_true")
     parser.add_argument("--allow-scaled", action="store_true")
     args = parser.parse_args(argv)
     try:

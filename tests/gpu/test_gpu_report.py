@@ -170,15 +170,26 @@ Goals: 6 met, 2 missed, 0 not measured, 0 suspect. Times: medians, with quartile
         kernels = os.path.join(self.folder, "kernels")
         os.mkdir(kernels)
         with open(os.path.join(kernels, "norm.cu"), "w", encoding="utf-8") as f:
-            f.write("/* x\n * Ladder (times)\n */\n")
+            f.write("/* x\n * Ladder (times)\n *   v1  one\n *   v2 f32  two\n */\n * v3 no version\n")
         head = ",".join(gpu_report.LADDER) + "\n"
-        good = self.put("ladder.csv", head + 'norm,v1,abc,"a | b",10 us,not measured yet,-\n')
+        good = self.put("ladder.csv", head + 'norm,v1,abc,"a | b",10 us,not measured yet,-\nnorm,v2 f32,-,c,d,e,-\n')
         status, out, _ = self.call(ours(), theirs(), "--ladder", good, "--kernels", kernels)
         self.assertEqual(status, 0)
         self.assertIn("| norm | v1 | abc | a \\| b | 10 us | not measured yet | - |", out)
-        for text, words in ((head, "norm.cu has a ladder and no row"), (head + "norm,v1\n", "row 2 has not all"), ("kernel\n", "the first line is not"),
-                            (head + "norm,v1,a,b,c,d,e\nrope,v1,a,b,c,d,e\n", "there is no rope.cu")):
+        for text, words in ((head, "norm.cu has a ladder and no row"), (head + "norm,v1,a,b,c,d,e\nnorm,v22,a,b,c,d,e\n", "norm.cu has a version v2 and no row"), (head + "norm,v1\n", "row 2 has not all"), ("kernel\n", "the first line is not"),
+                            (head + "norm,v1,a,b,c,d,e\nnorm,v2,a,b,c,d,e\nrope,v1,a,b,c,d,e\n", "there is no rope.cu")):
             self.refuses(words, ours(), theirs(), "--ladder", self.put("ladder.csv", text), "--kernels", kernels)
+
+    def test_measured(self):
+        lines = [RUN, dict(ours()[4], variant="norm=x")]
+        status, out, _ = self.call(lines, None, "--measured", "--variant", "norm=x")
+        self.assertEqual((status, [line for line in out.splitlines() if line.startswith("| ")][1:]), (
+            0, ["| norm.1 | 0.06 ms (0.055 to 0.065) | - | - | 86.0 % | >= 85.0 % of the copy rate | met, within noise |"]))
+        self.assertIn("Goals: 1 met, 0 missed, 0 not measured", out)
+
+    def test_ladder_of_this_project(self):
+        rows = gpu_report.read_ladder(os.path.join(ROOT, "results", "gpu", "ladder.csv"), os.path.join(ROOT, "kernels", "cuda"))
+        self.assertGreater(len(rows), 50)
 
     def test_goals_of_this_project(self):
         cases, goals = gpu_report.read_goals(os.path.join(ROOT, "experiments", "bench_goals.def"))
