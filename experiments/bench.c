@@ -121,7 +121,7 @@ void ks_bench_free(ks_bench *b) {
 }
 
 ks_status ks_bench_measure_rates(ks_bench *b) {
-  if (b->has_rates || !b->info.has_timer || b->info.is_shim) return KS_OK;
+  if (b->has_rates || b->seconds == 0 || !b->info.has_timer || b->info.is_shim) return KS_OK;
   KS_TRY(ks_meter_copy_rate(b->meter, &b->rates.copy));
   KS_TRY(ks_meter_read_rate(b->meter, &b->rates.read));
   KS_TRY(ks_meter_matrix_rate(b->meter, KS_DTYPE_F32, &b->rates.matrix_f32));

@@ -7,24 +7,27 @@
 #       shared libraries that they use, configs, datasets, fixtures, and this script. --archs: as KS_CUDA_ARCHS ("" for
 #       all). --shim: programs over the shim of tests/cuda_on_cpu/, to try this script where there is no GPU.
 #   DIR/tests/gpu.sh run DIR OUT [--only PARTS] [--suites "NAMES"] [--limit SECONDS] [--budget SECONDS] [--bench "ARGUMENTS"]
-#                                [--worst N] [--goals "ARGUMENTS"] [--peers "ARGUMENTS"] [--append yes]
+#                                [--worst N] [--goals "ARGUMENTS"] [--peers "ARGUMENTS"] [--append yes] [--config FILE]
 #       on the GPU host: runs the parts (those of a list as "suites,bench"; without one all but bench) and fills OUT:
 #         suites      every kernels/ suite and the whole-model suites, on backend cuda
 #         quickstart  configs/quickstart.cfg on the CPU and on the GPU: the same selections, `keepsake check` on the rest
 #         reruns      the quickstart on the GPU again, and again without CUDA graphs: equal bits
 #         goals       keepsake bench goals in turn with experiments/bench_peers.py; alone where python3 has no PyTorch
+#         variants    bench goals again with kernels that no default takes: head_loss=wgmma, similarity=wgmma, linear_*=wgmma where
+#                     the device has compute capability 9.0, decoding with KS_CUDA_PDL=1 from there on; else skipped
 #         profile     ncu of the N cases that are furthest from their goals (5); skipped without it
 #         sanitizer   compute-sanitizer memcheck, racecheck, initcheck, synccheck on the operations' suites; skipped without it
 #         bench       keepsake bench, and each variant of each operation
-#         report      OUT/report.md: each goal, ours, the peer, the verdict
+#         report      OUT/report.md: each goal, ours, the peer, the verdict; then a table for each of the variants
 #       --limit: seconds for one program (3600; a sanitizer run that does not end in time counts as unfinished, not as failed).
 #       --budget: seconds for everything. Each part gets its share of what is left; samples are taken for a shorter time, then
 #       rounds, cases and the last parts are dropped, and the summary says which. 0: none.
 #       --append yes: goals are added to those of earlier calls with the same OUT (--peers "--groups head"), where one call is short.
+#       --config: a file of DIR for quickstart and reruns, instead of configs/quickstart.cfg.
 #       --bench, --goals, --peers: arguments instead of (--bench), or after (the others) the default ones. $PYTHON: python3.
 #   tests/gpu.sh all OUT [--bundle DIR] [--archs "90"] [options of run]
 #       everything in one call: makes the bundle where nvcc and CMake are (else --bundle, or the one that this script lies in),
-#       and runs all parts of it.
+#       and runs all parts of it but bench (--only takes that too).
 # Exit codes: 0; 1 when anything failed; 2 for wrong use; 3 without what is needed.
 set -u
 
@@ -334,7 +337,7 @@ sample_seconds() {
 }
 
 goal_rows() { # FILE: how many
-  [ -f "$1" ] && grep -c '"name"' "$1" || echo 0
+  grep -c '"name"' "$1" 2>/dev/null || [ -f "$1" ] || echo 0
 }
 
 run_goals() {
@@ -364,17 +367,83 @@ run_goals() {
   fi
 }
 
-report() { # options
-  [ -s "$out/goals.jsonl" ] || return 3
+# What no default takes: NAME, MAJOR.MINOR of the devices (a + behind it: and later), cases, arguments, settings of the environment.
+variants() {
+  cat <<'END'
+head_wgmma 9.0 head_* --variants=head_loss=wgmma
+similarity_wgmma 9.0 similarity* --variants=similarity=wgmma
+linear_wgmma 9.0 train_*,step_* --variants=linear_forward=wgmma,linear_backward=wgmma
+decode_pdl 9.0+ decode_3b,decode_1b - KS_CUDA_PDL=1
+END
+}
+
+capability() {
+  [ -n "$(manifest shim)" ] || nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1
+}
+
+suits() { # MAJOR.MINOR[+]
+  case $1 in
+    *+) awk -v have="$(capability)" -v want="${1%+}" 'BEGIN { exit !(have + 0 >= want + 0) }' ;;
+    *) [ "$(capability)" = "$1" ] ;;
+  esac
+}
+
+run_variants() {
+  [ "$append" = yes ] || rm -f "$out"/goals_*.jsonl
+  while read -r kernel device cases arguments setting <&3; do
+    if ! suits "$device"; then
+      note skipped "variant $kernel: for compute capability $device, this device has $(capability | grep . || echo none)"
+      continue
+    fi
+    has_time || { note skipped "variant $kernel: no time left"; continue; }
+    [ "$arguments" != - ] || arguments=""
+    # shellcheck disable=SC2086  # an argument or none
+    logged "goals_$kernel" env $setting "$dir/bin/keepsake" bench goals --device cuda --seconds "$(sample_seconds)" --samples 8 \
+      --only "$cases" $arguments --jsonl "$out/goals_$kernel.jsonl"
+    status=$?
+    what="variant $kernel: $(goal_rows "$out/goals_$kernel.jsonl") rows"
+    if [ $status -eq 0 ]; then
+      note passed "$what"
+    elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
+      note unfinished "$what: out of time"
+    else
+      note failed "$what, exit code $status: logs/goals_$kernel.log"
+    fi
+  done 3<<END
+$(variants)
+END
+}
+
+report() { # FILE options
+  rows=$1
+  shift
+  [ -s "$rows" ] || return 3
   scaled=$([ -z "$(manifest shim)" ] || echo --allow-scaled)
   peers=$([ ! -s "$out/peers.jsonl" ] || printf %s "--peers $out/peers.jsonl")
   # shellcheck disable=SC2086
-  "$python" "$dir/tests/gpu_report.py" --goals "$dir/experiments/bench_goals.def" --ours "$out/goals.jsonl" $peers --partial $scaled "$@"
+  "$python" "$dir/tests/gpu_report.py" --goals "$dir/experiments/bench_goals.def" --ours "$rows" $peers --partial $scaled "$@"
+}
+
+report_variants() {
+  while read -r kernel _ _ arguments setting <&3; do
+    [ "$(goal_rows "$out/goals_$kernel.jsonl")" -gt 0 ] || continue
+    chosen=${arguments#--variants=}
+    [ "$chosen" != - ] || chosen=""
+    if report "$out/goals_$kernel.jsonl" --measured --variant "$chosen" --out "$out/report_$kernel.md" >"$out/logs/report_$kernel.log" 2>&1; then
+      { printf '\n## %s\n\n' "${chosen:-$setting}"; cat "$out/report_$kernel.md"; } >>"$out/report.md"
+      note passed "report_$kernel.md: $(sed -n 's/^Goals: \(.*\)\. Times.*/\1/p' "$out/report_$kernel.md")"
+    else
+      note failed "report_$kernel.md: $(tail -n 1 "$out/logs/report_$kernel.log")"
+    fi
+  done 3<<END
+$(variants)
+END
 }
 
 run_report() {
-  if report --out "$out/report.md" >"$out/logs/report.log" 2>&1; then
+  if report "$out/goals.jsonl" --out "$out/report.md" >"$out/logs/report.log" 2>&1; then
     note passed "report.md: $(sed -n 's/^Goals: \(.*\)\. Times.*/\1/p' "$out/report.md")"
+    report_variants
   elif [ ! -s "$out/goals.jsonl" ]; then
     note skipped "report.md: no goals were measured"
   else
@@ -382,8 +451,8 @@ run_report() {
   fi
 }
 
-# The kernels of a case, as ncu chooses them by name: a pattern a run. Whole models: products and adapters, then what only a backward
-# pass and the loss have.
+# The kernels of a case, as ncu chooses them by name: a pattern a run, with @ and how many of these launches to pass over: the prompt
+# and what comes first of an answer, a first pass. Training: products and adapters, then what only a backward pass and the loss have.
 kernels_of() { # CASE
   case $1 in
     attn_*) echo attention ;;
@@ -391,20 +460,25 @@ kernels_of() { # CASE
     sim_*) echo sim ;;
     norm_*) echo rmsnorm ;;
     rope* | swiglu* | entropy* | pool* | adamw*) echo "$1" | sed 's/[^a-z].*//' ;;
+    decode*) echo 'linear_few|linear_decode|decode_shrink@1000 attention_decode|attention_few@300 sample@10 norm|rope|swiglu@300' ;;
+    prefill*) echo 'linear|gemm|nvjet|cutlass@200 attention@30 norm|rope|swiglu@100' ;;
+    run*) echo 'lora|gemm|nvjet|cutlass@200 linear_few|linear_decode|decode_shrink@1000 attention@100 sample@10 norm|rope|swiglu@100 entropy|sim|pool' ;;
     *) echo 'linear|lora|gemm|nvjet|cutlass attention_back|_backward|gradient|head' ;;
   esac
 }
 
-profile_case() { # CASE PATTERN LOG
+profile_case() { # CASE PATTERN LOG LAUNCHES_TO_SKIP
   small=$([ -z "$(manifest shim)" ] || echo "--scale 512")
   # shellcheck disable=SC2086
   KS_CUDA_NO_GRAPHS=1 logged "$3" "$ncu" --clock-control none --section SpeedOfLight --section Occupancy --section WarpStateStats \
-    --section MemoryWorkloadAnalysis --section LaunchStats --kernel-name "regex:$2" --launch-count 40 \
+    --section MemoryWorkloadAnalysis --section LaunchStats --kernel-name "regex:$2" --launch-skip "$4" --launch-count 40 \
     "$dir/bin/keepsake" bench goals --device cuda --only "$1" --seconds 0 --samples 1 $small
   status=$?
   cp "$out/logs/$3.log" "$out/ncu/$3.txt"
   if grep -q ERR_NVGPUCTRPERM "$out/ncu/$3.txt"; then
     note skipped "profile $1: this user may not read the GPU's counters"
+  elif grep -q 'No kernels were profiled' "$out/ncu/$3.txt"; then
+    note failed "profile $1 ($2): it has no such kernels: ncu/$3.txt"
   elif [ $status -eq 0 ]; then
     note passed "profile $1 ($2): ncu/$3.txt"
   else
@@ -418,13 +492,14 @@ run_profile() {
     note skipped "profile: there is no ncu"
     return
   fi
-  report --worst "$worst" >"$out/worst.txt" 2>"$out/logs/worst.log" || { note skipped "profile: no goals to choose by"; return; }
+  report "$out/goals.jsonl" --worst "$worst" >"$out/worst.txt" 2>"$out/logs/worst.log" || { note skipped "profile: no goals to choose by"; return; }
   mkdir -p "$out/ncu"
   while read -r row <&3; do
     n=0
-    for pattern in $(kernels_of "$row"); do
-      n=$((n + 1))
-      if has_time; then profile_case "$row" "$pattern" "ncu_$row.$n"; else note skipped "profile $row ($pattern): no time left"; fi
+    for words in $(kernels_of "$row"); do
+      n=$((n + 1)) pattern=${words%@*} skip=${words#"${words%@*}"}
+      skip=${skip#@}
+      if has_time; then profile_case "$row" "$pattern" "ncu_$row.$n" "${skip:-0}"; else note skipped "profile $row ($pattern): no time left"; fi
     done
   done 3<"$out/worst.txt"
 }
@@ -436,7 +511,8 @@ share_of() { # PART
   case $1 in
     suites) echo 30 ;;
     quickstart | reruns) echo 15 ;;
-    goals) echo 70 ;;
+    goals) echo 60 ;;
+    variants) echo 40 ;;
     profile) echo 50 ;;
     bench) echo 60 ;;
     *) echo 95 ;;
@@ -472,7 +548,7 @@ write_summary() {
 
 run() { # DIR OUT options
   [ $# -ge 2 ] || usage
-  dir=$1 out=$2 parts=suites,quickstart,reruns,goals,profile,sanitizer,report limit=3600 budget=0 worst=5 append=no
+  dir=$1 out=$2 parts=suites,quickstart,reruns,goals,variants,profile,sanitizer,report limit=3600 budget=0 worst=5 append=no
   bench_arguments="" goals_arguments="" peers_arguments="" suites="" config=configs/quickstart.cfg
   shift 2
   while [ $# -gt 0 ]; do
@@ -486,7 +562,7 @@ run() { # DIR OUT options
       --peers) peers_arguments=$2 ;;
       --worst) worst=$2 ;;
       --append) append=$2 ;;
-      --config) config=$2 ;; # of DIR, instead of the quickstart
+      --config) config=$2 ;;
       --suites) suites=$2 ;;
       *) usage ;;
     esac
@@ -497,7 +573,7 @@ run() { # DIR OUT options
   done
   [ -f "$dir/MANIFEST" ] || die 2 "$dir is no bundle; make one with: tests/gpu.sh bundle $dir"
   for part in $(echo "$parts" | tr ',' ' '); do
-    case $part in suites | sanitizer | quickstart | reruns | bench | goals | profile | report) ;; *) die 2 "there is no part \"$part\"" ;; esac
+    case $part in suites | sanitizer | quickstart | reruns | bench | goals | variants | profile | report) ;; *) die 2 "there is no part \"$part\"" ;; esac
   done
   dir=$(CDPATH='' cd -- "$dir" && pwd -P)
   mkdir -p "$out/logs" "$out/runs" || die 3 "$out: cannot write"
