@@ -4,8 +4,7 @@
     sass.py [--arch sm_90] [--tools FOLDER] [--launches FILE] [--only REGEX] [--out FILE] OBJECT...
 
 OBJECT: what nvcc made (build/cuda_archs/*.o) or a cubin. Needs cuobjdump, which is looked for in --tools, KS_CUDA_TOOLS,
-PATH, and beside nvcc; without it this says so and ends with 0 (nothing to report is no failure). c++filt, where there is one,
-makes the names readable.
+PATH, and beside nvcc. c++filt, where there is one, makes the names readable.
 
 Counted in the whole kernel, then in its hottest loop: the innermost of those with matrix instructions (with none: with fused
 multiply-adds or loads of global memory, then of shared memory), of several the one with the most, without loops inside it.
@@ -16,7 +15,7 @@ no object: --launches names a file with lines `REGEX THREADS DYNAMIC_BYTES` (0 t
 that matches the readable name counts; # begins a comment). A kernel without a line shows the blocks for its static shared
 memory with a ~ when it uses shared memory whose size only its launch knows.
 
-Exit codes: 0; 1 when the disassembly cannot be read; 2 for wrong use.
+Exit codes: 0; 1 when the disassembly cannot be read; 2 for wrong use; 3 without cuobjdump.
 """
 import argparse
 import glob
@@ -294,7 +293,7 @@ def main(argv):
     tool = find_tool("cuobjdump", args.tools)
     if not tool:
         print("sass.py: there is no cuobjdump (CUDA's binary utilities); say where it is: --tools FOLDER or KS_CUDA_TOOLS. No table.", file=sys.stderr)
-        return 0
+        return 3
     try:
         rules = read_launches(args.launches) if args.launches else []
         only = re.compile(args.only)

@@ -124,7 +124,7 @@ class Sass(unittest.TestCase):
     def test_without_cuobjdump(self):
         with mock.patch.dict(os.environ, {"KS_CUDA_TOOLS": os.path.join(self.folder, "none")}):
             status, out, err = self.call("demo.o")
-        self.assertEqual((status, out), (0, ""))
+        self.assertEqual((status, out), (3, ""))
         self.assertIn("there is no cuobjdump", err)
 
 
