@@ -115,9 +115,7 @@ void ks_json_free_parts(ks_json_tokenizer *t);
 
 /* ---------------------------------------------------------------- working */
 
-/* The character that stands for a byte in a byte-level vocabulary (GPT-2), and back: -1 when cp stands for
- * none. */
-uint32_t ks_byte_level_char(unsigned char byte);
+/* The byte that a character stands for in a byte-level vocabulary (GPT-2); -1: none. */
 int ks_byte_level_byte(uint32_t cp);
 
 /* Replaces *text by its normal form. */

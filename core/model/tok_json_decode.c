@@ -41,14 +41,6 @@ static bool is_plain(unsigned byte) {
   return (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || (byte >= 0xAE && byte <= 0xFF);
 }
 
-uint32_t ks_byte_level_char(unsigned char byte) {
-  uint32_t shifted = 0x100;
-  if (is_plain(byte)) return byte;
-  for (unsigned b = 0; b < byte; b++)
-    shifted += !is_plain(b);
-  return shifted;
-}
-
 int ks_byte_level_byte(uint32_t cp) {
   if (cp < 0x100) return is_plain(cp) ? (int)cp : -1;
   if (cp < 0x121) return (int)(cp - 0x100);        /* 0x00..0x20 */

@@ -2,8 +2,8 @@
  * threads that are few enough to have an SM each.
  *
  * `n_slices` blocks of threads share a (sequence, key head): each makes all scores and the output of `slice_tiles` tiles of 16
- * columns. In a round of `round_blocks` (1, 2 or 4) blocks of keys, 8 warps make scores, 32 keys each, and then weights of them, while
- * 4 warps multiply the weights of the round before with its values:
+ * columns. In a round of `round_blocks` (1, 2 or 4) blocks of keys, 8 warps make scores, 32 keys each, and
+ * then weights of them, while 4 warps multiply the weights of the round before with its values:
  *
  *   barrier   score warps: scores, maxima of 32 keys      value warps: blocks 0 and 1
  *   barrier   score warps: bases, weights, their sums     value warps: blocks 2 and 3
@@ -264,7 +264,7 @@ KS_DEVICE void attention_decode_finish(const attention_forward_params *p, const 
                                        const float sum[2]) {
   const int lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4,
             warp = ((int)threadIdx.x - ATTENTION_DECODE_SCORE) / KS_WARP;
-  const float all[2] = {attention_quad_sum(sum[0]), attention_quad_sum(sum[1])};
+  const float all[2] = {ks_quad_sum(sum[0]), ks_quad_sum(sum[1])};
 #pragma unroll
   for (int i = 0; i < MINE; i++) {
     const int tile = slice * p->slice_tiles + warp + 4 * i;

@@ -1,6 +1,6 @@
 /* Forward for at most 16 rows of a sequence and key head: decoding. Four warps share a block of keys: each makes the scores of 16
- * keys, then all together the output, each the columns 16 (warp + 4 i) .. + 15. Weights and maxima go through shared memory. Every sum
- * has the order that attention_forward_mma_kernel gives it. */
+ * keys, then all together the output, each the columns 16 (warp + 4 i) .. + 15. Weights and maxima go through
+ * shared memory. Every sum has the order that attention_forward_mma_kernel gives it. */
 #ifndef KS_CUDA_ATTENTION_FEW_CUH
 #define KS_CUDA_ATTENTION_FEW_CUH
 
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
     }
   }
 
-  const float all[2] = {attention_quad_sum(sum[0]), attention_quad_sum(sum[1])};
+  const float all[2] = {ks_quad_sum(sum[0]), ks_quad_sum(sum[1])};
   ks_cp_async_wait<0>();
   __syncthreads(); /* all are done with q */
 #pragma unroll

@@ -30,10 +30,6 @@ KS_DEVICE float attention_add_quarters(float sum, float keep, float q0, float q1
   return fmaf(sum, keep, (q0 + q1) + (q2 + q3));
 }
 /* Over the four threads that share a row. */
-KS_DEVICE float attention_quad_sum(float x) {
-  x += __shfl_xor_sync(KS_FULL_MASK, x, 1);
-  return x + __shfl_xor_sync(KS_FULL_MASK, x, 2);
-}
 KS_DEVICE float attention_quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(KS_FULL_MASK, x, 1));
   return fmaxf(x, __shfl_xor_sync(KS_FULL_MASK, x, 2));
@@ -169,7 +165,7 @@ KS_DEVICE void attention_finish(const attention_forward_params *p, const attenti
                                 const float sum[2]) {
   constexpr int OUT = attention_size<DIM>::OUT;
   const int lane = (int)threadIdx.x % KS_WARP;
-  const float all[2] = {attention_quad_sum(sum[0]), attention_quad_sum(sum[1])};
+  const float all[2] = {ks_quad_sum(sum[0]), ks_quad_sum(sum[1])};
   if (row >= w->n_rows) return;
   __syncwarp();
   attention_put<DIM, OUT / 8>(q, row, o, 1 / all[0], 1 / all[1]);
@@ -194,6 +190,37 @@ template <int COLS> KS_DEVICE void attention_negate(ks_bf16 *q, int n_rows) {
   for (int i = (int)threadIdx.x; i < n_rows * COLS; i += ATTENTION_THREADS)
     q[at::at(i / COLS, i % COLS / 8) + i % 8].bits ^= 0x8000u;
   __syncthreads();
+}
+
+/* Weights of a warp's rows for the keys from `key` on, as operands; base, sum and o go on. */
+template <int DIM, int M, int N, int OUT>
+KS_DEVICE void attention_weigh(uint32_t (*weights)[N / 2][4], float (*o)[OUT / 8][4], float (*base)[2],
+                               float (*sum)[2],
+                               const uint32_t (*left)[attention_forward_size<DIM>::KEPT ? DIM / 16 : 1][4],
+                               const ks_bf16 *q, const ks_bf16 *k, const attention_forward_params *p,
+                               const attention_work *w, int row, int key, int first_seen) {
+  float s[M][N][4] = {}, keep[M][2];
+  bool rose = false;
+  attention_scores<DIM, M, N, attention_forward_size<DIM>::KEPT>(s, left, q, row, k);
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    if (key + ATTENTION_KEYS > first_seen) {
+      int here[2];
+      attention_seen_here(p, w, row + 16 * m, key, here);
+      attention_mask<N>(s[m], 0, here);
+    }
+    attention_softmax(s[m], p->scale, base[m], sum[m], keep[m]);
+    attention_operand<N>(weights[m], s[m]);
+    rose |= keep[m][0] != 1.0f || keep[m][1] != 1.0f;
+  }
+  if (!__any_sync(KS_FULL_MASK, rose)) return;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        o[m][n][i] *= keep[m][i / 2];
 }
 
 template <int DIM, bool WIDE>
@@ -244,31 +271,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     uint32_t weights[M][N / 2][4];
     attention_arrive(&ring);
     attention_bring_values<DIM, WIDE>(&ring, &p, &w, b + ahead, part);
-    if (is_here) {
-      float s[M][N][4] = {}, keep[M][2];
-      bool rose = false;
-      attention_scores<DIM, M, N, size::KEPT>(s, left, q, row, k);
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        if (key + ATTENTION_KEYS > first_seen) {
-          int here[2];
-          attention_seen_here(&p, &w, row + 16 * m, key, here);
-          attention_mask<N>(s[m], 0, here);
-        }
-        attention_softmax(s[m], p.scale, base[m], sum[m], keep[m]);
-        attention_operand<N>(weights[m], s[m]);
-        rose |= keep[m][0] != 1.0f || keep[m][1] != 1.0f;
-      }
-      if (__any_sync(KS_FULL_MASK, rose)) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-          for (int n = 0; n < OUT / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              o[m][n][i] *= keep[m][i / 2];
-      }
-    }
+    if (is_here)
+      attention_weigh<DIM, M, N, OUT>(weights, o, base, sum, left, q, k, &p, &w, row, key, first_seen);
     attention_arrive(&ring);
     attention_bring_keys<DIM, WIDE>(&ring, &p, &w, b + ahead + 1);
     if (key + n_keys > w.least_seen && attention_is_odd<OUT>(v, n_keys)) {

@@ -198,9 +198,10 @@ KS_DEVICE void ks_ldmatrix_x2(uint32_t r[2], const void *row) {
                : "memory");
 }
 
-/* d += a b, a: 16 x 16 (rows of a), b: 16 x 8 (columns of b), bf16 in, float32 out (mma.m16n8k16). With g = lane / 4, t = lane % 4:
- *   a[0]: (g, 2t..), a[1]: (g + 8, 2t..), a[2]: (g, 2t + 8..), a[3]: (g + 8, 2t + 8..);   b[0]: (2t.., g), b[1]: (2t + 8.., g);
- *   d[0], d[1]: (g, 2t), (g, 2t + 1);   d[2], d[3]: (g + 8, 2t), (g + 8, 2t + 1).
+/* d += a b, a: 16 x 16 (rows of a), b: 16 x 8 (columns of b), bf16 in, float32 out (mma.m16n8k16). With g =
+ *   lane / 4, t = lane % 4: a[0]: (g, 2t..), a[1]: (g + 8, 2t..), a[2]: (g, 2t + 8..), a[3]: (g + 8, 2t +
+ *   8..);   b[0]: (2t.., g), b[1]: (2t + 8.., g); d[0], d[1]: (g, 2t), (g, 2t + 1);   d[2], d[3]: (g + 8,
+ *   2t), (g + 8, 2t + 1).
  * Turing has no such instruction for bf16; there the lanes exchange their operands, which is right and slow. */
 KS_DEVICE void ks_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -286,6 +287,11 @@ KS_DEVICE double ks_warp_sum(double x) {
   for (int d = 16; d > 0; d /= 2)
     x += __shfl_xor_sync(KS_FULL_MASK, x, d);
   return x;
+}
+/* Over lanes 4 g .. 4 g + 3, which share the rows of a warp's tiles of sums (ks_mma_bf16). */
+KS_DEVICE float ks_quad_sum(float x) {
+  x += __shfl_xor_sync(KS_FULL_MASK, x, 1);
+  return x + __shfl_xor_sync(KS_FULL_MASK, x, 2);
 }
 /* A NaN among the lanes gives NaN. */
 KS_DEVICE float ks_max_nan(float a, float b) {

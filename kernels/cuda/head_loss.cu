@@ -151,7 +151,7 @@ template <int STAGES> struct head_product : product_mma<2, 4, 4, 4, STAGES> {
           z[1] = head_exp(z[1], max[i][h]);
           sum += z[0] + z[1];
         }
-        sum = head_quad_sum(sum);
+        sum = ks_quad_sum(sum);
         if (threadIdx.x % 4 == 0) room[warp_n() * HEAD_TILE + row_of(i, h)] = sum;
       }
   }

@@ -17,10 +17,6 @@ KS_DEVICE float head_quad_max(float x) {
   x = ks_max_nan(x, __shfl_xor_sync(KS_FULL_MASK, x, 1));
   return ks_max_nan(x, __shfl_xor_sync(KS_FULL_MASK, x, 2));
 }
-KS_DEVICE float head_quad_sum(float x) {
-  x += __shfl_xor_sync(KS_FULL_MASK, x, 1);
-  return x + __shfl_xor_sync(KS_FULL_MASK, x, 2);
-}
 
 /* Tiles of all logits of x W^T + bias. No padding: launches are compared byte by byte. */
 struct head_wide_args {

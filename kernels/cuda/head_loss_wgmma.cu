@@ -5,12 +5,13 @@
  *
  * FLOPs 2 rows n_vocab d; bytes: W once a block of rows, x from L2, 8 B a row and tile, with gradient 2 B a pair.
  *
- * A tile's row is in four lanes of one warp: maximum and sum are 63 steps in registers and two shuffles each, no shared memory and
- * no barrier between warps, so that the two consumer warpgroups never wait for each other.
+ * A tile's row is in four lanes of one warp: maximum and sum are 63 steps in registers and two shuffles each,
+ * no shared memory and no barrier between warps, so that the two consumer warpgroups never wait for each
+ * other.
  *   Beside the products a tile costs 32768 exponentials at 16 a cycle and SM, 2048 cycles or 1.2 us, in which the tensor cores
  *   wait; the other instructions of it (5 an element, 1300 cycles over four schedulers) overlap with them. With d = 2048 the
- *   products are 22 us at 796 TFLOP/s. Expected (computed): 0.83 (product_wgmma.cuh) x 0.94 x 796 = 620 TFLOP/s for the loss alone,
- *   78 % of the matrix rate; d = 3200: 640. The goal is 60 %, 478 TFLOP/s.
+ *   products are 22 us at 796 TFLOP/s. Expected (computed): 0.83 (product_wgmma.cuh) x 0.94 x 796 = 620
+ *   TFLOP/s for the loss alone, 78 % of the matrix rate; d = 3200: 640. The goal is 60 %, 478 TFLOP/s.
  *   With gradient e leaves by 16-byte stores: 64 KB a tile, 8.4 MB over all SMs in 26 us, 0.3 TB/s; 64 shuffles a thread more.
  *
  * Determinism: fixed order; a row's bits depend on d and n_vocab alone. L: d / 16 products + 63 + 2 within a tile.
@@ -123,7 +124,7 @@ struct head_work {
         pair[1] = head_exp(pair[1], max);
         sum += pair[0] + pair[1];
       }
-      sum = head_quad_sum(sum);
+      sum = ks_quad_sum(sum);
       if (is_row && threadIdx.x % 4 == 0) p.partial[row * p.n_tiles + t.tag] = make_float2(max, sum);
       if (p.e) put_exponentials<S>(t, z, h);
     }
