@@ -42,9 +42,9 @@ ks_status ks_meter_null(ks_meter *m);
 ks_status ks_meter_forget(ks_meter *m);
 
 /* What a context's device was given so far, and what it made of it. A span of work begins with the first that is put on an idle
- * device and ends before the next wait of the host (or before the copy of results that comes before it); gaps inside it, where the
- * host is too slow with single launches, count as busy. So wall time - busy_seconds is time that the device waited for the host
- * with nothing queued, copies of inputs and results included. */
+ * device and ends before the next wait of the host (or before the copy of results that comes before it); gaps
+ * inside it, where the host is too slow with single launches, count as busy. So wall time - busy_seconds is
+ * time that the device waited for the host with nothing queued, copies of inputs and results included. */
 typedef struct {
   bool is_known;        /* false: a backend that computes in the call itself (CPU); the rest is 0 */
   int64_t launches;     /* kernels and products put on the stream one by one */

@@ -251,8 +251,8 @@ ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a);
 /* Linear maps that read the same x, in one call, so that a backend may share what they have in common: one pass over x for the
  * adapters of all, one launch where each is small. Same results as, one after another,
  *   ks_rmsnorm_forward(norm), ks_linear_forward of each part, ks_swiglu_forward(swiglu).
- * parts: host [n_parts], of the same x, n_rows and generation, and where they have segments of the same segments and dropout; each its
- * own weight, loras, y, u (and v).
+ * parts: host [n_parts], of the same x, n_rows and generation, and where they have segments of the same
+ * segments and dropout; each its own weight, loras, y, u (and v).
  * norm: NULL, or what makes x: norm->y is x.   swiglu: NULL, or of two parts: gate and up are their y.
  * In generation, norm->y and, with swiglu, the parts' y are left undefined: they are scratch.
  * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm and swiglu NULL. */
@@ -299,8 +299,9 @@ typedef struct {
   int64_t q_begin, n_q, n_k;
   const void *k, *v; /* [n_k, n_kv_heads * head_dim], row stride kv_stride */
   void *dk, *dv;     /* backward, written (=): same layout; every key row is written */
-  const int32_t *pages; /* host [ceil(n_k / page_rows)] or NULL: key j lies at row pages[j / page_rows] * page_rows + j % page_rows
-                           of k and v (a paged cache; forward only). NULL: at row j */
+  /* host [ceil(n_k / page_rows)] or NULL: key j lies at row pages[j / page_rows] * page_rows + j % page_rows
+   * of k and v (a paged cache; forward only). NULL: at row j */
+  const int32_t *pages;
 } ks_attention_seq;
 
 /* o = softmax(q k^T * scale, causal) v per head; query head h reads key head h / (n_heads / n_kv_heads).
@@ -424,7 +425,8 @@ ks_status ks_entropy(ks_ctx *ctx, const ks_entropy_args *a);
 
 typedef enum { KS_METRIC_COSINE = 0, KS_METRIC_DOT = 1 } ks_metric;
 /* s[i, j] = <q_i, k_j> (DOT), or <q_i, k_j> / (|q_i| |k_j|) (COSINE; 0 when a norm is 0 and the other is finite).
- * Products of the stored values accumulate in float32, norms in double; the factors of I8 rows come last. The whole [n_q, n_k] matrix is written only by ks_similarity. */
+ * Products of the stored values accumulate in float32, norms in double; the factors of I8 rows come last. The
+ * whole [n_q, n_k] matrix is written only by ks_similarity. */
 typedef struct {
   const void *q; /* [n_q, n_cols] */
   const void *k; /* [n_k, n_cols] */
@@ -451,7 +453,8 @@ ks_status ks_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a,
 
 /* ---------------------------------------------------------------- what there is */
 
-/* X(name, what) for `keepsake ls operations`, tests and benchmarks; those that run several of them in one call are not named again. */
+/* X(name, what) for `keepsake ls operations`, tests and benchmarks; those that run several of them in one
+ * call are not named again. */
 #define KS_OPS_MAP(X)                                                                                        \
   X(embed_forward, "token embedding lookup")                                                                 \
   X(linear_forward, "x W^T + bias with segmented LoRA")                                                      \

@@ -28,17 +28,19 @@ typedef struct {
 } ks_generate_params;
 #define KS_GENERATE_DEFAULT ((ks_generate_params){0, 0, 0})
 
-/* new_tokens counts every token drawn, stop ids too, but none after them. A pass that holds prompts and new tokens is shared by rows. The head counts to
- * its pass, drawing to sample_seconds. */
+/* new_tokens counts every token drawn, stop ids too, but none after them. A pass that holds prompts and new
+ * tokens is shared by rows. The head counts to its pass, drawing to sample_seconds. */
 typedef struct {
   int64_t prompt_tokens, new_tokens;
   double prefill_seconds, decode_seconds, sample_seconds;
 } ks_generate_stats;
 
-/* A prompt of max_seq_len tokens or more is KS_EINVAL (the caller cuts it). A request whose pages of the cache (prompt + max_new_tokens - 1
- * tokens, within max_seq_len) pass a given cache_bytes is KS_EBUDGET. On failure no request holds a result. A request whose prompt plus
- * new tokens pass max_seq_len ends there. stats (may be NULL) is added to. */
-ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests, const ks_adapter_view *adapters, int64_t n_adapters,
-                      const ks_generate_params *params, const ks_progress *progress, ks_generate_stats *stats);
+/* A prompt of max_seq_len tokens or more is KS_EINVAL (the caller cuts it). A request whose pages of the
+ * cache (prompt + max_new_tokens - 1 tokens, within max_seq_len) pass a given cache_bytes is KS_EBUDGET. On
+ * failure no request holds a result. A request whose prompt plus new tokens pass max_seq_len ends there.
+ * stats (may be NULL) is added to. */
+ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
+                      const ks_adapter_view *adapters, int64_t n_adapters, const ks_generate_params *params,
+                      const ks_progress *progress, ks_generate_stats *stats);
 
 #endif

@@ -41,10 +41,11 @@ const char *ks_target_name(ks_target t); /* "q" */
 void ks_target_shape(const ks_model_config *c, ks_target t, int64_t *n_out, int64_t *n_in);
 
 typedef struct {
-  ks_weight *linear[KS_N_TARGETS]; /* q: [n_heads*head_dim, hidden], k, v: [n_kv_heads*head_dim, hidden], o: [hidden, n_heads*head_dim],
-                                      gate, up: [intermediate, hidden], down: [hidden, intermediate] */
-  float *attn_norm, *mlp_norm;     /* [hidden], backend memory */
-  float *q_norm, *k_norm;          /* [head_dim] or NULL */
+  /* q: [n_heads*head_dim, hidden], k, v: [n_kv_heads*head_dim, hidden], o: [hidden, n_heads*head_dim],
+   * gate, up: [intermediate, hidden], down: [hidden, intermediate] */
+  ks_weight *linear[KS_N_TARGETS];
+  float *attn_norm, *mlp_norm; /* [hidden], backend memory */
+  float *q_norm, *k_norm;      /* [head_dim] or NULL */
 } ks_model_layer;
 
 typedef struct {
@@ -83,7 +84,8 @@ ks_status ks_model_load(ks_ctx *ctx, const char *path, const ks_model_load_param
 ks_status ks_model_create_random(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed, ks_model **out);
 /* The same distribution in a tenth of the time: drawn once for the largest matrix, read from another place on for each. For
  * benchmarks of large models. */
-ks_status ks_model_create_random_quickly(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype, uint64_t seed, ks_model **out);
+ks_status ks_model_create_random_quickly(ks_ctx *ctx, const ks_model_config *config, ks_dtype dtype,
+                                         uint64_t seed, ks_model **out);
 void ks_model_destroy(ks_model *m); /* NULL-safe */
 /* KS_EDATA with the offending field when a configuration makes no sense (zero sizes, n_heads % n_kv_heads, odd head_dim,
  * sizes whose products overflow). */

@@ -10,19 +10,21 @@
  * bits.
  *
  * Bytes, n the parameters of all adapters: 32 n are necessary (16 n read, 16 n written); 4 n more where L2 does not hold the
- * gradients from the norm to the update. Flops: 16 n, of them a root and two divisions: some 55 instructions a parameter, of the 250
- * that its bytes leave time for; the sum of squares takes 2 n double operations, which cards with double at 1 : 64 hide behind the
- * 4 n bytes down to 4 bytes a clock and multiprocessor. Bound by memory.
+ * gradients from the norm to the update. Flops: 16 n, of them a root and two divisions: some 55 instructions
+ * a parameter, of the 250 that its bytes leave time for; the sum of squares takes 2 n double operations,
+ * which cards with double at 1 : 64 hide behind the 4 n bytes down to 4 bytes a clock and multiprocessor.
+ * Bound by memory.
  *
  * Geometry: adapters follow one another in groups whose gradients fill half of L2 (one adapter at least), and a launch more than
- * there are groups: each updates one group and adds up the squares of the next, its blocks evenly mixed, so that one kind of block
- * fills what the other leaves. Updates go from the last chunk of a group to the first, which is the longest in L2; what nothing
- * reads again (all but the gradients on their first way) is loaded and stored as the first to leave it. Small adapters: two launches
- * for all. A chunk is 4096 parameters of one adapter, counted from its own beginning; a block of 256 threads takes one and finds its
- * adapter by bisection in the staged table. The last chunk of an adapter's squares to be done, by a counter, makes its norm.
- * 61 registers: 4 blocks, 64 KiB of loads under way a multiprocessor (64 bytes a thread, all before the first use).
- * Learning rates, steps and addresses are in the table, not in the launches: a recorded step stays valid. The counters are staged
- * with the table, as zeros, and left as zeros.
+ * there are groups: each updates one group and adds up the squares of the next, its blocks evenly mixed, so
+ * that one kind of block fills what the other leaves. Updates go from the last chunk of a group to the first,
+ * which is the longest in L2; what nothing reads again (all but the gradients on their first way) is loaded
+ * and stored as the first to leave it. Small adapters: two launches for all. A chunk is 4096 parameters of
+ * one adapter, counted from its own beginning; a block of 256 threads takes one and finds its adapter by
+ * bisection in the staged table. The last chunk of an adapter's squares to be done, by a counter, makes its
+ * norm. 61 registers: 4 blocks, 64 KiB of loads under way a multiprocessor (64 bytes a thread, all before the
+ * first use). Learning rates, steps and addresses are in the table, not in the launches: a recorded step
+ * stays valid. The counters are staged with the table, as zeros, and left as zeros.
  *
  * Determinism: the sum of squares has one order that depends on n alone: 16 elements a thread in rising
  * order, a tree over the block, chunks 256 apart in rising order, a tree over the block; double throughout. The
@@ -30,12 +32,13 @@
  *
  * Ladder (H200; share of a copy's 4.25 TB/s, 32 n bytes)
  *   considered  three launches an adapter: launch-bound for the 10^5 parameters of a small adapter
- *   considered  one launch, whose updates wait for the norm on a flag in memory: no launches between groups, but a grid that spins
+ *   considered  one launch, whose updates wait for the norm on a flag in memory: no launches between groups,
+ *               but a grid that spins
  *   v1  squares, norms, updates, each of all adapters in a launch: 36 n bytes. 8 adapters of 5.6 M: 427 us, 80 %, 3.8 TB/s moved
  *       (89 %); one of 5.6 M: 73 us, 58 %
- *   v2  this. Computed: 8 adapters of 5.6 M (gradients of 22 MB, a group each): 32 n bytes at 92 % of a copy and 8 launches' ends of
- *       2 us, 385 us, 88 %; 16 of 2 M: 89 %; 12 M each (48 MB of gradient: half of them read twice) 84 %; one of 5.6 M: 60 us,
- *       71 %, its squares cannot hide. Not measured yet */
+ *   v2  this. Computed: 8 adapters of 5.6 M (gradients of 22 MB, a group each): 32 n bytes at 92 % of a copy
+ *       and 8 launches' ends of 2 us, 385 us, 88 %; 16 of 2 M: 89 %; 12 M each (48 MB of gradient: half of
+ *       them read twice) 84 %; one of 5.6 M: 60 us, 71 %, its squares cannot hide. Not measured yet */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"
 

@@ -8,16 +8,17 @@
  *   m' = max s of the block if that is above m + 8, else m;  p = 2^(s - m')
  *   l = l 2^(m - m') + sum p,  o = o 2^(m - m') + p v;  at the end o / l  and  lse = (m + log2 l) ln 2
  *
- * A base that is left behind by less than 8 does no harm (weights up to 2^8 round as those up to 1), and the product with 2^(m - m')
- * = 1 is left out for a whole warp: after the first block it is seldom needed.
+ * A base that is left behind by less than 8 does no harm (weights up to 2^8 round as those up to 1), and the
+ * product with 2^(m - m') = 1 is left out for a whole warp: after the first block it is seldom needed.
  *
  * Every row follows this one chain, in every kernel: sum p is ((q0 + q1) + (q2 + q3)) of quarters of 16 keys in each of the four
- * threads that share a row, and those are added at the end. So prefill at once, in pieces and token by token agree bit for bit, paged
- * or not, and so does a sequence alone and in any batch. (On the GPU this asks of mma that a row's result depend on nothing but its
- * own row and that zeros add nothing.)
+ * threads that share a row, and those are added at the end. So prefill at once, in pieces and token by token
+ * agree bit for bit, paged or not, and so does a sequence alone and in any batch. (On the GPU this asks of
+ * mma that a row's result depend on nothing but its own row and that zeros add nothing.)
  *
- *   attention_forward_mma_kernel  a tile of 128 rows (64 beyond 128 columns), see attention.cuh: 4 warps of 32. Keys beyond a warp's
- *                                 last row are skipped, only blocks on the diagonal are masked.
+ *   attention_forward_mma_kernel  a tile of 128 rows (64 beyond 128 columns), see attention.cuh: 4 warps of
+ *                                 32. Keys beyond a warp's last row are skipped, only blocks on the diagonal
+ *                                 are masked.
  *   attention_few_kernel          sequences of up to 16 rows of a key head, which is decoding: 4 warps share a block of keys.
  *   attention_decode_kernel       one query of each of few sequences, heads up to 128 columns: an SM and more for each key head.
  *   attention_forward_simt_kernel float32, Turing, and the plain check (attention_forward_simt.cuh).
@@ -25,8 +26,8 @@
  * Bytes: q and o once; k and v once for each tile of rows, from L2 but for the first: tiles are launched in rounds whose keys fit
  * half of it, in a round the longest first.
  *
- * Flops: 4 d for each visible (query, key) and head, and one exponential. Done are more, by 32 rows and 64 keys: 1.25 times at 256
- * tokens, 1.12 at 512, 1.03 at 2048.
+ * Flops: 4 d for each visible (query, key) and head, and one exponential. Done are more, by 32 rows and 64
+ * keys: 1.25 times at 256 tokens, 1.12 at 512, 1.03 at 2048.
  *
  * A block of keys in a warp of mma, sm_90, from the disassembly (without the branches for masks and values that are not finite):
  *
@@ -35,9 +36,10 @@
  *    100    224    70    64    32        252      90 KiB (112 columns)        2
  *    128    256    80    64    32        255      96 KiB                      2
  *
- * mma.sync reaches about 0.6 of the measured 796 TFLOP/s, 9 clocks an HMMA and quarter of an SM at 1.98 GHz: 1140, 2000, 2280 clocks
- * a block of keys and warp. Beside that 512 clocks of exponentials, about 650 to 1000 of issue, and of shared memory (4 clocks a
- * LDSM, four quarters share it) 510, 1120, 1280: the tensor cores bound it. Two warps a quarter overlap one's softmax with the
+ * mma.sync is expected at about 0.6 of the measured 796 TFLOP/s, 9 clocks an HMMA and quarter of an SM at
+ * 1.98 GHz: 1140, 2000, 2280 clocks a block of keys and warp. Beside that 512 clocks of exponentials, about
+ * 650 to 1000 of issue, and of shared memory (4 clocks a LDSM, four quarters share it) 510, 1120, 1280: the
+ * tensor cores bound it. Two warps a quarter overlap one's softmax with the
  * other's products. Computed, not measured, at three quarters of that rate: 350 TFLOP/s of what is done (0.44 of 796); of what
  * counts, 16 k tokens, 32 heads:
  *     256 tokens  280 TFLOP/s     512 tokens  310     2048 tokens  340     (d = 100: times 100 / 112)
@@ -45,43 +47,46 @@
  * and the wave that is not full (512 tiles, 264 places), 0.23 of 796 where bytes allow 0.34.
  *
  * Decoding many sequences (attention_few_kernel): a block of threads for each (sequence, key head), 4 stages of 64 keys under way
- * (d = 128: 3; two blocks an SM), about 0.35 us a block of keys. 96 KiB and more are under way an SM, where 4.25 TB/s at 600 ns ask
- * for 20: bytes bound it.
+ * (d = 128: 3; two blocks an SM), about 0.35 us a block of keys. 96 KiB and more are under way an SM, where
+ * 4.25 TB/s at 600 ns ask for 20: bytes bound it.
  *
- * Decoding few (attention_decode_kernel, when (sequence, key head) are no more than the SMs): the chain of a row is kept, but only what
- * is a chain goes block after block: bases, and products with values. Scores and weights of four blocks of keys are made at once, by
- * warps of their own, a round ahead. Where there are SMs, up to 4 blocks of threads make all scores of a key head, and columns of its
- * output each. Instructions of a round of 4 blocks, d = 64, group up to 8, from the disassembly (sm_90): a score warp 350 (16 HMMA), a
- * value warp with 16 columns 380 (32 HMMA), so 1070 in the busiest quarter of an SM, 270 clocks a block of keys if one is issued every
- * clock; bytes ask for 11 KB at some 50 a clock, 220; the chain of HMMA for 4 x 33. Computed 0.16 us a block of keys, d = 100 (copies of
- * 8 bytes) 0.3. Not measured yet:
+ * Decoding few (attention_decode_kernel, when (sequence, key head) are no more than the SMs): the chain of a
+ * row is kept, but only what is a chain goes block after block: bases, and products with values. Scores and
+ * weights of four blocks of keys are made at once, by warps of their own, a round ahead. Where there are SMs,
+ * up to 4 blocks of threads make all scores of a key head, and columns of its output each. Instructions of a
+ * round of 4 blocks, d = 64, group up to 8, from the disassembly (sm_90): a score warp 350 (16 HMMA), a value
+ * warp with 16 columns 380 (32 HMMA), so 1070 in the busiest quarter of an SM, 270 clocks a block of keys if
+ * one is issued every clock; bytes ask for 11 KB at some 50 a clock, 220; the chain of HMMA for 4 x 33.
+ * Computed 0.16 us a block of keys, d = 100 (copies of 8 bytes) 0.3. Not measured yet:
  *
  *     d    registers  shared memory, stages (227 KiB)        64 keys   512   2048   4096, without launch, us
  *     64       123    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
  *     100      140    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
  *     128      160    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
  *
- * 1B (16 layers, 8 key heads of 64, 2048 keys): 85 us less of some 700 a token. 3B (32 heads of 100) reads 26 MB a layer: 6.2 us at
- * least. Batch 8 of 8 heads: 64 SMs, one slice; batch 64: attention_few_kernel. Scores in a launch of their own and values in a
- * second would be 2.2 us (the HMMA alone) and 2.5 more for the launch: less from about 2048 keys on, more below.
+ * 1B (16 layers, 8 key heads of 64, 2048 keys): 85 us less of some 700 a token. 3B (32 heads of 100) reads 26
+ * MB a layer: 6.2 us at least. Batch 8 of 8 heads: 64 SMs, one slice; batch 64: attention_few_kernel. Scores
+ * in a launch of their own and values in a second would be 2.2 us (the HMMA alone) and 2.5 more for the
+ * launch: less from about 2048 keys on, more below.
  *
  * A key or value that is not finite reaches those who see it and nobody else: a hidden score is replaced, and where a block holds
- * values that one row sees and another does not, those not finite go into the sums of the former by hand, and zero into the product.
- * (An infinite value of weight 0 counts as infinite there, not as NaN.)
+ * values that one row sees and another does not, those not finite go into the sums of the former by hand, and
+ * zero into the product. (An infinite value of weight 0 counts as infinite there, not as NaN.)
  *
  * Ladder (H200, bf16)
  *
  *   simt   float32 fma, tiles of 32 rows, 4 warps, right operand through one chunk of shared memory, loads not overlapped. Not
  *          measured yet.
  *
- *   mma 1  16 rows a warp, one stage, every block of 64 keys summed on its own and merged (two sets of accumulators), decoding dealt
- *          out over blocks of keys with a second kernel that merges. Predicted: at most half of the tensor cores' rate, by reads of
- *          shared memory. Measured (f74fb33): 8 x 256 tokens, 32 heads of 64: 42 us, 51 TFLOP/s; decoding one sequence of 2048
- *          keys 24 us, eight 48 us; each with three copies of tables.
+ *   mma 1  16 rows a warp, one stage, every block of 64 keys summed on its own and merged (two sets of
+ *          accumulators), decoding dealt out over blocks of keys with a second kernel that merges. Predicted:
+ *          at most half of the tensor cores' rate, by reads of shared memory. Measured (f74fb33): 8 x 256
+ *          tokens, 32 heads of 64: 42 us, 51 TFLOP/s; decoding one sequence of 2048 keys 24 us, eight 48 us;
+ *          each with three copies of tables.
  *
  *   mma 2  as above: 32 rows a warp (half of the reads of shared memory a product), one chain, two stages, copies of one width a
- *          kernel, rows padded instead of swizzled up to 112 columns (addresses are constants), one copy of tables. Predicted: above.
- *          Not measured yet.
+ *          kernel, rows padded instead of swizzled up to 112 columns (addresses are constants), one copy of
+ *          tables. Predicted: above. Not measured yet.
  *
  *   decode 1  attention_decode_kernel as above. A first draft, two blocks of keys a round and every thread copying of each block,
  *             took as many instructions for two blocks as this for four. Not measured yet.
@@ -97,8 +102,8 @@
 #include "kernels/cuda/attention_plan.cuh"
 #include <float.h>
 
-/* Stages of keys in shared memory, at most `most`: as many as leave room for two blocks of threads an SM, but `least`; where there is
- * none for two, as many as fit. */
+/* Stages of keys in shared memory, at most `most`: as many as leave room for two blocks of threads an SM, but
+ * `least`; where there is none for two, as many as fit. */
 template <class SIZE> static int attention_stages_of(const ks_ctx *ctx, SIZE bytes_of, int least, int most) {
   const ks_cuda_device *device = ks_cuda_device_of(ctx);
   const size_t block = (size_t)device->smem_per_block, half = (size_t)device->smem_per_sm / 2 - 1024;

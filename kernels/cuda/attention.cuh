@@ -23,8 +23,8 @@ static_assert(ATTENTION_KEYS == KS_ATTENTION_PAGE_UNIT, "a block of keys is cont
 /* Threads of a block of threads at most; columns of a head at most. */
 static constexpr int ATTENTION_THREADS = 128, ATTENTION_MAX_DIM = 256;
 static constexpr int ATTENTION_WARPS_MMA = ATTENTION_THREADS / KS_WARP;
-/* What a score may exceed the exponent that its row is taken against (base 2): weights up to 2^8 are as exact as those up to 1, and
- * a base that seldom moves seldom makes the sums so far be multiplied. */
+/* What a score may exceed the exponent that its row is taken against (base 2): weights up to 2^8 are as exact
+ * as those up to 1, and a base that seldom moves seldom makes the sums so far be multiplied. */
 static constexpr float ATTENTION_SLACK = 8;
 static constexpr float ATTENTION_LOG2E = 1.4426950408889634f, ATTENTION_LN2 = 0.6931471805599453f;
 

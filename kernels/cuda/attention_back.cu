@@ -10,16 +10,17 @@
  *
  * p is computed again from lse. No atomics: every output has one owner. Two kernels (three with simt):
  *
- *   attention_back_rows_kernel   dq: a block of threads has a tile of 128 rows (query, head of the group, see attention.cuh) and walks
- *                                over the keys that they see, 32 at a time. It makes D of its rows first and leaves it, and lse in
- *                                base 2, to
- *   attention_back_keys_kernel   dk, dv: a tile of keys, over the rows that see its first key, in rising order. Keys that no query
- *                                sees get zeros.
+ *   attention_back_rows_kernel   dq: a block of threads has a tile of 128 rows (query, head of the group, see
+ *                                attention.cuh) and walks over the keys that they see, 32 at a time. It makes
+ *                                D of its rows first and leaves it, and lse in base 2, to
+ *   attention_back_keys_kernel   dk, dv: a tile of keys, over the rows that see its first key, in rising
+ *                                order. Keys that no query sees get zeros.
  *
  * The tile is the left operand of S = A1 B1^T and dP = A2 B2^T, so that P and dS leave these products in the registers in which
- * acc1 += dS B1 (dq or dk) and acc2 += P B2 (dv) want them. A warp has 32 of its rows: what it reads of B serves two products. dk and
- * dv of 32 keys by more than 64 columns do not fit its registers: there two warps have the same 32 keys, each makes the weights of
- * half of the 64 rows that stream and half of the columns; they exchange weights through shared memory.
+ * acc1 += dS B1 (dq or dk) and acc2 += P B2 (dv) want them. A warp has 32 of its rows: what it reads of B
+ * serves two products. dk and dv of 32 keys by more than 64 columns do not fit its registers: there two warps
+ * have the same 32 keys, each makes the weights of half of the 64 rows that stream and half of the columns;
+ * they exchange weights through shared memory.
  *
  * Bytes: what streams once for each tile of the other side, from L2 but for the first; A and outputs once; o once.
  *
@@ -36,9 +37,10 @@
  *           100     64 x 32      224    84        16     32        254    106 KiB            2
  *           128     64 x 32      256    96        16     32        251    113 KiB            2
  *
- * At 9 clocks an HMMA and quarter of an SM (attention.cu) rows take 850, 1500, 1700 clocks and keys 1140, 2000, 2280; shared memory,
- * 16 clocks an LDSM, 510, 1120, 1280 and 770, 1600, 1790: the tensor cores bound it, at d = 100 and 128 with little to spare.
- * Computed, not measured, at three quarters of 480 TFLOP/s done, so 10 / 14 of that by what counts: 16 k tokens, 32 heads:
+ * At 9 clocks an HMMA and quarter of an SM (attention.cu) rows take 850, 1500, 1700 clocks and keys 1140,
+ * 2000, 2280; shared memory, 16 clocks an LDSM, 510, 1120, 1280 and 770, 1600, 1790: the tensor cores bound
+ * it, at d = 100 and 128 with little to spare. Computed, not measured, at three quarters of 480 TFLOP/s done,
+ * so 10 / 14 of that by what counts: 16 k tokens, 32 heads:
  *     256 tokens  200 TFLOP/s     512 tokens  225     2048 tokens  250     (d = 100: times 100 / 112)
  * 8 x 256 tokens, 32 heads of 64: 9.5 GFLOP done 26 us, 100 MB 24 us (of them half from L2); predicted 32 us.
  *
@@ -46,20 +48,23 @@
  *
  * Turing has no mma for bf16 and takes simt. 8.6, 8.9 and 12.0 (99 KiB) have one stage for dk, dv beyond 96 columns.
  *
- * Determinism: fixed order by construction; a sequence's gradients depend on nothing but itself. Hidden pairs inside a tile take part
- * with p = ds = 0, so a query or key that is not finite makes the rows of its tile NaN, as on the CPU.
+ * Determinism: fixed order by construction; a sequence's gradients depend on nothing but itself. Hidden pairs
+ * inside a tile take part with p = ds = 0, so a query or key that is not finite makes the rows of its tile
+ * NaN, as on the CPU.
  *
  * Ladder (H200, bf16)
  *
- *   simt   float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared memory. Not measured yet.
+ *   simt   float32 fma, tiles of 32 rows (16 beyond d = 128), right operands through one chunk of shared
+ *          memory. Not measured yet.
  *
- *   mma 1  16 rows a warp, dq and dk, dv in one kernel's two shapes, D by a kernel of its own. Predicted: bound by reads of shared
- *          memory. Measured (f74fb33): 8 x 256 tokens, 32 heads of 64: 97 us, 56 TFLOP/s.
+ *   mma 1  16 rows a warp, dq and dk, dv in one kernel's two shapes, D by a kernel of its own. Predicted:
+ *          bound by reads of shared memory. Measured (f74fb33): 8 x 256 tokens, 32 heads of 64: 97 us, 56
+ *          TFLOP/s.
  *
  *   mma 2  as above. Predicted: above. Not measured yet.
  *
- *   Next, not built: 10 d with dq added in the order of falling keys by blocks that wait for each other; wgmma with two consumer warp
- *   groups as FlashAttention-3. */
+ *   Next, not built: 10 d with dq added in the order of falling keys by blocks that wait for each other;
+ *   wgmma with two consumer warp groups as FlashAttention-3. */
 #include "kernels/cuda/attention_back_mma.cuh"
 #include <float.h>
 #include <stdlib.h>

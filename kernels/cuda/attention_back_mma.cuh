@@ -6,8 +6,9 @@
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/attention_simt.cuh"
 
-/* M: row tiles of a warp. KEPT: those of the scores stay in registers. PAIRED: two warps have the same keys; each makes the weights of half of the rows that stream, and half of
- * the columns of the gradients. OUT: columns that a warp accumulates. */
+/* M: row tiles of a warp. KEPT: those of the scores stay in registers. PAIRED: two warps have the same keys;
+ * each makes the weights of half of the rows that stream, and half of the columns of the gradients. OUT:
+ * columns that a warp accumulates. */
 template <int DIM, bool KEYS> struct attention_back_size {
   static constexpr int STRIDE = attention_tile<DIM>::STRIDE, M = DIM > 128 ? 1 : 2;
   static constexpr bool PAIRED = KEYS && DIM > 64 && DIM <= 128, KEPT = !KEYS && DIM <= 64;

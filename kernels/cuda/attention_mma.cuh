@@ -49,8 +49,8 @@ template <int DIM, bool WIDE> struct attention_copy {
   }
 };
 
-/* threadIdx.x, as something that the compiler does not know: what copies make of it is made again every time and takes no registers
- * from the products in between. */
+/* threadIdx.x, as something that the compiler does not know: what copies make of it is made again every time
+ * and takes no registers from the products in between. */
 KS_DEVICE int attention_thread() {
   int i = (int)threadIdx.x;
 #ifdef __CUDA_ARCH__
@@ -187,8 +187,8 @@ template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], const ks_bf16 *
   ks_ldmatrix_x4(x, a + attention_tile<COLS>::at(row + lane % 16, 2 * k + lane / 16));
 }
 
-/* s[m][n] += rows row + 16 m .. + 15 of a times rows 8 n .. + 7 of b, over COLS columns in rising order. One read of b serves M row
- * tiles. KEPT: a's operands are in registers. */
+/* s[m][n] += rows row + 16 m .. + 15 of a times rows 8 n .. + 7 of b, over COLS columns in rising order. One
+ * read of b serves M row tiles. KEPT: a's operands are in registers. */
 template <int COLS, int M, int N, bool KEPT>
 KS_DEVICE void attention_scores(float (*s)[N][4], const uint32_t (*kept)[KEPT ? COLS / 16 : 1][4],
                                 const ks_bf16 *a, int row, const ks_bf16 *b) {

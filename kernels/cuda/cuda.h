@@ -15,7 +15,8 @@
  * pointer) queues what was held back, from the list, and goes on eagerly; the step is then recorded anew. Arrays that the host
  * describes (positions, segments, ...) may differ in content: they are staged again and uploaded in one copy. Launch
  * arguments must therefore hold everything that a kernel is told, and no kernel argument may carry host data that changes from
- * step to step (dropout keys, counters, learning rates: stage them). Structs among them must not have padding: it is compared too.
+ * step to step (dropout keys, counters, learning rates: stage them). Structs among them must not have
+ * padding: it is compared too.
  *
  * Environment
  *   KS_CUDA_SYNC=1       every launch is waited for; steps are not recorded
@@ -124,8 +125,9 @@ typedef struct {
 } ks_cuda_counts;
 const ks_cuda_counts *ks_cuda_counts_of(const ks_ctx *ctx);
 
-/* X(operation, variant, on float32, on bf16): the first variant of an operation that suits the type of activations is its default.
- * Selected by ks_ctx_params.variants, "attention_forward=simt,linear_forward=mma". */
+/* X(operation, variant, on float32, on bf16): the first variant of an operation that suits the type of
+ * activations is its default. Selected by ks_ctx_params.variants,
+ * "attention_forward=simt,linear_forward=mma". */
 #define KS_CUDA_VARIANT_MAP(X) KS_CUDA_VARIANTS(X)
 #include "kernels/cuda/variants.def"
 typedef enum {

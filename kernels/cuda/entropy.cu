@@ -6,24 +6,26 @@
  *   ABS                  p = |row| / sum |row|
  *
  * Bytes: 4 n, read once: the row stays in shared memory where it fits (9216 columns), else it comes from L2
- * again. Histograms: 24 instructions a component (sm_90), 7 of them for the ends; of 37 that its bytes leave time for: bound by memory
- * and nearly by issue. CLIPPED takes 6 double operations more, SOFTMAX and ABS 50 in all: bound by double.
+ * again. Histograms: 24 instructions a component (sm_90), 7 of them for the ends; of 37 that its bytes leave
+ * time for: bound by memory and nearly by issue. CLIPPED takes 6 double operations more, SOFTMAX and ABS 50
+ * in all: bound by double.
  *
  * Bins are found in float32 with its errors counted: where the place lies too near to an edge for them (2 n_bins 2^-20 of all
  * components: 2 in 10^4 for 100 bins), float64 decides as numpy does.
  *
- * Geometry: a block a row. Histograms: a warp for each 512 columns, at most 8; the row comes by asynchronous copies, each thread reads
- * its own pieces again; up to 32 counters a bin, one a lane, so that no two lanes meet in a bank. 48 registers, 26 KB of shared memory
- * for 3200 columns: 5 blocks, up to 64 KB under way a multiprocessor. The others, and histograms of longer rows: 256 threads, a copy of
- * the counters a warp.
+ * Geometry: a block a row. Histograms: a warp for each 512 columns, at most 8; the row comes by asynchronous
+ * copies, each thread reads its own pieces again; up to 32 counters a bin, one a lane, so that no two lanes
+ * meet in a bank. 48 registers, 26 KB of shared memory for 3200 columns: 5 blocks, up to 64 KB under way a
+ * multiprocessor. The others, and histograms of longer rows: 256 threads, a copy of the counters a warp.
  *
  * Determinism: double throughout, as ops.h defines it, but for the sure bins. Sums run a block's threads apart in rising order,
  * then through a tree; counts are integers. A row depends on nothing else.
  *
  * Ladder (H200; 2048 x 2048 with the wait for the results; a copy moves 4.25 TB/s)
  *   v1  a division in float64 for each component. Histogram 57 us, clipped 66, softmax 39, abs 48: 0.3 to 0.45 TB/s
- *   v2  this, for histograms. Computed: 1 M rows of 3200, histogram: 3.5 ms, 80 to 90 % of a copy (a row's chain, some 3700 clocks of
- *       5 blocks at a time, is as long as its bytes take); clipped 75 %. 2048 x 2048: 20 us, most of it the wait. Not measured yet
+ *   v2  this, for histograms. Computed: 1 M rows of 3200, histogram: 3.5 ms, 80 to 90 % of a copy (a row's
+ *       chain, some 3700 clocks of 5 blocks at a time, is as long as its bytes take); clipped 75 %. 2048 x
+ *       2048: 20 us, most of it the wait. Not measured yet
  *   next  softmax and abs in pairs of float32 */
 #include "kernels/cuda/launch.cuh"
 
@@ -180,7 +182,8 @@ __global__ void entropy_kernel(const float *x, double *h, entropy_shape a) {
 
 /* Bins as float32 finds them: rint(place) of place = (v - low) * n_bins / (high - low) - 1/2. Where that is nearer to the middle
  * between two whole numbers than `sure` allows, and where float32 cannot hold the range (sure < 0), float64 decides. Errors, as
- * parts of n_bins: 2^-24 each of v - low (two floats), of the factor, of the product, of the offset: sure = 1/2 - n_bins 2^-20. */
+ * parts of n_bins: 2^-24 each of v - low (two floats), of the factor, of the product, of the offset: sure =
+ * 1/2 - n_bins 2^-20. */
 typedef struct {
   float low, factor, offset, most, sure;
 } entropy_quick;

@@ -4,17 +4,17 @@
  *   backward   [masks] -> v = scale dy B  -> grad_b_t += scale u^T dy, grad_a += v^T drop(x)
  *                                         -> dx = drop'(v A) (+ dx) -> dx += dy W
  *
- * Each arrow is one launch for all adapters of the batch and all maps that read the same x (ks_linears_args), but for the products,
- * one each. Derivation: with y = W x + s B A drop(x), the loss gradient g = dy gives dB = s g (A drop(x))^T,
- * dA = (s B^T g) drop(x)^T, dx = W^T g + drop'(A^T (s B^T g)); the rank-r products u and v come first and are the only
- * intermediates: nothing of [rows, hidden] size is made besides y and dx.
+ * Each arrow is one launch for all adapters of the batch and all maps that read the same x (ks_linears_args),
+ * but for the products, one each. Derivation: with y = W x + s B A drop(x), the loss gradient g = dy gives dB
+ * = s g (A drop(x))^T, dA = (s B^T g) drop(x)^T, dx = W^T g + drop'(A^T (s B^T g)); the rank-r products u and
+ * v come first and are the only intermediates: nothing of [rows, hidden] size is made besides y and dx.
  *
  * Variants
  *   cublaslt  the adapters' term is written first and the product added to it (lora_term.cu)
  *   mma       product and adapters' term in one kernel (linear_mma.cu): no extra pass; bf16 only
  *   simt      plain fma throughout (linear_simt.cu); the term is added afterwards, as it is in float32
- *   wgmma     product and adapters' term in one kernel by Hopper's own products (linear_wgmma.cu); bf16 on sm_90 only, and mma for
- *             what it does not take. Not measured yet, so no default
+ *   wgmma     product and adapters' term in one kernel by Hopper's own products (linear_wgmma.cu); bf16 on
+ *             sm_90 only, and mma for what it does not take. Not measured yet, so no default
  *
  * Launches of a layer with adapters on q, k, v and o beside its products: 10, with dropout 14 (one map after another: 32 and 40).
  *
@@ -46,8 +46,9 @@
  *       Dropout comes on top: masks of 3200 columns are 27 us a map and pass at 16384 rows (64 integer operations a clock and
  *       SM), 1.7 % for all; 2048 rows 3.5 us. Sixteen adapters read and write the same bytes as one: 1.02 x at most.
  *   Next, not built: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and u in one array.
- *   Next, not built: products of maps of one input side by side. 2048 rows x 3200 outputs are 200 tiles of 128 x 256, 1.5 waves of
- *       132 SMs at the time of 2; three of them side by side 4.6 waves at the time of 5 instead of 6. */
+ *   Next, not built: products of maps of one input side by side. 2048 rows x 3200 outputs are 200 tiles of
+ *       128 x 256, 1.5 waves of 132 SMs at the time of 2; three of them side by side 4.6 waves at the time of
+ *       5 instead of 6. */
 #include "kernels/cuda/linear.cuh"
 
 typedef enum { BY_BLAS, BY_MMA, BY_SIMT, BY_WGMMA } way;

@@ -3,7 +3,9 @@
  *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU
  *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU]
  *
- * Each arrow is a launch; brackets: where there is one. */
+ * Each arrow is a launch; brackets: where there is one. No kernel is here: bytes, FLOPs, predicted times and
+ * ladders are those of linear_decode_few.cu, linear_decode_wide.cu and linear_decode_shrink.cu (more rows:
+ * linear_mma.cu), the sums' order that of linear_decode.cuh. */
 #include "kernels/cuda/linear_decode.cuh"
 
 #include "kernels/base/size.h"

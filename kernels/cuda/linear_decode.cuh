@@ -83,9 +83,9 @@ KS_DEVICE ks_bf16 *decode_x_at(ks_bf16 *xs, int pieces, int row, int piece) {
   return xs + ((int64_t)row * pieces + (piece ^ (row & 7))) * 8;
 }
 
-/* Rows [row0, row0 + n_rows) of x, with the norm where there is one, for the whole block of THREADS. room: shared, 16 floats a row.
- * Its sum of squares is norm.cu's: norm_threads threads, each a chain over every norm_threads-th piece, a tree over the lanes of
- * a warp, a tree over the warps. */
+/* Rows [row0, row0 + n_rows) of x, with the norm where there is one, for the whole block of THREADS. room:
+ * shared, 16 floats a row. Its sum of squares is norm.cu's: norm_threads threads, each a chain over every
+ * norm_threads-th piece, a tree over the lanes of a warp, a tree over the warps. */
 template <int THREADS>
 KS_DEVICE void decode_load_x(ks_bf16 *xs, float *room, const decode_args &p, int64_t row0, int n_rows) {
   enum { WARPS = THREADS / KS_WARP };

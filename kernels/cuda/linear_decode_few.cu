@@ -5,8 +5,8 @@
  *   with a norm x is norm(x'), x' in memory;   with SwiGLU h[i, o] = silu(y_gate[i, o]) y_up[i, o] is stored instead
  *
  * Bytes: W once (2 an element). x, u and B come from the L2. FLOPs: 2 rows a weight, on tensor cores: 8 columns of an mma whether
- * there are 8 rows or one. Bound by memory as long as it is busy from the first instruction to the last: 4.5 TB/s (read, measured)
- * times some 800 ns of latency are 3.6 MB under way, 27 KB an SM of an H200.
+ * there are 8 rows or one. Bound by memory as long as it is busy from the first instruction to the last: 4.5
+ * TB/s (read, measured) times some 800 ns of latency are 3.6 MB under way, 27 KB an SM of an H200.
  *
  * Geometry: a tile is 16 outputs (SwiGLU: 8 of gate and the same 8 of up, so that a lane pair holds both), its 8 warps one run of
  * k each. A warp streams its 16 rows of W, 64 k (2 KB) a stage, through a ring of its own in shared memory by cp.async: no
@@ -15,13 +15,15 @@
  * its norm applied, lies in shared memory, made once a block while the first stages are under way. Sums of the runs meet in
  * shared memory, two tiles in turn: one barrier a tile. Bias, residual and the first 16 ranks of B are loaded before a tile's
  * products and added behind them. A warp makes the adapters' terms of one segment (there are at most 8).
- *   H200, one row of 2048 or 3200: 6 stages, 108 to 113 KB, two blocks an SM: 192 KB under way an SM. One row of 8192 or 8640, or 8
- *   rows of 2048: two blocks of 4 stages (down of 1B, 128 tiles, one of 6). 8 rows of 8640: one block of 4 stages, 212 KB.
+ *   H200, one row of 2048 or 3200: 6 stages, 108 to 113 KB, two blocks an SM: 192 KB under way an SM. One row
+ *   of 8192 or 8640, or 8 rows of 2048: two blocks of 4 stages (down of 1B, 128 tiles, one of 6). 8 rows of
+ *   8640: one block of 4 stages, 212 KB.
  *
- * Resources (sm_90): 110 registers (SwiGLU 113), 256 threads, no spills. A stage in the disassembly: 107 instructions for 4 mma, 6
- * ldmatrix and 4 copies of 512 bytes; at 17 bytes a clock and SM (4.5 TB/s) a stage is due every 120 clocks, which issue 480. A turn
- * of the first loads is 70, with the next tile's addresses 130: in a loop, not unrolled, since an H200 would have fetched the 900
- * instructions of six of them, cold, for about a microsecond.
+ * Resources (sm_90): 110 registers (SwiGLU 113), 256 threads, no spills. A stage in the disassembly: 107
+ * instructions for 4 mma, 6 ldmatrix and 4 copies of 512 bytes; at 17 bytes a clock and SM (4.5 TB/s) a stage
+ * is due every 120 clocks, which issue 480. A turn of the first loads is 70, with the next tile's addresses
+ * 130: in a loop, not unrolled, since an H200 would have fetched the 900 instructions of six of them, cold,
+ * for about a microsecond.
  *
  * Order of sums: linear_decode.cuh. Serial chain L = n_in / 128 mma + 8. Rows are columns of the mma: none sees another.
  *
@@ -37,9 +39,10 @@
  *     gate, up 16384x2048   67.1   14.9 + 2.5   17280x3200           110.6    24.6 + 2.5
  *     down     2048x8192    33.6    7.5 + 2.5   3200x8640             55.3    12.3 + 2.5
  *     head     128256x2048 525.3  116.7 + 2.5   32000x3200           204.8    45.5 + 2.5
- * A token of 1B: 16 (27.1 + 10 + 2.5 for rotary + 4.5 for attention) + 119 + 10 = 835 us, 1200 tokens/s, 66 % of the read rate; with
- * PDL (1 us a product, 1.5 and 3 for the others) 16 * 35.6 + 127 = 697 us, 1435 tokens/s, 79 %. 3B: 26 (55.2 + 10 + 7) + 58 = 1935
- * us, 517 tokens/s, 79 %; with PDL 26 * 63.7 + 55 = 1711 us, 584 tokens/s.
+ * A token of 1B: 16 (27.1 + 10 + 2.5 for rotary + 4.5 for attention) + 119 + 10 = 835 us, 1200 tokens/s, 66 %
+ * of the read rate; with PDL (1 us a product, 1.5 and 3 for the others) 16 * 35.6 + 127 = 697 us, 1435
+ * tokens/s, 79 %. 3B: 26 (55.2 + 10 + 7) + 58 = 1935 us, 517 tokens/s, 79 %; with PDL 26 * 63.7 + 55 = 1711
+ * us, 584 tokens/s.
  *
  * Ladder (H200, bf16; f74fb33)
  *   v1  operands through registers, 32 KB a block under way, k in 8 runs, a launch for each part, norms and SwiGLU by themselves
@@ -104,8 +107,8 @@ template <bool SWIGLU> KS_DEVICE void few_aim(few_cursor &c, const decode_args &
   }
 }
 
-/* Queues the next stage, 16 rows of 64 k, and counts it even where there is none: one group of copies a turn. Row r of a stage lies
- * as tile_at has it: its piece q at q ^ (r & 7). */
+/* Queues the next stage, 16 rows of 64 k, and counts it even where there is none: one group of copies a turn.
+ * Row r of a stage lies as tile_at has it: its piece q at q ^ (r & 7). */
 template <bool SWIGLU>
 KS_DEVICE void few_issue(few_cursor &c, ks_bf16 *stage, const decode_args &p, const few_place &at) {
   if (c.tile < p.n_tiles && at.n_stages > 0) {

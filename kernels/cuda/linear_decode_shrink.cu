@@ -5,12 +5,13 @@
  * Bytes: A once a piece of a segment (4 n_in rank), x from the L2. FLOPs: 2 n_in rank a row. For few rows bound by latency: a
  * block that waits for x, then for A, then for its warps' sums.
  *
- * Geometry: a block of 16 warps takes a piece of a segment (few rows: all of it; else 32 rows) at one part, for as many ranks (16,
- * 8, 4, 2) as make 64 KB of A, so that no SM draws more than it can in half a microsecond and most of them draw. Warp w does
- * columns 32 (w + 16 j): A is loaded as it lies, 32 bytes a lane and row, four steps under way before x is waited for, and rounded
- * to bf16 on the way to the mma, whose 16 rows are ranks and whose columns are rows of x. The order of k within a step is the
- * registers': both operands have it. Few rows: x with its norm, as in linear_decode_few.cu, whose launch follows: norm->y is never
- * written.   H200, rank 8 at q, k, v of 1B: 3 blocks of 64 KB; at down (8192): 4 blocks of 2 ranks.
+ * Geometry: a block of 16 warps takes a piece of a segment (few rows: all of it; else 32 rows) at one part,
+ * for as many ranks (16, 8, 4, 2) as make 64 KB of A, so that no SM draws more than it can in half a
+ * microsecond and most of them draw. Warp w does columns 32 (w + 16 j): A is loaded as it lies, 32 bytes a
+ * lane and row, four steps under way before x is waited for, and rounded to bf16 on the way to the mma, whose
+ * 16 rows are ranks and whose columns are rows of x. The order of k within a step is the registers': both
+ * operands have it. Few rows: x with its norm, as in linear_decode_few.cu, whose launch follows: norm->y is
+ * never written.   H200, rank 8 at q, k, v of 1B: 3 blocks of 64 KB; at down (8192): 4 blocks of 2 ranks.
  *
  * Resources (sm_90): 127 registers for few rows, 104 for many, 512 threads, one block an SM, no spills.
  *

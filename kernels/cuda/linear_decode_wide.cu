@@ -1,7 +1,7 @@
-/* Linear layers of up to 64 rows (generation passes that linear_decode_few.cu does not take), bf16 activations, bf16 or block weights,
- * adapters included:
+/* Linear layers of up to 64 rows (generation passes that linear_decode_few.cu does not take), bf16
+ * activations, bf16 or block weights, adapters included:
  *
- *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] (+ y[i, o])
+ *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] (+ residual[i, o])
  *
  * Bytes: W once (2, 1.06, 0.56 or 0.53 bytes an element), x from the L2, y. FLOPs: 2 rows a weight. Memory-bound: 2048 x 2048
  * bf16 is 8.4 MB, 2.0 us at 4.25 TB/s (H200), 82 us at 102 GB/s (Orin Nano Super).

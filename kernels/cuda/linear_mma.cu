@@ -1,6 +1,6 @@
 /* Linear layers on tensor cores, product and adapters in one kernel; bf16 activations, bf16 or block weights.
  *
- *   forward   y[i, o]  = sum_j x[i, j] W[o, j]  + sum_r u[i, r] (scale B[o, r])       + bias[o] (+ y[i, o])
+ *   forward   y[i, o]  = sum_j x[i, j] W[o, j]  + sum_r u[i, r] (scale B[o, r])       + bias[o] (+ residual[i, o])
  *   backward  dx[i, j] = sum_o dy[i, o] W[o, j] + keep[i, j] sum_r v[i, r] (f A[r, j])  (+ dx[i, j]),   f = 1 / (1 - p)
  *
  * The adapters' sum is a few more k-steps on the tile that is already in registers: u (or v) and the segment's rows of B^T

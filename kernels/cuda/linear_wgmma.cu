@@ -12,14 +12,15 @@
  * W is read as it lies, [n_out, n_in]: forward its lines are k, backward they are columns (MN-major, transposed by the product).
  *
  * FLOPs 2 rows n_k n_cols + 2 rows 16 ceil(rank / 16) n_cols. Bytes from memory: x, W and y about once each (order of tiles:
- * product_wgmma.cuh). Bound by the tensor cores and, without clusters, by L2: 80 to 85 % of cuBLASLt's 796 TFLOP/s expected, less by
- * the last round of tiles and by what a tile costs beside its sums: 64 shuffles and 16 stores of 16 bytes a thread, some 0.6 us
- * beside 22 us for n_k 2048.
- *   2048 x 8192 x 2048 (rows x n_out x n_in): 512 tiles, 3.9 rounds of 132: 0.97 x 0.83 x 796 = 640 TFLOP/s, 107 us computed (98 us
- *   measured for cuBLASLt alone, 184 us with adapter); with adapter 108 us.
+ * product_wgmma.cuh). Bound by the tensor cores and, without clusters, by L2: 80 to 85 % of cuBLASLt's 796
+ * TFLOP/s expected, less by the last round of tiles and by what a tile costs beside its sums: 64 shuffles and
+ * 16 stores of 16 bytes a thread, some 0.6 us beside 22 us for n_k 2048.
+ *   2048 x 8192 x 2048 (rows x n_out x n_in): 512 tiles, 3.9 rounds of 132: 0.97 x 0.83 x 796 = 640 TFLOP/s,
+ *   107 us computed (98 us measured for cuBLASLt alone, 184 us with adapter); with adapter 108 us.
  *
  * Tiles: 128 x 256, or 128 x 128 where whole rounds of those take less.
- * Serial chain L = n_k / 16 products, then rank / 16. Determinism: a row's sums depend on nothing but its own inputs and the shape of W.
+ * Serial chain L = n_k / 16 products, then rank / 16. Determinism: a row's sums depend on nothing but its own
+ * inputs and the shape of W.
  * Takes: n_in and n_out multiples of 8, arrays on 16 bytes, no generation; linear_mma.cu does the rest.
  *
  * Resources (nvcc 13.0, sm_90a): see product_wgmma.cuh; no spills.

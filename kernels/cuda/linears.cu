@@ -1,4 +1,6 @@
-/* Linear maps of one input in one call: which kernels they are made of. */
+/* Linear maps of one input in one call: which kernels they are made of. No kernel is here: bytes, FLOPs,
+ * predicted times and ladder are in linear.cu (training, prefill) and in the files that linear_decode.cuh
+ * names (generation). */
 #include "kernels/cuda/linear.cuh"
 
 extern "C" ks_status ks_cuda_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {

@@ -10,8 +10,9 @@
  *   Operations: about 70 integer instructions a byte; bytes: n_rows * S written.
  *   H200, computed: a byte costs about 70 / (132 SM * 64 lanes * 1.98 GHz) = 4.2 ps; 2048 rows of 3200 columns 3.5 us a map.
  *
- * Sum of gradients (of linear_simt.cu): grad[r, c] += ((p_0 + p_1) + p_2) + ..., p_k the partial sum over chunk k. Segments of one
- * chunk were added by the gradient kernel itself. Bytes: 4 rank n_cols (n_chunks + 2).
+ * Sum of gradients (of linear_simt.cu): grad[r, c] += ((p_0 + p_1) + p_2) + ..., p_k the partial sum over
+ * chunk k. Segments of one chunk were added by the gradient kernel itself. Bytes: 4 rank n_cols (n_chunks +
+ * 2).
  *
  * Determinism: fixed order; integers otherwise.
  *

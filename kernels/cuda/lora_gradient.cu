@@ -2,14 +2,15 @@
  *
  *   grad_b_t[r, c] += scale sum_i u[i, r] dy[i, c] of every map,   grad_a[r, c] += sum_i v[i, r] drop(x)[i, c] of all
  *
- * Bytes: each dy once and x once for all maps, 2 a column and row; u and v; sums of chunks of 256 rows 4 rank a column, written and
- * read (rank 8: an eighth of the chunk). FLOPs: 2 rank a column and row: memory-bound.
+ * Bytes: each dy once and x once for all maps, 2 a column and row; u and v; sums of chunks of 256 rows 4 rank
+ * a column, written and read (rank 8: an eighth of the chunk). FLOPs: 2 rank a column and row: memory-bound.
  *
- * Geometry: a block does 128 columns of a chunk, 4 warps of 32 columns: the columns are the mma's rows (16), the ranks its columns
- * (8), so that 8 ranks waste nothing. Stages of 32 rows through shared memory (cp.async), three under way: 25 KB of x or dy a
- * block, 5 or 6 blocks an SM. The last block of a segment's chunks adds up what all gave, in the chunks' order, while others still
- * read; no launch of its own. Chunks are neighbours in the grid, so that this happens column by column.
- * L = 16 mma a chunk + chunks.   More than 24 ranks together: groups of 64, each of which reads x.
+ * Geometry: a block does 128 columns of a chunk, 4 warps of 32 columns: the columns are the mma's rows (16),
+ * the ranks its columns (8), so that 8 ranks waste nothing. Stages of 32 rows through shared memory
+ * (cp.async), three under way: 25 KB of x or dy a block, 5 or 6 blocks an SM. The last block of a segment's
+ * chunks adds up what all gave, in the chunks' order, while others still read; no launch of its own. Chunks
+ * are neighbours in the grid, so that this happens column by column. L = 16 mma a chunk + chunks.   More than
+ * 24 ranks together: groups of 64, each of which reads x.
  *
  * Determinism: chunks are cut from a segment's first row; which block is last does not matter.
  *

@@ -4,16 +4,18 @@
  *
  * A and B (here R) are float32 and rounded to bf16 on the way; sums are float32; u and v are stored as bf16.
  *
- * Bytes: forward x once for all maps, 2 n_in a row; backward each dy once, 2 n_out a row; masks n_in / 8 a row and map; R 4 bytes a
- * rank and column for each tile of 128 rows, from the L2 (for 24 ranks 0.4 bytes a byte of x). FLOPs: 2 rank a column and row.
+ * Bytes: forward x once for all maps, 2 n_in a row; backward each dy once, 2 n_out a row; masks n_in / 8 a
+ * row and map; R 4 bytes a rank and column for each tile of 128 rows, from the L2 (for 24 ranks 0.4 bytes a
+ * byte of x). FLOPs: 2 rank a column and row.
  * Memory-bound up to some 64 ranks together: FLOPs a byte of x = rank.
  *
  * Geometry: 4 warps, tiles of 128 rows (64 where these would leave SMs idle) through 2 to 4 stages of 64 columns of x and R in
  * shared memory (cp.async): 46 KB of x and R under way for 24 ranks, one block an SM at 16 k rows; 56 KB a block for 8 ranks,
  * three an SM. R stays float32 in shared memory and is rounded as it becomes an operand, once a warp and 32 rows.
- * Few rows: each block sums one slice of the columns, float32 sums go through memory, and the last block of a tile adds them up in
- * the slices' order. Many rows: a block sums one slice after another, with the same additions.
- * L = n_cols / 16 / slices mma + slices.   More than 24 ranks together: groups of 64, each of which reads x.
+ * Few rows: each block sums one slice of the columns, float32 sums go through memory, and the last block of a
+ * tile adds them up in the slices' order. Many rows: a block sums one slice after another, with the same
+ * additions. L = n_cols / 16 / slices mma + slices.   More than 24 ranks together: groups of 64, each of
+ * which reads x.
  *
  * Determinism: slices depend on n_cols alone; which block is last does not matter; a row's u does not depend on its tile.
  * Alignment: rows of x that are no multiples of 16 bytes are read element by element, and so is R.
@@ -30,8 +32,9 @@
  * Ladder (H200, commit f74fb33, rank 8, dropout 0.05, 2048 rows; what an adapter adds to a product in all)
  *   v1  a map a launch; masks applied as they came, R read in its own step: n_out 8192, n_in 2048 forward 86 us, backward 106;
  *       2048, 8192: 157 and 149 us.
- *   v2  all loads of a step before any is used, 32 rows a block, operands straight to registers (some 200): at commit 2cc54c8 67 us
- *       forward, 97 backward for 8192, 2048: 64 blocks, one an SM, and x read once a map.
+ *   v2  all loads of a step before any is used, 32 rows a block, operands straight to registers (some 200):
+ *       at commit 2cc54c8 67 us forward, 97 backward for 8192, 2048: 64 blocks, one an SM, and x read once a
+ *       map.
  *   v3  this. Not measured yet.
  *   Next, not built: v and the gradient of B in one pass over dy: 75 us of q, k, v and o at 16384 rows.
  *   Next, not built: masks drawn here instead of in a launch before: a lane holds whole bytes of them already. */

@@ -2,22 +2,26 @@
  *
  *   y = scale u B^T (+ residual) of every map (forward),   dx = sum over maps drop'(v A) (+ dx) (backward)
  *
- * Written before the products, which cuBLASLt adds to it (beta = 1: C is read behind its main loop). Afterwards it would be a read
- * and a write of y; before, it is a write, or a read and a write where a residual comes in, which the product then need not
- * read. It is rounded to bf16 once, as y was before it was added afterwards: as many roundings.
+ * Written before the products, which cuBLASLt adds to it (beta = 1: C is read behind its main loop).
+ * Afterwards it would be a read and a write of y; before, it is a write, or a read and a write where a
+ * residual comes in, which the product then need not read. It is rounded to bf16 once, as y was before it was
+ * added afterwards: as many roundings.
  *
- * Bytes: 2 an element of y or dx written (+ 2 read); u or v 2 rank a row; R 4 rank a column for each tile of 128 rows, from the L2.
+ * Bytes: 2 an element of y or dx written (+ 2 read); u or v 2 rank a row; R 4 rank a column for each tile of
+ * 128 rows, from the L2.
  * FLOPs: 2 rank an element. Memory-bound, but close to the rate of instructions: 1 KB of y is 64 clocks of an SM at the rate of
  * a copy, 256 instructions.
  *
- * Geometry: a warp does 32 columns of a tile of 128 rows, 16 rows at a time, and keeps R in registers (up to 48 ranks together, in
- * sixteens a map; beyond, it is read again for each 16 rows). Columns are dealt out so that a lane holds eight neighbours:
- * 16-byte accesses without exchange. No shared memory, no barrier. L = rank / 16 mma.
+ * Geometry: a warp does 32 columns of a tile of 128 rows, 16 rows at a time, and keeps R in registers (up to
+ * 48 ranks together, in sixteens a map; beyond, it is read again for each 16 rows). Columns are dealt out so
+ * that a lane holds eight neighbours: 16-byte accesses without exchange. No shared memory, no barrier. L =
+ * rank / 16 mma.
  *
- * Determinism: a row's sum is one chain over its maps' ranks (with masks: one a map, added in the maps' order), whatever the tile.
+ * Determinism: a row's sum is one chain over its maps' ranks (with masks: one a map, added in the maps'
+ * order), whatever the tile.
  *
- * H200, sm_90, from the compiler: 58 registers (one map), 84 (three), no spills: 8 and 5 blocks an SM. A loop of 16 rows: 4 and 12
- * mma, some 100 and 160 instructions on the path without odd sizes.
+ * H200, sm_90, from the compiler: 58 registers (one map), 84 (three), no spills: 8 and 5 blocks an SM. A loop
+ * of 16 rows: 4 and 12 mma, some 100 and 160 instructions on the path without odd sizes.
  * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 82 % of a copy at 4.25 TB/s:
  *                               16384 rows                 2048 rows
  *   q, k, v: y                  315 MB, 74 us -> 90 us     39 MB, 9 us -> 12 us

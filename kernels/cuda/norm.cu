@@ -11,13 +11,15 @@
  * accumulates), 4 a row for rstd, w once a block. Flops: forward 4 n, backward 9 n, 1 to 2 a byte: bound by
  * memory. Instructions of bf16 (sm_90): 16 an element forward, 32 backward, half of what the bytes leave time for.
  *
- * Geometry: a row belongs to 8, 16 or 32 lanes of a warp, or to a block: threads for two 16-byte pieces each (backward one), at most
- * 512, by its length alone. Pieces lie round robin over the threads, in registers as they are in memory; x (backward: x and
- * dy) is read once, but for what is beyond 1024 (512) pieces of a row. There are no more blocks than the device holds at once, and as many
- * rows for each: a thread keeps the weights under its pieces, loads its next row before it adds up this one, and asks for the old dx
- * with it. In flight, bf16: 32 KiB a multiprocessor forward (1024 threads of 64 registers), 40 KiB backward. Rows of a q/k norm (64 to
- * 128 columns) take 8 to 32 lanes, so that a warp's access covers up to 4 whole rows. Unaligned rows and odd column counts have
- * kernels of their own, element by element through the same pieces. Weights are loaded before the wait for earlier kernels.
+ * Geometry: a row belongs to 8, 16 or 32 lanes of a warp, or to a block: threads for two 16-byte pieces each
+ * (backward one), at most 512, by its length alone. Pieces lie round robin over the threads, in registers as
+ * they are in memory; x (backward: x and dy) is read once, but for what is beyond 1024 (512) pieces of a row.
+ * There are no more blocks than the device holds at once, and as many rows for each: a thread keeps the
+ * weights under its pieces, loads its next row before it adds up this one, and asks for the old dx with it.
+ * In flight, bf16: 32 KiB a multiprocessor forward (1024 threads of 64 registers), 40 KiB backward. Rows of a
+ * q/k norm (64 to 128 columns) take 8 to 32 lanes, so that a warp's access covers up to 4 whole rows.
+ * Unaligned rows and odd column counts have kernels of their own, element by element through the same pieces.
+ * Weights are loaded before the wait for earlier kernels.
  *
  * Determinism: the sum of a row is one fma chain a thread over its pieces in rising order, then a tree over
  * the threads; both are fixed by n_cols, neither n_rows nor alignment changes them. Longest chain L: 8 (float32) or
@@ -25,11 +27,13 @@
  *
  * Ladder (H200, bf16; an empty kernel measures 3 us; shares of a copy's 4.25 TB/s)
  *   considered  floats in registers: twice the registers, half the warps
- *   v1          a row a group or block, 4 pieces a thread, w from L1 after the sum. 2048 x 2048: forward 10.1 us (39 %), backward 14.5
- *               us; hot, in a recorded step, 5.3 and 8.8 us; 1 x 2048: 5.1 us, 2.2 in a step. What it waited for: x, then w (from L2
- *               or memory in a cold step), one after the other; w is twice the bytes of a bf16 x, again for each row
- *   v2          this. Computed: 2048 x 2048 forward 8 us (50 %; 3 of them the launch), 4.5 in a step; 16384 x 3200 forward 56 us (88 %),
- *               backward, accumulating, 110 us (90 %); 1 x 2048 1.8 us in a step. Not measured yet */
+ *   v1          a row a group or block, 4 pieces a thread, w from L1 after the sum. 2048 x 2048: forward 10.1
+ *               us (39 %), backward 14.5 us; hot, in a recorded step, 5.3 and 8.8 us; 1 x 2048: 5.1 us, 2.2
+ *               in a step. What it waited for: x, then w (from L2 or memory in a cold step), one after the
+ *               other; w is twice the bytes of a bf16 x, again for each row
+ *   v2          this. Computed: 2048 x 2048 forward 8 us (50 %; 3 of them the launch), 4.5 in a step; 16384 x
+ *               3200 forward 56 us (88 %), backward, accumulating, 110 us (90 %); 1 x 2048 1.8 us in a step.
+ *               Not measured yet */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/row.cuh"

@@ -10,16 +10,17 @@
  * Elements are scaled by the power of two below 1 / rows first, which is exact, so that no sum overflows; the
  * pair is divided in double, once an output.
  *
- * Geometry: a block of 256 threads takes one sequence and 8 pieces of 16 bytes of its columns: 128 bytes of a row, a whole line. Its
- * threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 2 loads under way a thread, 32 KiB a
- * multiprocessor. Then the pairs of the 4 groups of a warp are added by shuffles, those of the 8 warps in their order.
+ * Geometry: a block of 256 threads takes one sequence and 8 pieces of 16 bytes of its columns: 128 bytes of a
+ * row, a whole line. Its threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 2
+ * loads under way a thread, 32 KiB a multiprocessor. Then the pairs of the 4 groups of a warp are added by
+ * shuffles, those of the 8 warps in their order.
  *
  * Determinism: the order of a sum depends on the sequence's own number of rows only.
  *
  * Ladder (H200, bf16, commit 2cc54c8; 16 x 128 tokens of 2048: 8.4 MB; an empty kernel measures 3 us, and 2 us more for staging)
  *   considered  a thread a column over all rows, in double: one load under way, and double's rate on small cards
- *   v1          blocks of 32 pieces, a row a warp: 128 blocks, 16 KiB under way where 26 would be enough, 4 turns. Mean 12.8 us, hot
- *               in a recorded step 6.0 us; last 8.2 and 3.1 us
+ *   v1          blocks of 32 pieces, a row a warp: 128 blocks, 16 KiB under way where 26 would be enough, 4
+ *               turns. Mean 12.8 us, hot in a recorded step 6.0 us; last 8.2 and 3.1 us
  *   v2          this: 512 blocks, half of the 8.4 MB asked for at once. Computed: 9 us, hot 4 us; not measured yet */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/row.cuh"

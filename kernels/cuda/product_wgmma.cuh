@@ -20,18 +20,21 @@
  * Barriers of a stage: full (bytes have come), go (an extra stage may be filled), filled (96 arrivals), empty (8 warps are done).
  * Each has a phase of its own that turns with every use.
  *
- * Blocks are as many as SMs and walk through the tiles i, i + blocks, ...; the loader is up to STAGES stages ahead and so loads the
- * next tile's first stages while this one is written. Tiles go in bands of WG_BAND row tiles, column by column within: the 132
- * tiles of an H200 that run together are then 2048 rows x 2112 columns, the least bytes for their number, and come once from memory.
+ * Blocks are as many as SMs and walk through the tiles i, i + blocks, ...; the loader is up to STAGES stages
+ * ahead and so loads the next tile's first stages while this one is written. Tiles go in bands of WG_BAND row
+ * tiles, column by column within: the 132 tiles of an H200 that run together are then 2048 rows x 2112
+ * columns, the least bytes for their number, and come once from memory.
  *
- * Arithmetic (H200; computed): a stage is 128 BN 64 2 flops, 4.19 M for BN 256; at 796 TFLOP/s / 132 a block does it in 0.70 us and
- * loads 48 KB for it: 9.3 TB/s from L2 over all SMs, about what L2 gives; four stages hide 2.1 us. Products read shared memory at
- * 80 of 128 bytes a cycle (A 2 KB, B 8 KB, 128 cycles). Expected: 80 to 85 % of cuBLASLt's rate, limited by L2; clusters of two
- * blocks with multicast would halve the bytes of B (next, not built; the shim runs one block at a time).
+ * Arithmetic (H200; computed): a stage is 128 BN 64 2 flops, 4.19 M for BN 256; at 796 TFLOP/s / 132 a block
+ * does it in 0.70 us and loads 48 KB for it: 9.3 TB/s from L2 over all SMs, about what L2 gives; four stages
+ * hide 2.1 us. Products read shared memory at 80 of 128 bytes a cycle (A 2 KB, B 8 KB, 128 cycles). Expected:
+ * 80 to 85 % of cuBLASLt's rate, limited by L2; clusters of two blocks with multicast would halve the bytes
+ * of B (next, not built; the shim runs one block at a time).
  *
- * Registers: 168 at launch; the loaders give back to 56, the consumers take 224 (128 of them sums). Shared memory: 4 x 48 KB (BN 256)
- * or 6 x 32 KB (BN 128) and barriers, so one block an SM: 12 warps. From the disassembly (nvcc 13.0): no spills, no serialized
- * products; the loop is unrolled twice, 132 instructions for 8 m64n256k16 or 16.5 each, beside 128 cycles that each takes.
+ * Registers: 168 at launch; the loaders give back to 56, the consumers take 224 (128 of them sums). Shared
+ * memory: 4 x 48 KB (BN 256) or 6 x 32 KB (BN 128) and barriers, so one block an SM: 12 warps. From the
+ * disassembly (nvcc 13.0): no spills, no serialized products; the loop is unrolled twice, 132 instructions
+ * for 8 m64n256k16 or 16.5 each, beside 128 cycles that each takes.
  *
  * Order of a sum: k in rising sixteens, each the tensor core's own; then the extra stages. It depends on nothing else. */
 #ifndef KS_CUDA_PRODUCT_WGMMA_CUH

@@ -3,32 +3,35 @@
  *   (x1, x2) = (x[h, j], x[h, j + d/2]);  x1' = x1 cos - x2 sin;  x2' = x2 cos + x1 sin
  *   angle = position * inv_freq[j];  inverse: the angle's sign turned
  *
- * Bytes, with e those of an activation and n = rows * heads * head_dim: 2 e n; 3 e n where a copy goes to the cache. Flops: 3 n, and
- * for each row and j < d/2 six double operations (the product, the reduction to [-pi/4, pi/4], a conversion) and 20 in
- * float32: bound by memory. Double's rate of 1 : 64 on small cards would not hide a whole sine in double
- * behind a row of few heads; the reduction, which alone needs it, is hidden from 2 heads on. Instructions of bf16 heads of 64 (sm_90):
- * 17 an element, half of what the bytes leave time for.
+ * Bytes, with e those of an activation and n = rows * heads * head_dim: 2 e n; 3 e n where a copy goes to the
+ * cache. Flops: 3 n, and for each row and j < d/2 six double operations (the product, the reduction to
+ * [-pi/4, pi/4], a conversion) and 20 in float32: bound by memory. Double's rate of 1 : 64 on small cards
+ * would not hide a whole sine in double behind a row of few heads; the reduction, which alone needs it, is
+ * hidden from 2 heads on. Instructions of bf16 heads of 64 (sm_90): 17 an element, half of what the bytes
+ * leave time for.
  *
  * Accuracy: the reduced angle carries the rounding of the product in double and, rounded to float32, 2^-25 of
  * itself; sine and cosine are then within 1.5 units in the last place of float32, for angles up to 2^40.
  * Beyond that the CUDA library's double functions take over.
  *
- * Geometry: one launch for queries, keys and values (ks_rope_store; z is the array). A block of 256 threads takes as many rows of an
- * array as give each thread 64 bytes, one where rows are few, and at most 512 of the d/2 columns. It asks for its pairs first, makes
- * the rows' cosines and sines once, in shared memory, while they come, and turns all heads with them. Pairs go in the widest units
- * (16, 8, 4 or 2 bytes) that head_dim and x allow: 16 bytes for head sizes 64 and 128, 4 for bf16 heads of 100. 56 to 64 registers:
- * 4 blocks, 64 KiB under way a multiprocessor. Positions and frequencies are staged as one array.
+ * Geometry: one launch for queries, keys and values (ks_rope_store; z is the array). A block of 256 threads
+ * takes as many rows of an array as give each thread 64 bytes, one where rows are few, and at most 512 of the
+ * d/2 columns. It asks for its pairs first, makes the rows' cosines and sines once, in shared memory, while
+ * they come, and turns all heads with them. Pairs go in the widest units (16, 8, 4 or 2 bytes) that head_dim
+ * and x allow: 16 bytes for head sizes 64 and 128, 4 for bf16 heads of 100. 56 to 64 registers: 4 blocks, 64
+ * KiB under way a multiprocessor. Positions and frequencies are staged as one array.
  *
  * Determinism: elementwise.
  *
  * Ladder (H200, bf16; an empty kernel measures 3 us; shares of a copy's 4.25 TB/s)
  *   considered  a table of cosines made on the host for every step: 4 MB to make and to copy for 8192 positions of 128
- *   considered  a table of a step's rows, made once on the device: 8 bytes to read for each angle, as many as a bf16 row has in 4 heads,
- *               in place of arithmetic that the loads hide
- *   v1          table first, then one pair of units at a time. 2048 rows of 32 heads of 64: 19 to 27 us, two staged copies in it, 21 %;
- *               hot, in a recorded step, 4.7 us; one row 9.2 us, 1.9 in a step
- *   v2          this. Computed, 2048 rows: 10 us with its staged copy, 4.3 in a step; 16384 rows of 32 heads of 100: 58 us (85 %); q, k
- *               and the cache of a decoding step in one launch of 2.2 us for four of 1.6 to 1.9. Not measured yet */
+ *   considered  a table of a step's rows, made once on the device: 8 bytes to read for each angle, as many as
+ *               a bf16 row has in 4 heads, in place of arithmetic that the loads hide
+ *   v1          table first, then one pair of units at a time. 2048 rows of 32 heads of 64: 19 to 27 us, two
+ *               staged copies in it, 21 %; hot, in a recorded step, 4.7 us; one row 9.2 us, 1.9 in a step
+ *   v2          this. Computed, 2048 rows: 10 us with its staged copy, 4.3 in a step; 16384 rows of 32 heads
+ *               of 100: 58 us (85 %); q, k and the cache of a decoding step in one launch of 2.2 us for four
+ *               of 1.6 to 1.9. Not measured yet */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rope.cuh"
 

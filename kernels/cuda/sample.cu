@@ -15,27 +15,30 @@
  *   1. the largest and the smallest logit; greedy ends here;
  *   2. with a truncation: a histogram of counts and weights over 2048 equal stretches of logits, in shared memory, then added up
  *      in L2; the last block finds the stretch of the cut;
- *   3. each block adds up the weights before that stretch and puts the stretch's own tokens in a list (at most 1024); the last block
- *      finds the cut in the list, then the block's slice into which the draw falls, then the token in it;
+ *   3. each block adds up the weights before that stretch and puts the stretch's own tokens in a list (at
+ *      most 1024); the last block finds the cut in the list, then the block's slice into which the draw
+ *      falls, then the token in it;
  *   4. where top-p cuts what top-k left in an earlier stretch: 3 once more.
- * A stretch of more than 1024 tokens (ties, hostile logits) is left to one block, which splits it by keys into 2048 parts as often
- * as need be (at most three times); of equal logits the id is found as a draw is.
+ * A stretch of more than 1024 tokens (ties, hostile logits) is left to one block, which splits it by keys
+ * into 2048 parts as often as need be (at most three times); of equal logits the id is found as a draw is.
  *
  * Bytes: 4 n a launch over the row, n the vocabulary, all but the first from L2; 24 KB of histogram. Flops: 25 n for weights in
- * launches 2 and 3. Bound by latency: a launch, one load from memory or L2, reductions, a counter in L2, what the last block does.
+ * launches 2 and 3. Bound by latency: a launch, one load from memory or L2, reductions, a counter in L2, what
+ * the last block does.
  *
  * Geometry: blocks of 1024 threads, 4096 ids each (more where there are many rows: 2 blocks a multiprocessor in all), 16 bytes a
  * thread; 37 KiB of shared memory. 128k tokens of one row: 32 blocks. Registers: 32, 32, 58.
  *
- * Determinism: integers; the order of atomic additions cannot matter, nor the number of blocks, nor which is last. A row depends on
- * nothing else. The counters of blocks that are done are staged with the samplers, as zeros, and left as zeros.
+ * Determinism: integers; the order of atomic additions cannot matter, nor the number of blocks, nor which is
+ * last. A row depends on nothing else. The counters of blocks that are done are staged with the samplers, as
+ * zeros, and left as zeros.
  *
  * Ladder (H200, commit 2cc54c8; an empty kernel measures 3 us)
  *   considered  a sort of the row by blocks: some 20 passes
  *   v1  a block a row. 1 x 128256: greedy 34 us, top-p 0.9 159 us; 8 rows the same
- *   v2  this. Computed: launch 1 about 5 us, 2 and 3 about 5 us each (1.5 us to the data and the counter, 0.3 us for 4096 weights a
- *       block, 1 us of shared atomics, 1.5 to 2 us for the last block): greedy 5, temperature 10, top-p 15, top-k and top-p 15 to 20
- *       us for one row as for eight. Not measured yet */
+ *   v2  this. Computed: launch 1 about 5 us, 2 and 3 about 5 us each (1.5 us to the data and the counter, 0.3
+ *       us for 4096 weights a block, 1 us of shared atomics, 1.5 to 2 us for the last block): greedy 5,
+ *       temperature 10, top-p 15, top-k and top-p 15 to 20 us for one row as for eight. Not measured yet */
 #include "kernels/base/rng.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample.cuh"

@@ -1,5 +1,6 @@
-/* What a block does for one row of logits: the order and the integer weights of tokens (sample.cu has the formulas), histograms of
- * them in shared memory, the cut of a truncation, the draw. Every thread of a block of SAMPLE_THREADS calls these functions. */
+/* What a block does for one row of logits: the order and the integer weights of tokens (sample.cu has the
+ * formulas), histograms of them in shared memory, the cut of a truncation, the draw. Every thread of a block
+ * of SAMPLE_THREADS calls these functions. */
 #ifndef KS_CUDA_SAMPLE_CUH
 #define KS_CUDA_SAMPLE_CUH
 

@@ -26,8 +26,9 @@
  *                       sm_100; norms by a pass before, which reads k once more. I8 is copied as bf16 by that
  *                       pass. 239 to 251 registers, 1 block of 8 warps an SM
  *   wgmma 256 x 128     a choice, not the default: wherever tile is possible, however few the queries, on sm_90 only; 8 warps
- *                       multiply, 4 load, 1 block an SM. Else by shape. The same bits as the others if wgmma adds as mma.sync does
- *                       on that hardware, which the test shapes_agree tells; not run yet
+ *                       multiply, 4 load, 1 block an SM. Else by shape. The same bits as the others if wgmma
+ *                       adds as mma.sync does on that hardware, which the test shapes_agree tells; not run
+ *                       yet
  *
  * Launches: stream, few and mid 1 (few and mid another with more than 64 parts); big and tile 4: factors of keys, of
  * queries, the kernel, the lists; wgmma the same and, of the best, a fill. No other fills: ks_cuda_counters.
@@ -55,7 +56,8 @@
  * where a warp a query inserts what beats the worst: k (1 + ln(n / k)) insertions for n keys of a part, one after
  * another. The lists of parts are merged in the order of the keys by the block that is the last of a tile of queries
  * (up to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel with a
- * warp a query. Of lists up to 32 that is joins of sorted lists, four side by side; the tree does not matter, as the order is total.
+ * warp a query. Of lists up to 32 that is joins of sorted lists, four side by side; the tree does not matter,
+ * as the order is total.
  *
  * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
  *
@@ -82,8 +84,8 @@
  *               rate), best 0.727 (12 %). The best of one query: a fill, 128 parts' lists by one warp of a second launch, two
  *               copies, a wait. Of many: 120 insertions a query and part, each a chain of some 100 cycles
  *   v2          stream; tile with three stages that go on across tiles, 64 x 64 a warp (395 instructions for 128
- *               mma, 32 ldmatrix, 12 copies), buffered lists; no fills. Expected: 1 x 8192 best 0.02 ms and the copies and the wait (0.03);
- *               2048 x 8192 best 0.18
+ *               mma, 32 ldmatrix, 12 copies), buffered lists; no fills. Expected: 1 x 8192 best 0.02 ms and
+ *               the copies and the wait (0.03); 2048 x 8192 best 0.18
  *   v2 f32      with one query two warps an SM did copies, norms and sums of 64 keys: measured 0.067 ms, 1300 cycles a
  *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
  *   v3          wgmma, a choice; short lists of parts merged by joins, four side by side, 16 read at once: 16 parts of a

@@ -11,7 +11,8 @@
  *   while (p.any over the threads that share queries) {
  *     p.offer(j, b, x, k0);                                 // into buffers of SIM_BUFFER; what finds no place stays
  *     <barrier>
- *     sim_best_join(b, j.best_k, n0, n, lane);              // buffers of SIM_JOIN_FROM or more go into the lists: a warp, n queries
+ *     sim_best_join(b, j.best_k, n0, n, lane);              // buffers of SIM_JOIN_FROM or more go into
+ *                                                           // the lists: a warp, n queries
  *     <barrier>
  *   }
  *   sim_best_publish(...);                                  // lists and what is left in buffers, out

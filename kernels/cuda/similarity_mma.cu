@@ -1,4 +1,6 @@
-/* Similarities of bf16 and I8 rows on tensor cores (similarity.cu). I8 is exact in bf16. */
+/* Similarities of bf16 and I8 rows on tensor cores (similarity.cu). I8 is exact in bf16. Types and
+ * launches of few, mid and big; the kernel is in similarity_kernel.cuh; bytes, flops, predicted times (256 x
+ * 2048 for mid) and ladder (v1) are in similarity.cu. */
 #include "kernels/cuda/similarity_kernel.cuh"
 
 /* Keys by queries 64 x 8, 128 x 32, 128 x 128; NORMS: computes those that were not prepared. */

@@ -1,5 +1,6 @@
 /* Similarities of rows of any type in plain fma (similarity.cu): wherever float32 takes part, and on devices
- * without bf16 tensor cores. */
+ * without bf16 tensor cores. The kernel is in similarity_kernel.cuh; bytes, flops, norms and ladder (v2 f32:
+ * one query, 0.067 ms measured before, 0.02 expected) are in similarity.cu. */
 #define KS_SIMILARITY_ON_ALL 1
 #include "kernels/cuda/similarity_kernel.cuh"
 

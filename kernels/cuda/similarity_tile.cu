@@ -15,7 +15,9 @@
  * Bytes and flops of a tile and 64 columns: 48 KiB by cp.async from L2, 4.2 MFLOP. sm_90: 1 block an SM, 8 warps of 64 x
  * 64: for 16 columns a warp has 8 ldmatrix (4 KiB) and 32 mma: shared memory is read in 256 of the 512 cycles that the
  * mma take at 1024 fma a cycle. A stage and warp: 395 instructions. The scores of a tile: some 700 a warp when none
- * passes, 2 to 8 % of a tile's time for d = 3200 to 384. */
+ * passes, 2 to 8 % of a tile's time for d = 3200 to 384.
+ * Predicted (H200, best k, computed in similarity.cu, not measured yet): 2048 x 8192 x 2048 180 us (86 by the product
+ * alone at 796 TFLOP/s), 1024 x 100 k x 768 390 us (196): 50 %, where the goal is 75 %; the ladder is there, too. */
 #include "kernels/cuda/similarity_many.cuh"
 
 struct sim_tile : product_mma<4, 2, 4, 8, SIM_TILE_STAGES> {

@@ -14,9 +14,10 @@
  *                buffer of 16 or more is sorted and joined with its list by the warp
  *
  * A block has one tile of queries and a part of the keys. Parts tell each other, without waiting: each leaves in `floors`, behind
- * every tile and for each query, the place ceil(best_k / parts) of its list; the least of these over all parts is a floor for all,
- * as best_k keys are not below it. Idle warps 1 - 3 gather them, a tile late. What a floor keeps out is not among the best, so
- * that the result does not depend on when it is read. Zeros before the launch: a fill.
+ * every tile and for each query, the place ceil(best_k / parts) of its list; the least of these over all
+ * parts is a floor for all, as best_k keys are not below it. Idle warps 1 - 3 gather them, a tile late. What
+ * a floor keeps out is not among the best, so that the result does not depend on when it is read. Zeros
+ * before the launch: a fill.
  *
  * Bytes and flops of a stage: 48 KB, 4.2 MFLOP. Shared memory: 3 stages for the best (144 KB, and 70 KB of lists and factors),
  * else 4. Resources (nvcc 13.0, sm_90a): 168 registers at launch, 224 of a consumer, 56 of a loader, no spills, 512 bytes of
@@ -24,22 +25,26 @@
  *
  * Arithmetic (H200; computed, not measured). 1024 x 100 k x 768, best 32: 157 GFLOP, 198 us at 796 TFLOP/s.
  *   product   238 us at the core's expected 83 %; 251 with 128 of 132 SMs and 25 tiles for 24.4 on average
- *   scores    690 instructions a warp and tile to scale and compare, 2 warps a scheduler: 0.70 us beside 10 of product, 17 in all.
+ *   scores    690 instructions a warp and tile to scale and compare, 2 warps a scheduler: 0.70 us beside 10
+ *             of product, 17 in all.
  *             Short rather than overlapped: a warpgroup may be up to 3 stages (1 us) before the other and multiply while that one
- *             looks at its scores, but nothing makes them take turns. Own tiles for each (64 x 256) would: and load 1.7 times as much
+ *             looks at its scores, but nothing makes them take turns. Own tiles for each (64 x 256) would:
+ *             and load 1.7 times as much
  *   lists     76 candidates a query and part (50, 16 of the second tile, 10 of all others; 152 if parts told each other nothing),
- *             3 or 4 joins of 160 instructions for each of a warp's 16 queries, and 80 rounds of offers: 11000 instructions, 11 us
+ *             3 or 4 joins of 160 instructions for each of a warp's 16 queries, and 80 rounds of offers:
+ *             11000 instructions, 11 us
  *   norms     36 us, a pass over k before; queries, fill, gathering the parts' lists: 10 us
- *   in all    325 us, 61 % of the roofline (tile: 390); the goal is 75 %, 264 us. With d = 3200: 824 us of product at 796 TFLOP/s,
- *             1045 + 17 + 11 + 150 + 10: 67 %
+ *   in all    325 us, 61 % of the roofline (tile: 390); the goal is 75 %, 264 us. With d = 3200: 824 us of
+ *             product at 796 TFLOP/s, 1045 + 17 + 11 + 150 + 10: 67 %
  *
  * Norms in here, considered and not built, for 1024 x 100 k x 768:
- *   every block, by warps 1 - 3 from the stages: reads 32 KB more of shared memory a stage: products 80 KB, copies 48, at 83 % of the
- *     rate 105 of 128 bytes a cycle, then 131: the product slows by what the pass costs
+ *   every block, by warps 1 - 3 from the stages: reads 32 KB more of shared memory a stage: products 80 KB,
+ *     copies 48, at 83 % of the rate 105 of 128 bytes a cycle, then 131: the product slows by what the pass
+ *     costs
  *   every block, by mma.sync: 128 mma a stage are 12 % of its fma, and 20 % of the time at mma.sync's rate: 30 to 50 us
  *   the blocks of one tile of queries, for all: others must wait for these, which needs all on the card at once (a cooperative
- *     launch); that tile in a launch before: 128 queries are 31 us of product beside 34 of reading, but 132 short parts with their
- *     lists cost 10 us more and a second set of launches 5: 15 us saved, 5 %
+ *     launch); that tile in a launch before: 128 queries are 31 us of product beside 34 of reading, but 132
+ *     short parts with their lists cost 10 us more and a second set of launches 5: 15 us saved, 5 %
  *   warps 1 - 3 from L2 ahead of the tile, an eighth of the keys a block, told by k_factors, computed anew where the others are
  *     late: saves 30 us; 12 KB that are under way give 1.6 times the bytes needed at 1 us of latency. The next to try, with a GPU
  *

@@ -3,8 +3,9 @@
  *   h = silu(gate) * up,  silu(z) = z / (1 + exp(-z)),  s = 1 / (1 + exp(-gate))
  *   silu'(z) = s + z s (1 - s):  dgate = dh * up * s * (1 + gate * (1 - s)),  dup = dh * gate * s
  *
- * Bytes, with e those of an activation: forward 3 e n, backward 5 e n. Instructions of bf16 (sm_90, from the machine code): 17.5 an
- * element forward, 26 backward, two of them on the slow unit: a third of what the bytes leave time for. Bound by memory.
+ * Bytes, with e those of an activation: forward 3 e n, backward 5 e n. Instructions of bf16 (sm_90, from the
+ * machine code): 17.5 an element forward, 26 backward, two of them on the slow unit: a third of what the
+ * bytes leave time for. Bound by memory.
  *
  * Geometry: a thread takes two 16-byte pieces of each array, one while there are not enough to fill the device; all its loads are
  * under way before the first use: 64 (backward 96) bytes a thread, 4 blocks of 256 threads, 64 (96) KiB a multiprocessor; 51 (62)
@@ -14,11 +15,14 @@
  * first, so the outputs may be the inputs.
  *
  * Ladder (H200, bf16; an empty kernel measures 3 us; shares of a copy's 4.25 TB/s)
- *   v1  expf and a division as float32 has them, one piece a thread: 31 and more instructions an element, 15 of 26 us at 2048 x 8192.
- *       Forward 29 us (81 %), backward 44 us (89 %); one row 1.7 us in a recorded step
- *   v2  this: one approximate exponential and one reciprocal where activations are bf16 (swiglu.cuh). Computed, 2048 x 8192: forward
- *       27.5 us (86 %; 3 of them the launch), backward 43 us (92 %); at 16384 rows 93 %. Not measured yet
- *       The two projections that feed gate and up would have to be one product for the forward pass to become its epilogue */
+ *   v1  expf and a division as float32 has them, one piece a thread: 31 and more instructions an element, 15
+ *       of 26 us at 2048 x 8192. Forward 29 us (81 %), backward 44 us (89 %); one row 1.7 us in a recorded
+ *       step
+ *   v2  this: one approximate exponential and one reciprocal where activations are bf16 (swiglu.cuh).
+ *       Computed, 2048 x 8192: forward 27.5 us (86 %; 3 of them the launch), backward 43 us (92 %); at 16384
+ *       rows 93 %. Not measured yet
+ *   The two projections that feed gate and up would have to be one product for the forward pass to become its
+ *       epilogue */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/swiglu.cuh"
 

@@ -1,5 +1,5 @@
-/* Hopper's barriers, bulk copies and warpgroup products on the shim (hopper.c): what they compute, and mistakes with them. Then the
- * loop of kernels/cuda/product_wgmma.cuh over many tiles and stages. */
+/* Hopper's barriers, bulk copies and warpgroup products on the shim (hopper.c): what they compute, and
+ * mistakes with them. Then the loop of kernels/cuda/product_wgmma.cuh over many tiles and stages. */
 #include <criterion/criterion.h>
 
 #include "kernels/cuda/product_wgmma.cuh"

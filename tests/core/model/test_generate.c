@@ -151,7 +151,8 @@ Test(generate, the_cache_gives_what_a_full_pass_gives) {
   }
 }
 
-/* Requests of several lengths that stop at different tokens: the same for flights of any length, and nothing counted after a stop. */
+/* Requests of several lengths that stop at different tokens: the same for flights of any length, and nothing
+ * counted after a stop. */
 Test(generate, flights_change_nothing) {
   enum { N = 5 };
   world w;

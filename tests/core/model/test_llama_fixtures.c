@@ -112,9 +112,10 @@ Test(llama_fixtures, logits_equal_transformers) {
   }
 }
 
-/* The relative error of one tensor scatters: PyTorch's own is four times as large in one as in the next. So each tensor may be off
- * by twice PyTorch's error there or, where that was lucky, twice its root mean square over all tensors; and the root mean square
- * over all tensors may be half as much again as PyTorch's, not more. */
+/* The relative error of one tensor scatters: PyTorch's own is four times as large in one as in the next. So
+ * each tensor may be off by twice PyTorch's error there or, where that was lucky, twice its root mean square
+ * over all tensors; and the root mean square over all tensors may be half as much again as PyTorch's, not
+ * more. */
 static void check_gradients(const loaded *x, const float *grads, const double *reference, const double *torch,
                             int64_t n_tensors) {
   double ours = 0, theirs = 0, usual = 0;
