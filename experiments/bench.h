@@ -159,6 +159,8 @@ typedef struct {
 ks_status ks_bench_warm_up(ks_bench_subject *x);
 /* A sample: wall-clock time until the device is done; the device's time. */
 ks_status ks_bench_sample_hot_once(const ks_bench_subject *x, double *ms);
+/* Bytes of the frozen weights that a token reads: head and linear maps. */
+size_t ks_bench_frozen_bytes(const ks_model *m);
 ks_status ks_bench_sample_device_once(const ks_bench_subject *x, double *ms);
 /* hot_ms, and for what is short step_ms. */
 ks_status ks_bench_batches(const ks_bench_subject *x, ks_samples *s);

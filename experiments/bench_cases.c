@@ -205,16 +205,20 @@ static ks_status decode_once(void *arg) {
   return status;
 }
 
+size_t ks_bench_frozen_bytes(const ks_model *m) {
+  size_t bytes = ks_weight_bytes(m->head);
+  for (int64_t l = 0; l < m->config.n_layers; l++)
+    for (int t = 0; t < KS_N_TARGETS; t++)
+      bytes += ks_weight_bytes(m->layers[l].linear[t]);
+  return bytes;
+}
+
 /* A sample is a whole answer; the row gives milliseconds of one position of all requests together. */
 static ks_status bench_decode(ks_bench *b, const char *name, const char *what, decode *d,
                               ks_bench_row **row) {
   ks_samples samples = {0};
   ks_ceilings before;
-  const ks_model_config *c = &d->model->config;
-  size_t weights = ks_weight_bytes(d->model->head);
-  for (int64_t l = 0; l < c->n_layers; l++)
-    for (int t = 0; t < KS_N_TARGETS; t++)
-      weights += ks_weight_bytes(d->model->layers[l].linear[t]);
+  const size_t weights = ks_bench_frozen_bytes(d->model);
   ks_status status;
   KS_TRY_OUT(decode_once(d));
   int32_t first = d->last[0];

@@ -101,14 +101,6 @@ static ks_status decode_sample(void *subject, double *ms) {
   return KS_OK;
 }
 
-static double frozen_bytes(const ks_model *m) {
-  double bytes = (double)ks_weight_bytes(m->head);
-  for (int64_t l = 0; l < m->config.n_layers; l++)
-    for (int t = 0; t < KS_N_TARGETS; t++)
-      bytes += (double)ks_weight_bytes(m->layers[l].linear[t]);
-  return bytes;
-}
-
 /* Weights once, the keys and values of a middle position, adapters' weights. */
 static void decode_load(const decode *d, ks_goal_subject *s) {
   const ks_model_config *c = &d->model->config;
@@ -116,7 +108,7 @@ static void decode_load(const decode *d, ks_goal_subject *s) {
                row = 2 * act * (double)(c->n_layers * c->n_kv_heads * c->head_dim),
                length = (double)d->n_prompt + (double)d->n_new / 2;
   s->load.work = (double)d->n;
-  s->load.bytes = frozen_bytes(d->model) + (double)d->n * length * row;
+  s->load.bytes = (double)ks_bench_frozen_bytes(d->model) + (double)d->n * length * row;
   for (int64_t i = 0; i < d->adapters.n; i++)
     s->load.bytes += 4 * (double)d->adapters.items[i]->n_params;
   s->load.flops = ks_bench_forward_flops(c, d->n, (int64_t)length, true);
@@ -200,10 +192,6 @@ static ks_status prefill_once(void *arg) {
                                .y_is_f32 = true,
                                .n_rows = 1};
   return ks_linear_forward(p->model->ctx, &head);
-}
-
-static ks_status prefill_sample(void *subject, double *ms) {
-  return ks_bench_sample_hot_once(&((ks_goal_subject *)subject)->timed, ms);
 }
 
 static ks_status prefill_hash(prefill *p, uint64_t *out) {
@@ -426,7 +414,7 @@ static void window_drop(ks_goal_subject *s) {
 }
 
 const ks_goal_kind ks_goal_model_kinds[] = {
-    {"decode", true, true, decode_make, decode_sample, decode_finish, decode_drop},
-    {"prefill", true, true, prefill_make, prefill_sample, prefill_finish, prefill_drop},
-    {"whole_run", true, true, window_make, window_sample, window_finish, window_drop},
+    {"decode", true, decode_make, decode_sample, decode_finish, decode_drop},
+    {"prefill", true, prefill_make, ks_goal_sample_hot, prefill_finish, prefill_drop},
+    {"whole_run", true, window_make, window_sample, window_finish, window_drop},
     {0}};

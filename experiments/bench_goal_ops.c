@@ -177,7 +177,7 @@ static void op_drop(ks_goal_subject *s) {
 }
 
 const ks_goal_kind ks_goal_op_kinds[] = {
-#define X(name, what) {#name, false, false, op_make, op_sample, op_finish, op_drop},
+#define X(name, what) {#name, false, op_make, op_sample, op_finish, op_drop},
     KS_OPS_MAP(X)
 #undef X
         {0}};

@@ -6,11 +6,6 @@
 #include <math.h>
 #include <stdio.h>
 
-static ks_status step_sample(void *subject, double *ms) {
-  ks_goal_subject *s = subject;
-  return ks_bench_sample_hot_once(&s->timed, ms);
-}
-
 /* For the largest step of the group. */
 static ks_status share_run(ks_goal_run *run) {
   ks_run_params params = {.backward = true};
@@ -81,6 +76,6 @@ static void step_drop(ks_goal_subject *s) {
 }
 
 const ks_goal_kind ks_goal_step_kinds[] = {
-    {"lora_step", true, true, make_lora_step, step_sample, step_finish, step_drop},
-    {"frozen_step", true, true, make_frozen_step, step_sample, step_finish, step_drop},
+    {"lora_step", true, make_lora_step, ks_goal_sample_hot, step_finish, step_drop},
+    {"frozen_step", true, make_frozen_step, ks_goal_sample_hot, step_finish, step_drop},
     {0}};

@@ -175,6 +175,10 @@ static ks_status make(ks_goal_subject *s) {
   return leave_out(s, status);
 }
 
+ks_status ks_goal_sample_hot(void *subject, double *ms) {
+  return ks_bench_sample_hot_once(&((ks_goal_subject *)subject)->timed, ms);
+}
+
 /* Peak memory of this case by itself: what it makes, and a call. */
 static ks_status weigh(ks_goal_subject *s) {
   double ms;
@@ -265,7 +269,7 @@ static ks_status prepare(ks_goal_run *run) {
       continue;
     }
     KS_TRY(leave_out(s, have_model(run, s->p.shape)));
-    if (!s->skipped[0] && s->kind->is_alone) KS_TRY(weigh(s));
+    if (!s->skipped[0]) KS_TRY(weigh(s));
   }
   for (int64_t i = 0; i < run->n_subjects; i++)
     if (!run->subjects[i].skipped[0]) KS_TRY(make(&run->subjects[i]));

@@ -59,8 +59,7 @@ typedef struct ks_goal_subject ks_goal_subject;
 /* What an op of the list is. */
 typedef struct {
   const char *op;
-  bool has_model; /* run->model is that of the shape */
-  bool is_alone;  /* also run once by itself, for its memory */
+  bool has_model; /* run->model is that of the shape; also run once by itself, for its memory */
   /* Fills what, load, state and how it is timed; leaves skipped set where this machine has nothing to measure. */
   ks_status (*make)(ks_goal_run *run, ks_goal_subject *s);
   /* A sample: milliseconds of what `load` describes. */
@@ -104,5 +103,8 @@ struct ks_goal_run {
 __attribute__((format(printf, 2, 3))) void ks_goal_wrong(ks_goal_subject *s, const char *format, ...);
 /* A model shape divided by --scale. */
 ks_model_config ks_goal_scaled_config(const ks_model_config *c, int64_t scale);
+
+/* The sample of subjects whose `timed` is run hot. */
+ks_status ks_goal_sample_hot(void *subject, double *ms);
 
 #endif

@@ -1,5 +1,6 @@
 /* Operations with their arrays: making, filling, running, freeing. */
 #include "experiments/bench_op.h"
+#include "kernels/quant.h"
 
 #include <math.h>
 
@@ -20,14 +21,6 @@ static double uniform(uint64_t seed, int64_t i) {
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
   z = (z ^ z >> 27) * 0x94d049bb133111ebu;
   return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
-
-static uint16_t bf16_of(float x) {
-  union {
-    float f;
-    uint32_t u;
-  } v = {x};
-  return (uint16_t)((v.u + 0x7fffu + (v.u >> 16 & 1u)) >> 16);
 }
 
 static float float_of(uint16_t bits) {
@@ -57,9 +50,9 @@ static void fill_host(const ks_bench_op *o, const ks_bench_array *a, void *host)
     const double u = uniform(a->seed, i);
     float v =
         (float)(a->whole ? floor(a->low + u * (a->high - a->low + 1)) : a->low + u * (a->high - a->low));
-    if (o->bf16) v = float_of(bf16_of(v));
+    if (o->bf16) v = float_of(ks_bf16_from_float(v));
     if (a->type == KS_ARRAY_F32) to.f32[i] = v;
-    if (a->type == KS_ARRAY_BF16) to.bf16[i] = bf16_of(v);
+    if (a->type == KS_ARRAY_BF16) to.bf16[i] = ks_bf16_from_float(v);
     if (a->type == KS_ARRAY_I8) to.i8[i] = (int8_t)v;
   }
 }

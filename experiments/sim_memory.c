@@ -28,14 +28,15 @@ static size_t arena_within(size_t available) {
 static size_t generate_bytes(const ks_world *w, int64_t n_trials) {
   const ks_model_config *m = &w->model->config;
   const ks_generate_params p = ks_world_generate_params(w);
-  const int64_t at_a_time = ks_min_i64(p.max_batch > 0 ? p.max_batch : 64, n_trials * w->data->n_eval);
+  const int64_t at_a_time =
+      ks_min_i64(p.max_batch > 0 ? p.max_batch : KS_GENERATE_BATCH, n_trials * w->data->n_eval);
   const double page = 2.0 * (double)ks_ctx_act_size(w->ctx) * (double)m->n_layers *
                       (double)(m->n_kv_heads * m->head_dim) * KS_ATTENTION_PAGE_UNIT;
   const double pages = (double)at_a_time * (double)(m->max_seq_len / KS_ATTENTION_PAGE_UNIT + 1);
-  const double bound = p.cache_bytes > 0 ? (double)p.cache_bytes : 512.0 * (1 << 20);
+  const double bound = p.cache_bytes > 0 ? (double)p.cache_bytes : (double)KS_GENERATE_CACHE_MB * (1 << 20);
   const double largest = (double)(m->max_seq_len / KS_ATTENTION_PAGE_UNIT + 1); /* one request always fits */
   const double cache = page * fmax(largest, fmin(pages, floor(bound / page)));
-  const ks_run_params run = {.max_rows = 512 + at_a_time,
+  const ks_run_params run = {.max_rows = KS_GENERATE_PROMPT_ROWS + at_a_time,
                              .max_seqs = at_a_time + 1,
                              .max_rank = (int32_t)w->config->lora.rank,
                              .no_loss = true};

@@ -214,13 +214,13 @@ int ks_verb_bench(int argc, char **argv) {
   ks_args args;
   if (!ks_args_parse(&command, argc, argv, &args)) return args.exit_code;
   ks_status status = KS_OK;
-  if (ks_args_has(&args, "list"))
+  if (ks_args_has(&args, "list")) {
     for (int i = 0; i < N_CASES; i++)
       printf("%-12s  %s\n", cases[i].name, cases[i].what);
-  if (ks_args_has(&args, "list"))
     ks_bench_list_goals();
-  else
+  } else {
     status = bench(&args, argc, argv);
+  }
   ks_args_free(&args);
   return ks_cli_finish(status);
 }

@@ -50,6 +50,13 @@ uint16_t ks_f16_from_float(float x) {
   return (uint16_t)(sign | (rounded - 0x38000000) >> 13);
 }
 
+uint16_t ks_bf16_from_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 /* ---------------------------------------------------------------- one block */
 
 typedef struct {

@@ -43,6 +43,8 @@ extern const float ks_nf4_values[16];
 /* float16, ties to even; too large gives infinity. */
 uint16_t ks_f16_from_float(float x);
 float ks_f16_to_float(uint16_t h);
+/* bf16, ties to even; a NaN stays a (quiet) NaN: as kernels round. */
+uint16_t ks_bf16_from_float(float x);
 
 #ifdef __cplusplus
 }

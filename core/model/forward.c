@@ -138,9 +138,8 @@ static ks_status attention(layer_state *s) {
   KS_TRY(ks_run_qk(run, s->pass, s->layer, acts));
   ks_attention_args a = ks_run_attention_args(run, s->pass, s->layer, acts);
   KS_TRY(ks_attention_forward(run->model->ctx, &a));
-  const void *residual = acts->h_in;
   if (s->cut) KS_TRY(gather_out_rows(s, acts->h_in, acts->h_mid));
-  if (s->cut) residual = acts->h_mid;
+  const void *residual = s->cut ? acts->h_mid : acts->h_in;
   return linear(s, KS_TARGET_o, s->rows, acts->attn, acts->h_mid, residual);
 }
 

@@ -7,7 +7,7 @@
 #include "core/model/generate.h"
 #include "core/model/run.h"
 
-enum { DEFAULT_BATCH = 64, PROMPT_ROWS = 512, DEFAULT_CACHE_MB = 512, DEVICE_AHEAD = 4, MAX_AHEAD = 64 };
+enum { DEVICE_AHEAD = 4, MAX_AHEAD = 64 };
 #define REPORT_SECONDS 0.1
 
 typedef struct {
@@ -101,7 +101,7 @@ static ks_status size_cache(generator *g, int64_t cache_bytes) {
   for (int64_t i = 0; i < g->max_batch; i++)
     sum += needs[i];
   int64_t largest = needs[0];
-  int64_t bound = (cache_bytes > 0 ? cache_bytes : (int64_t)DEFAULT_CACHE_MB << 20) / page_bytes;
+  int64_t bound = (cache_bytes > 0 ? cache_bytes : (int64_t)KS_GENERATE_CACHE_MB << 20) / page_bytes;
   free(needs);
   if (cache_bytes > 0 && largest > bound)
     return KS_FAIL(KS_EBUDGET,
@@ -125,8 +125,8 @@ static ks_status create_run(generator *g) {
   int64_t prompt_rows = 0;
   for (int64_t i = 0; i < g->n_requests; i++) {
     int32_t adapter = g->requests[i].adapter;
-    if (prompt_rows < PROMPT_ROWS)
-      prompt_rows = ks_min_i64(prompt_rows + g->requests[i].n_prompt, PROMPT_ROWS);
+    if (prompt_rows < KS_GENERATE_PROMPT_ROWS)
+      prompt_rows = ks_min_i64(prompt_rows + g->requests[i].n_prompt, KS_GENERATE_PROMPT_ROWS);
     if (adapter >= 0 && g->adapters[adapter].max_rank > p.max_rank)
       p.max_rank = g->adapters[adapter].max_rank;
   }
@@ -495,7 +495,7 @@ ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
                  .adapters = adapters,
                  .n_adapters = n_adapters,
                  .progress = progress,
-                 .max_batch = ks_min_i64(p.max_batch > 0 ? p.max_batch : DEFAULT_BATCH, n_requests),
+                 .max_batch = ks_min_i64(p.max_batch > 0 ? p.max_batch : KS_GENERATE_BATCH, n_requests),
                  .ahead = p.ahead > 0 ? p.ahead : default_ahead(model->ctx)};
   for (int64_t i = 0; i < n_requests; i++) {
     requests[i].tokens = NULL;
@@ -507,7 +507,8 @@ ks_status ks_generate(ks_model *model, ks_request *requests, int64_t n_requests,
   if (n_requests == 0) return KS_OK;
   ks_status status = allocate(&g, p.cache_bytes);
   if (status == KS_OK) status = run_all(&g);
-  if (status != KS_OK) (void)ks_sync(model->ctx); /* tokens still on their way need their places until they are there */
+  if (status != KS_OK)
+    (void)ks_sync(model->ctx); /* tokens still on their way need their places until they are there */
   release(&g);
   if (stats) add_stats(stats, &g.stats);
   for (int64_t i = 0; status != KS_OK && i < n_requests; i++) {

@@ -19,6 +19,8 @@ typedef struct {
   bool stopped; /* by a stop id (else by length or context) */
 } ks_request;
 
+/* Defaults of the parameters, and the most prompt rows of a pass: what a check of memory must know. */
+enum { KS_GENERATE_BATCH = 64, KS_GENERATE_PROMPT_ROWS = 512, KS_GENERATE_CACHE_MB = 512 };
 typedef struct {
   int64_t max_batch;  /* sequences at a time; 0: 64 */
   int64_t cache_bytes; /* bound on the KV cache, which comes in pages of KS_ATTENTION_PAGE_UNIT tokens; 0: 512 MB, or what the

@@ -1,4 +1,5 @@
 #include "core/model/checkpoint.h"
+#include "kernels/quant.h"
 
 /* ---------------------------------------------------------------- packing */
 
@@ -243,12 +244,6 @@ static void hash_recipe(ks_model *m, ks_dtype dtype, uint64_t seed) {
   ks_sha256_finish(&h, m->sha256);
 }
 
-static uint16_t bf16_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 /* All draws at once. */
 static ks_status fill_pool(random_source *r, int64_t n) {
   random_fill(r, n);
@@ -256,7 +251,7 @@ static ks_status fill_pool(random_source *r, int64_t n) {
   KS_TRY(ks_alloc_array(&r->halves, (size_t)n, sizeof *r->halves, "model: random weights"));
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++)
-    r->halves[i] = bf16_of(r->values[i]);
+    r->halves[i] = ks_bf16_from_float(r->values[i]);
   return KS_OK;
 }
 

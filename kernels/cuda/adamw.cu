@@ -255,7 +255,6 @@ static ks_status adamw_stage(ks_ctx *ctx, const ks_adamw_args *a, adamw_arrays *
   char *host;
   const void *device;
   KS_TRY(ks_alloc_array(&host, bytes, 1, "adamw: table of adapters"));
-  memset(host, 0, bytes);
   *n_chunks = 0;
   for (int64_t i = 0; i < a->n_jobs; i++) {
     const adamw_task t = adamw_task_of(&a->jobs[i], *n_chunks);

@@ -59,6 +59,19 @@ KS_DEVICE int attention_thread() {
   return i;
 }
 
+/* What no vector can load, element by element. */
+template <int COLS, int ROWS, class FROM>
+KS_DEVICE void attention_load_elements(ks_bf16 *tile, const FROM &rows, int n_valid, int n_cols) {
+  typedef attention_tile<COLS> at;
+#pragma unroll 1
+  for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
+    const int r = i / COLS, c = i % COLS;
+    ks_bf16 x = {0};
+    if (r < n_valid && c < n_cols) x = rows.at(r)[c];
+    tile[at::at(r, c / 8) + c % 8] = x;
+  }
+}
+
 /* ROWS rows of a tile, columns 0 .. n_cols - 1 of the source; rows from n_valid on and the other columns become zeros. All
  * ATTENTION_THREADS threads; the copies belong to the caller's group. Queries: */
 template <int COLS, int ROWS, bool WIDE>
@@ -75,13 +88,7 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_query_rows<const ks
       by::copy(tile + at::at(r, c / 8) + c % 8, rows.at(valid ? r : 0) + (valid ? c : 0), valid);
     }
   } else {
-#pragma unroll 1
-    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
-      const int r = i / COLS, c = i % COLS;
-      ks_bf16 x = {0};
-      if (r < n_valid && c < n_cols) x = rows.at(r)[c];
-      tile[at::at(r, c / 8) + c % 8] = x;
-    }
+    attention_load_elements<COLS, ROWS>(tile, rows, n_valid, n_cols);
   }
 }
 /* The same rows of two arrays into two tiles. */
@@ -126,13 +133,7 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_b
       by::copy(tile + at::at(r, c / 8) + c % 8, from, is_here && r < n_valid);
     }
   } else {
-#pragma unroll 1
-    for (int i = (int)threadIdx.x; i < ROWS * COLS; i += ATTENTION_THREADS) {
-      const int r = i / COLS, c = i % COLS;
-      ks_bf16 x = {0};
-      if (r < n_valid && c < n_cols) x = rows.at(r)[c];
-      tile[at::at(r, c / 8) + c % 8] = x;
-    }
+    attention_load_elements<COLS, ROWS>(tile, rows, n_valid, n_cols);
   }
 }
 

@@ -129,7 +129,8 @@ struct linear_product {
   const void *residual; /* or NULL: added; may be y */
   const float *bias;    /* or NULL */
   int64_t n_rows;
-  int32_t y_is_f32, backward, generation, unused;
+  int32_t y_is_f32, backward, generation;
+  int32_t no_padding; /* 0: launches are compared byte by byte */
 };
 
 /* A generation pass: sums over k are made in runs of whole steps of 32, LINEAR_RUNS of them or fewer, the

@@ -59,20 +59,16 @@ typedef struct {
   size_t n_spans, n_counters, bytes;
 } host_group;
 
-static int64_t largest(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 /* Of the kernel that needs the most: shrink counts slices of k, the gradient chunks. */
 static size_t count_counters(const ks_linear_args *parts, const lora_group *g) {
   int64_t eights = 0, cols = parts->w->n_in;
   for (int64_t i = 0; i < g->n; i++) {
     eights += lora_units(g->of[i].max_rank, 8);
-    cols = largest(cols, parts[i].w->n_out);
+    cols = ks_max_i64(cols, parts[i].w->n_out);
   }
   const int64_t shrink = g->n * LORA_TILE_HALVES * g->of[0].n_tiles,
                 gradient = (g->n + 1) * g->of[0].n_segs * ((cols + LORA_SLICE - 1) / LORA_SLICE);
-  return (size_t)(largest(shrink, gradient) * lora_blocks_of((int32_t)eights));
+  return (size_t)(ks_max_i64(shrink, gradient) * lora_blocks_of((int32_t)eights));
 }
 
 static ks_status reserve(const ks_linear_args *parts, const lora_group *g, host_group *h) {

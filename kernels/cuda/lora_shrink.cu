@@ -309,7 +309,6 @@ __global__ void __launch_bounds__(LORA_THREADS)
 
 /* ---------------------------------------------------------------- launches */
 
-/* Forward: x through A of all maps. Backward: each dy through its B. */
 /* Blocks of whole tiles. */
 static int64_t full_blocks(const lora_work &w) {
   return w.n_rows / LORA_TILE_ROWS * w.n_jobs * lora_blocks_of(lora_most_ranks(w));
@@ -320,6 +319,7 @@ static bool is_split(const ks_ctx *ctx, const lora_work &w) {
   return 8 * full_blocks(w) < 7 * ks_cuda_device_of(ctx)->n_sm;
 }
 
+/* Forward: x through A of all maps. Backward: each dy through its B. */
 static lora_work work_of(const ks_ctx *ctx, const ks_linear_args *parts, const lora_group *g, bool backward,
                          void *room, size_t *bytes) {
   lora_work w = lora_work_of(parts, g);

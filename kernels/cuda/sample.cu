@@ -376,7 +376,6 @@ static ks_status sample_stage_jobs(ks_ctx *ctx, const ks_sample_args *a, sample_
   const void *device;
   *wants = {false, false, false};
   KS_TRY(ks_alloc_array(&host, (size_t)a->n_rows, sizeof *host, "sample: samplers"));
-  memset((void *)host, 0, (size_t)a->n_rows * sizeof *host);
   for (int64_t i = 0; i < a->n_rows; i++) {
     const ks_sampler *how = &a->samplers[i];
     const bool draws = how->temperature > 0, by_count = how->top_k > 0 && how->top_k < a->n_vocab;

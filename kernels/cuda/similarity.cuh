@@ -206,7 +206,7 @@ KS_DEVICE double sim_factor(const product_rows &r, int64_t row, float hi, float 
  * row(i), which the four neighbouring lanes share. */
 template <class P, int ROWS, class E = typename P::element> struct sim_norms;
 template <class P, int ROWS> struct sim_norms<P, ROWS, float> {
-  enum { N = (ROWS * SIM_SLOTS + P::THREADS - 1) / P::THREADS, IS_SPLIT = 1 };
+  enum { N = (ROWS * SIM_SLOTS + P::THREADS - 1) / P::THREADS };
   float hi[N], lo[N];
 
   static KS_DEVICE int row(int i) { return (int)threadIdx.x / SIM_SLOTS + i * (P::THREADS / SIM_SLOTS); }

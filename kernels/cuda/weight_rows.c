@@ -4,14 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Nearest, ties to even; a NaN stays a (quiet) NaN: as the device rounds. */
-static uint16_t bf16_bits(float x) {
-  uint32_t b;
-  memcpy(&b, &x, sizeof b);
-  if ((b & 0x7fffffffU) > 0x7f800000U) return (uint16_t)(b >> 16 | 0x40U);
-  return (uint16_t)((b + 0x7fffU + (b >> 16 & 1U)) >> 16);
-}
-
 static float value_at(const void *values, ks_dtype dtype, int64_t i) {
   if (dtype == KS_DTYPE_F32) return ((const float *)values)[i];
   const uint16_t h = ((const uint16_t *)values)[i];
@@ -30,7 +22,7 @@ static ks_status convert_row(const ks_weight_params *p, int64_t row, uint8_t *ou
     x[i] = value_at(p->values, p->values_dtype, row * p->n_in + i);
   if (ks_dtype_is_quantized(p->dtype)) return ks_quant_row(p->dtype, x, p->n_in, out, scales);
   for (int64_t i = 0; p->dtype == KS_DTYPE_BF16 && i < p->n_in; i++)
-    ((uint16_t *)(void *)out)[i] = bf16_bits(x[i]);
+    ((uint16_t *)(void *)out)[i] = ks_bf16_from_float(x[i]);
   return KS_OK;
 }
 

@@ -287,17 +287,6 @@ static void pair_mn(float out[2], const tile *t, uint32_t k, uint32_t n) {
   out[1] = bf16(pair[1]);
 }
 
-/* Towards zero, as tensor cores round their sums. */
-static inline float truncated(double x) {
-  float f = (float)x;
-  if (__builtin_fabs((double)f) <= __builtin_fabs(x) || x != x || __builtin_isinf(f)) return f;
-  uint32_t u;
-  memcpy(&u, &f, sizeof u);
-  u--;
-  memcpy(&f, &u, sizeof f);
-  return f;
-}
-
 /* The thread's own sums of one product: rows 16 w + g and + 8, columns 8 j + 2 t and + 1. Eight products are added at once, as by
  * ks_mma_bf16. */
 #if defined(__x86_64__) && !defined(__clang__)
@@ -333,7 +322,7 @@ multiply(asynchronous *self, int thread, const product *p) {
         for (uint32_t j = 0; j < n_mine; j++)
           sum[j] += (double)a[h][k] * (double)b[k][j];
       for (uint32_t j = 0; j < n_mine; j++)
-        sum[j] = (double)truncated(sum[j]);
+        sum[j] = (double)ks_shim_truncated(sum[j]);
     }
     for (uint32_t j = 0; j < n_mine; j++)
       self->sums[j / 2 * 4 + (uint32_t)(2 * h) + j % 2] = (float)sum[j];

@@ -223,14 +223,15 @@ Test(cuda_steps, what_is_counted) {
   const ks_cuda_counts *c = ks_cuda_counts_of(with.ctx);
   for (int s = 0; s < 5; s++)
     run_step(&with, &p, s, 1);
-  cr_expect(c->steps_recorded == 1 && c->steps_replayed == 4 && c->graphs == 1 && c->steps_differing == 0);
+  cr_expect(c->steps_recorded == 1 && c->steps_replayed == 4 && c->graphs == 1 && c->steps_differing == 0 &&
+            c->graphs_failed == 0);
   cr_expect(c->launches == 2 && c->stages == 15 && c->stages_shared == 1, "%d launches, %d stages, %d shared",
             (int)c->launches, (int)c->stages, (int)c->stages_shared);
   run_step(&with, &q, 5, 1); /* one array no longer shares its bytes */
   cr_expect(c->steps_recorded == 2 && c->steps_differing == 1 && c->graphs == 1);
   run_step(&with, &q, 6, 1);
   run_step(&with, &p, 7, 1); /* equal bytes in two places are no difference */
-  cr_expect(c->steps_recorded == 2 && c->steps_replayed == 6 && c->graphs == 2);
+  cr_expect(c->steps_recorded == 2 && c->steps_replayed == 6 && c->graphs == 2 && c->graphs_failed == 0);
   cr_expect(ks_shim_count().graph_launches == 6 || ks_sync(with.ctx) == KS_OK);
   finish(&with);
   host_destroy(with.ctx);

@@ -521,17 +521,6 @@ static double bf16(uint32_t bits) {
   return (double)f;
 }
 
-/* Towards zero, as tensor cores round their sums. */
-static float truncated(double x) {
-  float f = (float)x;
-  if (__builtin_fabs((double)f) <= __builtin_fabs(x) || x != x || __builtin_isinf(f)) return f;
-  uint32_t u;
-  memcpy(&u, &f, sizeof u);
-  u--;
-  memcpy(&f, &u, sizeof f);
-  return f;
-}
-
 /* Eight products are added to the sum at once, then it is rounded: Fasi, Higham, Mikaitis, Pranesh,
  * "Numerical behavior of NVIDIA tensor cores" (2021) found this on A100. */
 #if defined(__x86_64__) && !defined(__clang__)
@@ -557,7 +546,7 @@ multiply(warp *w) {
         for (int j = 0; j < 8; j++)
           sum[i][j] += a[i][k] * b[k][j];
       for (int j = 0; j < 8; j++)
-        sum[i][j] = (double)truncated(sum[i][j]);
+        sum[i][j] = (double)ks_shim_truncated(sum[i][j]);
     }
   for (int l = 0; l < WARP; l++)
     for (int i = 0; i < 4; i++)
@@ -626,9 +615,6 @@ void *ks_shim_smem_pointer(uint32_t address, size_t bytes) {
 
 int ks_shim_thread(void) {
   return now->number;
-}
-int ks_shim_n_threads(void) {
-  return block.n_threads;
 }
 int ks_shim_order(void) {
   return order;

@@ -4,6 +4,7 @@
 
 #include "ks_shim.h"
 #include <stdbool.h>
+#include <string.h>
 
 typedef struct {
   const char *op;
@@ -16,7 +17,6 @@ typedef struct {
 
 /* Between threads.c and hopper.c: what one of them needs of the other while a block runs. */
 int ks_shim_thread(void); /* number of the running thread in its block */
-int ks_shim_n_threads(void);
 int ks_shim_order(void);
 /* The running thread waits until ks_shim_barrier_is_past(b, parity). */
 void ks_shim_wait_barrier(const void *b, unsigned parity);
@@ -31,5 +31,16 @@ const char *ks_shim_hopper_end(void);
 bool ks_shim_run(const ks_shim_kernel *kernel);
 uint64_t ks_shim_switch_count(void);
 void ks_shim_set_report(const char *text);
+
+/* Towards zero, as tensor cores round their sums. */
+static inline float ks_shim_truncated(double x) {
+  float f = (float)x;
+  if (__builtin_fabs((double)f) <= __builtin_fabs(x) || x != x || __builtin_isinf(f)) return f;
+  uint32_t u;
+  memcpy(&u, &f, sizeof u);
+  u--;
+  memcpy(&f, &u, sizeof f);
+  return f;
+}
 
 #endif
