@@ -98,7 +98,6 @@ KS_DEVICE void adamw_norm(const adamw_arrays &a, const adamw_task *t, double *ro
   a.clip[task] = !(sum < INFINITY)      ? NAN
                  : t->max_grad_norm > 0 ? (float)fmin(1.0, t->max_grad_norm / (sum + 1e-6))
                                         : 1.0f;
-  a.n_done[task] = 0;
 }
 
 KS_DEVICE void adamw_squares(const adamw_arrays &a, int64_t chunk, double *room) {
@@ -124,15 +123,8 @@ KS_DEVICE void adamw_squares(const adamw_arrays &a, int64_t chunk, double *room)
       sum = fma((double)g[i], (double)g[i], sum);
   }
   sum = ks_block_sum(sum, room);
-  bool last = false;
-  if (threadIdx.x == 0) {
-    a.partial[chunk] = sum;
-    __threadfence();
-    last = atomicAdd(&a.n_done[t - a.tasks], 1u) == (uint32_t)adamw_chunks(t->n) - 1;
-  }
-  if (!__syncthreads_or(last)) return;
-  __threadfence();
-  adamw_norm(a, t, room);
+  if (threadIdx.x == 0) a.partial[chunk] = sum;
+  if (ks_is_last_block(&a.n_done[t - a.tasks], (uint32_t)adamw_chunks(t->n))) adamw_norm(a, t, room);
 }
 
 KS_DEVICE void adamw_at(const adamw_task *t, float clip, float *p, float *m, float *v, float g) {

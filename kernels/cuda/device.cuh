@@ -327,4 +327,22 @@ KS_DEVICE float ks_block_max(float x, float *room) {
   return x;
 }
 
+/* ---------------------------------------------------------------- the last of several blocks */
+
+/* True in all threads of the block that comes here last of n (at least 1): it may read what every thread of the others wrote to
+ * device memory before, by __ldcg. *counter: 0 before the first of them, and after the last again. A barrier for the block.
+ * A block's writes happen before its first thread's fence by the barrier, and so before the increment; the increments are in one
+ * order, and what came before those that the last one read is there behind its own fence, by the second barrier for all its
+ * threads. So one thread's fences do for all. */
+KS_DEVICE bool ks_is_last_block(uint32_t *counter, uint32_t n) {
+  bool last = false;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter, n - 1) == n - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
 #endif

@@ -112,15 +112,4 @@ KS_DEVICE uint32_t lora_kept(uint32_t spread, int q) {
   return (spread >> q & 0x00010001u) * 0xffffu;
 }
 
-/* True in all threads of the block that is the last of n to come here; what the others wrote before is then there, for __ldcg. */
-KS_DEVICE bool lora_is_last(uint32_t *counter, uint32_t n, uint32_t *room) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *room = atomicInc(counter, n - 1); /* from n - 1 to 0: as it was */
-  __syncthreads();
-  const bool last = *room == n - 1;
-  if (last) __threadfence();
-  return last;
-}
-
 #endif

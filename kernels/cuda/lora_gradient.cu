@@ -43,16 +43,14 @@ template <int NT> struct grad_room {
   };
   ks_bf16 *z, *w;
   uint8_t *mask;
-  uint32_t *last;
   KS_DEVICE grad_room(ks_smem *smem, bool masked) {
     z = ks_smem_take<ks_bf16>(smem, GRAD_STAGES * GRAD_Z);
     w = ks_smem_take<ks_bf16>(smem, GRAD_STAGES * W);
     mask = ks_smem_take<uint8_t>(smem, masked ? GRAD_STAGES * MASK : 16);
-    last = ks_smem_take<uint32_t>(smem, 1);
   }
   static size_t bytes(bool masked) {
     return ks_smem_bytes<ks_bf16>(GRAD_STAGES * GRAD_Z) + ks_smem_bytes<ks_bf16>(GRAD_STAGES * W) +
-           ks_smem_bytes<uint8_t>(masked ? GRAD_STAGES * MASK : 16) + ks_smem_bytes<uint32_t>(1);
+           ks_smem_bytes<uint8_t>(masked ? GRAD_STAGES * MASK : 16);
   }
 };
 
@@ -230,7 +228,7 @@ __global__ void __launch_bounds__(LORA_THREADS, NT == 8 ? 2 : 5)
   const int32_t n_chunks = p.map[0].segs[at.chunk.seg].n_chunks;
   if (n_chunks == 1) return;
   uint32_t *counter = p.counters + (blockIdx.z * gridDim.y + blockIdx.y) * p.n_segs + at.chunk.seg;
-  if (lora_is_last(counter, (uint32_t)n_chunks, room.last)) grad_combine(p, job, at, group);
+  if (ks_is_last_block(counter, (uint32_t)n_chunks)) grad_combine(p, job, at, group);
 }
 
 /* ---------------------------------------------------------------- launches */

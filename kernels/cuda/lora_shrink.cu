@@ -73,16 +73,14 @@ template <int MT, int NT> struct shrink_room {
   ks_bf16 *x;
   float *r;
   uint8_t *mask;
-  uint32_t *last;
   KS_DEVICE shrink_room(ks_smem *smem, bool masked) {
     x = ks_smem_take<ks_bf16>(smem, STAGES * X);
     r = ks_smem_take<float>(smem, STAGES * R);
     mask = ks_smem_take<uint8_t>(smem, masked ? STAGES * MASK : 16);
-    last = ks_smem_take<uint32_t>(smem, 1);
   }
   static size_t bytes(bool masked) {
     return ks_smem_bytes<ks_bf16>(STAGES * X) + ks_smem_bytes<float>(STAGES * R) +
-           ks_smem_bytes<uint8_t>(masked ? STAGES * MASK : 16) + ks_smem_bytes<uint32_t>(1);
+           ks_smem_bytes<uint8_t>(masked ? STAGES * MASK : 16);
   }
 };
 
@@ -304,7 +302,7 @@ __global__ void __launch_bounds__(LORA_THREADS)
   if (!split) return;
   uint32_t *counter =
       p.counters + (blockIdx.z / (unsigned)most * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y;
-  if (lora_is_last(counter, (uint32_t)n_slices, room.last)) shrink_combine(p, job, at, tile.seg, n_slices);
+  if (ks_is_last_block(counter, (uint32_t)n_slices)) shrink_combine(p, job, at, tile.seg, n_slices);
 }
 
 /* ---------------------------------------------------------------- launches */

@@ -99,21 +99,9 @@ KS_DEVICE bool sample_truncates_count(const sample_rows &a, const ks_sampler &ho
   return how.top_k > 0 && how.top_k < a.n_vocab;
 }
 
-/* True in the block of a row that is the last to come here: it sees what the others wrote. */
-KS_DEVICE bool sample_is_last(const sample_rows &a, const sample_place &p, const sample_shared &s) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t *n_done = &a.jobs[p.row].n_done;
-    const bool last = atomicAdd(n_done, 1u) == (uint32_t)p.n_slices - 1;
-    if (last) *n_done = 0;
-    s.found[0] = last;
-  }
-  __syncthreads();
-  const bool last = s.found[0];
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
+/* In the block of a row that is the last to come here. */
+KS_DEVICE bool sample_is_last(const sample_rows &a, const sample_place &p) {
+  return ks_is_last_block(&a.jobs[p.row].n_done, (uint32_t)p.n_slices);
 }
 
 KS_DEVICE sample_row sample_row_of(const sample_rows &a, int64_t row, const sample_state &state,
@@ -165,7 +153,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS)
   best = sample_block_max(best, s.room);
   smallest = sample_block_max(smallest, s.room);
   if (threadIdx.x == 0) partial[2 * p.slice] = best, partial[2 * p.slice + 1] = smallest;
-  if (!sample_is_last(a, p, s)) return;
+  if (!sample_is_last(a, p)) return;
   for (int i = (int)threadIdx.x; i < p.n_slices; i += SAMPLE_THREADS) {
     const uint64_t one = __ldcg(&partial[2 * i]);
     const uint32_t least = (uint32_t)__ldcg(&partial[2 * i + 1]);
@@ -239,7 +227,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS)
     atomicAdd((unsigned long long *)&a.weights[p.row * SAMPLE_BINS + b],
               (unsigned long long)s.high[b] << 32 | s.low[b]);
   }
-  if (!sample_is_last(a, p, s)) return;
+  if (!sample_is_last(a, p)) return;
   sample_gather(a, p.row, s);
   uint64_t need = (uint64_t)how.top_k;
   uint32_t bin = SAMPLE_BINS;
@@ -360,7 +348,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) sample_draw_kernel(const __gri
   });
   sum = sample_block_sum(sum, s.room);
   if (threadIdx.x == 0) a.partial[2 * (p.row * p.n_slices + p.slice)] = sum;
-  if (sample_is_last(a, p, s)) sample_finish(a, p, r, s, how);
+  if (sample_is_last(a, p)) sample_finish(a, p, r, s, how);
 }
 
 /* ---------------------------------------------------------------- on the host */

@@ -490,7 +490,6 @@ static inline size_t sim_stream_smem_bytes(bool is_top, int64_t n_queries, int64
   return ks_smem_bytes<uint4>(warps * SIM_STREAM_STAGES * SIM_STREAM_KEYS * PRODUCT_UNITS) +
          ks_smem_bytes<uint4>(n * units) + ks_smem_bytes<double>(SIM_STREAM_QUERIES) +
          ks_smem_bytes<float>(SIM_STREAM_QUERIES) + ks_smem_bytes<float>(warps * SIM_STREAM_QUERIES) +
-         ks_smem_bytes<int32_t>(1) +
          (is_top
               ? ks_smem_bytes<sim_entry>(warps * n * KS_WARP) + ks_smem_bytes<sim_entry>(warps * 2 * KS_WARP)
               : 0);

@@ -242,17 +242,7 @@ SIM_APART sim_finish(const sim_job &j) {
       j.list_index[to] = sh.list_index[i];
     }
   if (!j.is_finished_here) return;
-  __threadfence();
-  __syncthreads();
-  if (j.n_parts > 1) {
-    if (threadIdx.x == 0) {
-      sh.groups[0] = atomicAdd(j.arrivals + q_tile, 1u) == (unsigned)(j.n_parts - 1);
-      if (sh.groups[0]) j.arrivals[q_tile] = 0;
-    }
-    __syncthreads();
-    if (!sh.groups[0]) return;
-    __threadfence();
-  }
+  if (!ks_is_last_block(j.arrivals + q_tile, (uint32_t)j.n_parts)) return;
   int64_t *index = (int64_t *)sh.room + (int64_t)sim_warp() * j.best_k;
   float *scores = (float *)((int64_t *)sh.room + (int64_t)sim_shared<P>::WARPS * j.best_k) +
                   (int64_t)sim_warp() * j.best_k;

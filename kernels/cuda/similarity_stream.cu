@@ -34,7 +34,6 @@ struct sim_stream_shared {
   double *fq;
   float *gq, *worst;       /* [n_q], [warps, 8] */
   sim_entry *lists, *room; /* [warps, n_q, 32], [warps, 64] */
-  int32_t *is_last;
   int units;
 
   KS_DEVICE sim_stream_shared(int mode, int n_queries, int64_t n_cols) {
@@ -45,7 +44,6 @@ struct sim_stream_shared {
     fq = ks_smem_take<double>(&smem, SIM_STREAM_QUERIES);
     gq = ks_smem_take<float>(&smem, SIM_STREAM_QUERIES);
     worst = ks_smem_take<float>(&smem, SIM_STREAM_WARPS * SIM_STREAM_QUERIES);
-    is_last = ks_smem_take<int32_t>(&smem, 1);
     const size_t n = mode == SIM_TOP ? SIM_STREAM_WARPS : 0;
     lists = n ? ks_smem_take<sim_entry>(&smem, n * (size_t)n_queries * KS_WARP) : NULL;
     room = n ? ks_smem_take<sim_entry>(&smem, n * 2 * KS_WARP) : NULL;
@@ -225,15 +223,7 @@ KS_DEVICE void sim_stream_finish(const sim_job &j, const sim_stream_shared &sh, 
     }
     if (lane < j.best_k) j.entries[((int64_t)n * gridDim.x + blockIdx.x) * j.best_k + lane] = best;
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *sh.is_last = atomicAdd(j.arrivals, 1u) == gridDim.x - 1;
-    if (*sh.is_last) *j.arrivals = 0;
-  }
-  __syncthreads();
-  if (!*sh.is_last || n >= n_queries) return;
-  __threadfence();
+  if (!ks_is_last_block(j.arrivals, gridDim.x) || n >= n_queries) return;
   best = sim_gather(j.entries + (int64_t)n * gridDim.x * j.best_k, gridDim.x, j.best_k,
                     sh.room + n * 2 * KS_WARP, lane);
   sim_put_best(j, n, best, lane);
