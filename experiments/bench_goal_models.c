@@ -295,7 +295,7 @@ static ks_status window_train(window *w) {
                                         .batch_size = w->n_examples,
                                         .steps = w->n_steps,
                                         .seed = (uint64_t)i + 1}};
-  ks_status status = ks_train(w->model, jobs, COHORT, 0, NULL);
+  ks_status status = ks_train(w->model, jobs, COHORT, NULL, NULL);
   if (status == KS_OK) {
     if (w->first_loss == 0) w->first_loss = (double)jobs[0].step_loss[0];
     w->last_loss = (double)jobs[0].step_loss[w->n_steps - 1];

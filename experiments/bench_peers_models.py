@@ -156,6 +156,8 @@ class LoraStep:
 
 def lora_step(env, case):
     p = case["parameters"]
+    if "recompute" in p:
+        return []  # compared with the peers of the case that keeps everything
     trained = shared(lambda: Trained(env, p, p["n_adapters"]))
     if p["n_adapters"] > 1:  # PEFT mixes adapters in a batch for inference only
         return [("peft_in_turn", lambda: LoraStep(trained()), False)]

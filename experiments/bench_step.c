@@ -124,8 +124,11 @@ ks_status ks_bench_step_create(const ks_bench_step_params *params, ks_bench_step
                         .adapters = s->views,
                         .n_adapters = s->p.n_adapters};
   if (s->p.run) return KS_OK;
-  const ks_run_params run = {
-      .max_rows = n_rows, .max_seqs = s->p.n_seqs, .max_rank = s->p.rank, .backward = true};
+  const ks_run_params run = {.max_rows = n_rows,
+                             .max_seqs = s->p.n_seqs,
+                             .max_rank = s->p.rank,
+                             .backward = true,
+                             .recompute = s->p.recompute};
   return ks_run_create(s->p.model, &run, &s->own_run);
 }
 

@@ -93,7 +93,8 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
     ks_run_params run = {.max_rows = c->run.max_rows ? c->run.max_rows : ks_run_default_rows(w->model, true),
                          .max_seqs = 4096,
                          .max_rank = (int32_t)c->lora.rank,
-                         .backward = true};
+                         .backward = true,
+                         .recompute = (ks_recompute)c->run.recompute};
     status = ks_run_bytes(w->model, &run, &run_bytes);
     own.bytes = (double)ks_mem_used(ctx) + (double)run_bytes;
   }
@@ -102,8 +103,10 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
       add_cell(w, &m->cells[i].config, &s, &own);
   ks_world_close(w);
   KS_TRY(status);
-  own.seconds =
-      (own.embed_tokens + 3 * own.train_tokens + 4 * (own.synth_tokens + own.eval_tokens)) / s.embed_rate;
+  static const double train_cost[] = {3, 3.5, 3.8}; /* forward passes, by run.recompute */
+  own.seconds = (own.embed_tokens + train_cost[m->cells[first].config.run.recompute] * own.train_tokens +
+                 4 * (own.synth_tokens + own.eval_tokens)) /
+                s.embed_rate;
   e->n_cells += own.n_cells;
   e->embed_tokens += own.embed_tokens;
   e->train_tokens += own.train_tokens;

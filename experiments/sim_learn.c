@@ -230,7 +230,9 @@ static ks_status train_all(const ks_stage *s, ks_lesson *lessons) {
                                     .n_examples = lessons[i].n_examples,
                                     .params = train_params(t->config, s->window)};
   }
-  KS_TRY_OUT(ks_train(s->world->model, jobs, n_jobs, s->world->config->run.max_rows, s->progress));
+  const ks_config *c = s->world->config;
+  const ks_train_limits limits = {.max_rows = c->run.max_rows, .recompute = (ks_recompute)c->run.recompute};
+  KS_TRY_OUT(ks_train(s->world->model, jobs, n_jobs, &limits, s->progress));
   for (int64_t j = 0; j < n_jobs; j++)
     KS_TRY_OUT(note_training(s, &lessons[owner[j]], &jobs[j]));
 out:

@@ -49,8 +49,11 @@ ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
   const size_t available = ks_mem_available(w->ctx);
   if (available == SIZE_MAX || n_trials == 0) return KS_OK;
   const int64_t n_rows = train_rows(w, n_trials);
-  const ks_run_params run = {
-      .max_rows = n_rows, .max_seqs = n_rows, .max_rank = (int32_t)w->config->lora.rank, .backward = true};
+  const ks_run_params run = {.max_rows = n_rows,
+                             .max_seqs = n_rows,
+                             .max_rank = (int32_t)w->config->lora.rank,
+                             .backward = true,
+                             .recompute = (ks_recompute)w->config->run.recompute};
   size_t train;
   KS_TRY(ks_run_bytes(w->model, &run, &train));
   const size_t generate = generate_bytes(w, n_trials);
@@ -61,10 +64,11 @@ ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
         KS_ENOMEM,
         "a training pass of %lld tokens needs %.2f GB; the device has %.2f GB left beside model, embeddings "
         "and the "
-        "adapters of %lld cells (%.2f GB): at most %lld tokens fit; set run.max_rows to that or less%s",
+        "adapters of %lld cells (%.2f GB): at most %lld tokens fit; set run.max_rows to that or less%s%s",
         (long long)n_rows, ((double)train + (double)allowance(train)) / 1e9, (double)available / 1e9,
         (long long)n_trials, (double)ks_mem_used(w->ctx) / 1e9,
-        (long long)ks_run_rows_that_fit(w->model, &run, arena_within(available)), smaller);
+        (long long)ks_run_rows_that_fit(w->model, &run, arena_within(available)),
+        run.recompute < KS_RECOMPUTE_LAYER ? ", or run.recompute to layer" : "", smaller);
   if (generate > available)
     return KS_FAIL(
         KS_ENOMEM,

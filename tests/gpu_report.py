@@ -179,8 +179,9 @@ def group_rows(rows, key):
 
 
 def peer_results(peers, name, against):
-    """Results of a peer, or of its several ways (faiss.f16, faiss.f32)."""
-    return {p: r for (n, p), r in peers.items() if n == name and (p == against or p.startswith(against + "."))}
+    """Results of a peer, or of its several ways (faiss.f16, faiss.f32); or of another case's peer (lora.3b.peft_eager)."""
+    own = {p: r for (n, p), r in peers.items() if n == name and (p == against or p.startswith(against + "."))}
+    return own or {against: r for (n, p), r in peers.items() if n + "." + p == against}
 
 
 def fastest(candidates):
@@ -286,7 +287,7 @@ def table(cases, goals, ours, peers):
             counts[next(k for k in counts if verdict.startswith(k))] += 1
             if short:
                 worst[name] = max(worst.get(name, 0), short)
-            theirs = peers.get((name, peer))
+            theirs = peer_results(peers, name, goal[4]).get(peer)
             shown.add(peer)
             ratio = "-" if value is None or goal[1] in SHARES else value_words(goal[1], value)
             lines.append("| %s | %s | %s | %s | %s | %s | %s |" % (name, time_words(mine), "%s %s" % (peer, time_words(theirs)) if peer else "-", ratio,

@@ -29,6 +29,7 @@ typedef struct {
   trainee *trainees;
   int64_t n;
   int64_t max_rows; /* of a pass, as asked for */
+  ks_recompute recompute;
   ks_run *run;
   ks_packing packing;
   int64_t *members; /* [n] trainees in the pass being packed */
@@ -324,7 +325,7 @@ static ks_status begin_job(trainer *tr, int64_t index, ks_run_params *run, int64
 }
 
 static ks_status begin_training(trainer *tr) {
-  ks_run_params run = {.max_rows = 1, .backward = true};
+  ks_run_params run = {.max_rows = 1, .backward = true, .recompute = tr->recompute};
   int64_t all_rows = 0;
   for (int64_t i = 0; i < tr->n; i++)
     KS_TRY(begin_job(tr, i, &run, &all_rows));
@@ -356,14 +357,16 @@ static void end_training(trainer *tr, bool failed) {
   free(tr->trainees);
 }
 
-ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, int64_t max_rows,
+ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, const ks_train_limits *limits,
                    const ks_progress *progress) {
+  const int64_t max_rows = limits ? limits->max_rows : 0;
   if (!model || n_jobs < 0 || (n_jobs > 0 && !jobs) || max_rows < 0)
     return KS_FAIL(KS_EINVAL, "ks_train: NULL argument, n_jobs %lld or max_rows %lld", (long long)n_jobs,
                    (long long)max_rows);
   trainer tr = {.model = model,
                 .n = n_jobs,
                 .max_rows = max_rows > 0 ? max_rows : ks_run_default_rows(model, true),
+                .recompute = limits ? limits->recompute : KS_RECOMPUTE_NONE,
                 .progress = progress};
   KS_TRY(ks_alloc_array(&tr.trainees, (size_t)n_jobs, sizeof *tr.trainees, "training"));
   for (int64_t i = 0; i < n_jobs; i++) {

@@ -233,6 +233,7 @@ ks_status ks_pass_backward(ks_run *run, const ks_pass *pass) {
     s.dh = s.cut ? run->dcut : run->dres;
     s.weights = &run->model->layers[s.layer];
     s.acts = ks_run_acts(run, s.layer);
+    KS_TRY(ks_pass_recompute(run, pass, s.layer));
     KS_TRY(mlp_backward(&s));
     if (reaches(&s, 1)) KS_TRY(attention_backward(&s));
   }

@@ -143,40 +143,60 @@ static ks_status attention(layer_state *s) {
   return linear(s, KS_TARGET_o, s->rows, acts->attn, acts->h_mid, residual);
 }
 
-static ks_status mlp(layer_state *s) {
+/* gate and up, and their SwiGLU into h; h NULL: those alone. */
+static ks_status gate_and_up(layer_state *s, void *h) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
-  void *h = run->params.backward ? run->ff : acts->gate;
   const ks_rmsnorm_args norm =
       norm_args(s, acts->h_mid, s->weights->mlp_norm, acts->rstd_mlp, s->rows->n_rows);
   const ks_linear_args parts[2] = {linear_args(s, KS_TARGET_gate, s->rows, run->xn, acts->gate, NULL),
                                    linear_args(s, KS_TARGET_up, s->rows, run->xn, acts->up, NULL)};
   const ks_swiglu_args swiglu = {
       .gate = acts->gate, .up = acts->up, .h = h, .n = s->rows->n_rows * s->m->intermediate_size};
-  KS_TRY(ks_linears_forward(
-      run->model->ctx, &(ks_linears_args){.parts = parts, .n_parts = 2, .norm = &norm, .swiglu = &swiglu}));
-  return linear(s, KS_TARGET_down, s->rows, h, s->h_next, acts->h_mid);
+  return ks_linears_forward(
+      run->model->ctx,
+      &(ks_linears_args){.parts = parts, .n_parts = 2, .norm = &norm, .swiglu = h ? &swiglu : NULL});
+}
+
+static ks_status mlp(layer_state *s) {
+  void *h = s->run->params.backward ? s->run->ff : s->acts.gate;
+  KS_TRY(gate_and_up(s, h));
+  return linear(s, KS_TARGET_down, s->rows, h, s->h_next, s->acts.h_mid);
+}
+
+static layer_state layer_of(ks_run *run, const ks_pass *pass, int64_t layer) {
+  const ks_model_config *m = &run->model->config;
+  const bool last = layer == m->n_layers - 1, cut = last && pass->cut;
+  layer_state s = {.run = run,
+                   .pass = pass,
+                   .m = m,
+                   .weights = &run->model->layers[layer],
+                   .acts = ks_run_acts(run, layer),
+                   .layer = layer,
+                   .rows = cut ? &pass->out : &pass->all,
+                   .cut = cut};
+  s.h_next = last ? run->h_out : ks_run_acts(run, layer + 1).h_in;
+  if (cut && !run->params.backward) s.acts.h_mid = s.h_next = run->xt;
+  return s;
+}
+
+ks_status ks_pass_recompute(ks_run *run, const ks_pass *pass, int64_t layer) {
+  if (run->params.recompute == KS_RECOMPUTE_NONE || layer == run->model->config.n_layers - 1)
+    return KS_OK; /* the last layer's are still there */
+  layer_state s = layer_of(run, pass, layer);
+  if (run->params.recompute == KS_RECOMPUTE_LAYER) KS_TRY(attention(&s));
+  return gate_and_up(&s, NULL);
 }
 
 ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h) {
-  const ks_model_config *m = &run->model->config;
-  layer_state s = {.run = run, .pass = pass, .m = m, .rows = &pass->all, .acts = ks_run_acts(run, 0)};
-  *h = run->h_out;
   KS_TRY(ks_embed_forward(run->model->ctx, &(ks_embed_args){.w = run->model->embedding,
                                                             .tokens = pass->tokens,
                                                             .drawn = pass->drawn,
-                                                            .y = s.acts.h_in,
+                                                            .y = ks_run_acts(run, 0).h_in,
                                                             .n_rows = pass->all.n_rows}));
-  for (s.layer = 0; s.layer < m->n_layers; s.layer++) {
-    bool last = s.layer == m->n_layers - 1;
-    s.weights = &run->model->layers[s.layer];
-    s.acts = ks_run_acts(run, s.layer);
-    s.h_next = last ? run->h_out : ks_run_acts(run, s.layer + 1).h_in;
-    if (last && pass->cut) {
-      s.cut = true;
-      s.rows = &pass->out;
-      if (!run->params.backward) s.acts.h_mid = s.h_next = run->xt;
-    }
+  *h = run->h_out;
+  for (int64_t layer = 0; layer < run->model->config.n_layers; layer++) {
+    layer_state s = layer_of(run, pass, layer);
     KS_TRY(attention(&s));
     KS_TRY(mlp(&s));
     *h = s.h_next;

@@ -41,26 +41,28 @@ static void take_lora_u(const ks_run *run, cursor *c, ks_layer_acts *a) {
     a->u[t] = take(c, run->params.max_rows, run->params.max_rank);
 }
 
-/* One layer's activations, all kept. */
-static void place_kept_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
+/* One layer's activations for a backward pass: its own, and what is made again in a place that all share. */
+static void place_backward_layer(const ks_run *run, cursor *own, cursor *again, ks_layer_acts *a) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
-  a->h_in = take(c, rows, m->hidden_size);
-  a->h_mid = take(c, rows, m->hidden_size);
-  a->q_pre = take(c, rows, q);
-  a->k_pre = take(c, rows, kv);
-  a->v = take(c, rows, kv);
-  a->attn = take(c, rows, q);
-  a->lse = take_floats(c, rows, m->n_heads);
-  a->gate = take(c, rows, m->intermediate_size);
-  a->up = take(c, rows, m->intermediate_size);
-  a->rstd_attn = take_floats(c, rows, 1);
-  a->rstd_mlp = take_floats(c, rows, 1);
+  cursor *mlp = run->params.recompute == KS_RECOMPUTE_NONE ? own : again,
+         *rest = run->params.recompute == KS_RECOMPUTE_LAYER ? again : own;
+  a->h_in = take(own, rows, m->hidden_size);
+  a->rstd_attn = take_floats(own, rows, 1);
+  a->rstd_mlp = take_floats(own, rows, 1);
+  take_lora_u(run, own, a);
+  a->h_mid = take(rest, rows, m->hidden_size);
+  a->q_pre = take(rest, rows, q);
+  a->k_pre = take(rest, rows, kv);
+  a->v = take(rest, rows, kv);
+  a->attn = take(rest, rows, q);
+  a->lse = take_floats(rest, rows, m->n_heads);
   if (m->qk_norm) {
-    a->rstd_q = take_floats(c, rows, m->n_heads);
-    a->rstd_k = take_floats(c, rows, m->n_kv_heads);
+    a->rstd_q = take_floats(rest, rows, m->n_heads);
+    a->rstd_k = take_floats(rest, rows, m->n_kv_heads);
   }
-  take_lora_u(run, c, a);
+  a->gate = take(mlp, rows, m->intermediate_size);
+  a->up = take(mlp, rows, m->intermediate_size);
   a->q = m->qk_norm ? run->q : a->q_pre;
   a->k = m->qk_norm ? run->k : a->k_pre;
 }
@@ -89,14 +91,16 @@ static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
 
 ks_layer_acts ks_run_acts(const ks_run *run, int64_t layer) {
   ks_layer_acts a = {0};
-  cursor c = {.base = run->arena,
-              .n = run->layer_begin + (size_t)layer * run->layer_bytes,
-              .act_size = ks_ctx_act_size(run->model->ctx)};
-  c.top = c.n;
+  const size_t act_size = ks_ctx_act_size(run->model->ctx);
+  cursor own = {.base = run->arena,
+                .n = run->layer_begin + (size_t)layer * run->layer_bytes,
+                .act_size = act_size},
+         again = {.base = run->arena, .n = run->again_begin, .act_size = act_size};
+  own.top = own.n;
   if (run->params.backward)
-    place_kept_layer(run, &c, &a);
+    place_backward_layer(run, &own, &again, &a);
   else
-    place_shared_layer(run, &c, &a);
+    place_shared_layer(run, &own, &a);
   return a;
 }
 
@@ -136,31 +140,39 @@ static void place_phases(ks_run *run, cursor *c) {
   c->n = c->top;
 }
 
+/* The layers' places behind everything else. */
+static void place_layers(ks_run *run, cursor *c) {
+  ks_layer_acts acts = {0};
+  cursor own = {.act_size = c->act_size}, again = own;
+  size_t all = 0;
+  run->layer_begin = run->again_begin = c->n;
+  if (run->params.backward) {
+    place_backward_layer(run, &own, &again, &acts);
+    if (!ks_add_size(c->n, again.n, &run->layer_begin) ||
+        !ks_mul_size(own.n, (size_t)run->model->config.n_layers, &all) ||
+        !ks_add_size(run->layer_begin, all, &run->arena_bytes))
+      c->overflow = true;
+  } else {
+    place_shared_layer(run, &own, &acts);
+    if (!ks_add_size(c->n, own.n, &run->arena_bytes)) c->overflow = true;
+    if (run->arena_bytes < c->top)
+      run->arena_bytes = c->top; /* the head's workspace lies in the same place */
+  }
+  run->layer_bytes = run->params.backward ? own.n : 0;
+  c->overflow |= own.overflow || again.overflow;
+}
+
 /* Sets every pointer into the arena (all NULL before there is one) and counts it. */
 static ks_status place_all(ks_run *run) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows;
-  ks_layer_acts acts = {0};
   cursor c = {.base = run->arena, .act_size = ks_ctx_act_size(run->model->ctx)};
   run->h_out = take(&c, rows, m->hidden_size);
   run->xn = take(&c, rows, m->hidden_size);
   run->xt = take(&c, rows, m->hidden_size);
   if (run->params.backward) place_backward_scratch(run, &c);
   place_phases(run, &c);
-  run->layer_begin = c.n;
-  if (run->params.backward)
-    place_kept_layer(run, &c, &acts);
-  else
-    place_shared_layer(run, &c, &acts);
-  run->layer_bytes = 0;
-  run->arena_bytes = c.n;
-  if (run->params.backward) {
-    size_t kept;
-    run->layer_bytes = c.n - run->layer_begin;
-    if (!ks_mul_size(run->layer_bytes, (size_t)m->n_layers, &kept) ||
-        !ks_add_size(run->layer_begin, kept, &run->arena_bytes))
-      c.overflow = true;
-  }
+  place_layers(run, &c);
   if (c.overflow)
     return KS_FAIL(KS_EOVERFLOW,
                    "run: activations of %lld rows do not fit an address space; use fewer rows a pass",
@@ -177,6 +189,8 @@ static ks_status check_params(const ks_model *model, const ks_run_params *p) {
                    (long long)p->max_seqs);
   if (p->max_rank < 0 || p->max_rank > 256)
     return KS_FAIL(KS_EINVAL, "run: max_rank is %d; give 0 to 256", p->max_rank);
+  if (p->recompute < KS_RECOMPUTE_NONE || p->recompute > KS_RECOMPUTE_LAYER)
+    return KS_FAIL(KS_EINVAL, "run: recompute is %d; give one of ks_recompute", (int)p->recompute);
   return KS_OK;
 }
 

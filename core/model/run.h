@@ -42,7 +42,8 @@ typedef struct {
   const int64_t *cache_rows; /* host [all.n_rows]: where each row's key goes */
 } ks_pass;
 
-/* What one layer leaves behind; backend memory. Without backward all layers share it. `void *`: activations (ops.h). */
+/* What one layer leaves behind; backend memory. Without backward all layers share it, with backward what is recomputed.
+ * `void *`: activations (ops.h). */
 typedef struct {
   void *h_in, *h_mid;          /* [rows, hidden] residual stream before attention, before the MLP */
   void *q, *k, *v;             /* [rows, heads * head_dim] after rotary */
@@ -61,6 +62,7 @@ struct ks_run {
   unsigned char *arena; /* backend memory: everything below */
   size_t arena_bytes;
   size_t layer_begin, layer_bytes; /* place of layer 0's activations; stride (0: shared) */
+  size_t again_begin;              /* place of what every layer makes again for its backward pass */
   void *h_out;                     /* [rows, hidden] after the last layer */
   void *xn, *xt, *dxn;             /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
   void *dres, *dcut;               /* [rows, hidden] gradient of the residual stream, of its cut rows */
@@ -92,6 +94,8 @@ void ks_run_cut(ks_run *run, const int64_t *tails, ks_pass *pass);
 /* Room for the pointers of n adapters; grows on the first pass of more adapters only. */
 ks_status ks_run_reserve_loras(ks_run *run, int64_t n);
 
+/* Makes again what the run does not keep of `layer` and its backward pass reads. Call it from the last layer downwards. */
+ks_status ks_pass_recompute(ks_run *run, const ks_pass *pass, int64_t layer);
 /* Runs all layers. *h: residual stream of the out rows [out.n_rows, hidden], before the final norm. */
 ks_status ks_pass_forward(ks_run *run, const ks_pass *pass, void **h);
 /* Gradient of the out rows' residual stream (run->dcut when cut, else run->dres) down into the adapters. */

@@ -1,4 +1,5 @@
 """experiments/bench_peers.py: the list of cases, sizes for tries, and, where there is PyTorch, every case on a CPU, tiny."""
+import argparse
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SCRIPT = os.path.join(ROOT, "experiments", "bench_peers.py")
 sys.path.insert(0, os.path.join(ROOT, "experiments"))
 import bench_peers  # noqa: E402
+import bench_peers_memory  # noqa: E402
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft", "faiss")}
 # Each op, and each way that a case of it can go.
@@ -73,6 +75,14 @@ class Cases(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, ":2: a KS_CASE that cannot be read"):
                 bench_peers.read_cases(f.name)
 
+    def test_memory_of_this_project(self):
+        a = lambda **k: argparse.Namespace(**{"shape": "3b", "n_seqs": 64, "seq_len": 256, "rank": 8, "targets": "q,k,v,o,gate,up,down", **k})
+        of = bench_peers_memory.of_this_project
+        self.assertAlmostEqual(of(a(), "none") / 39.5e9, 1, delta=0.01)  # measured on an H200
+        self.assertAlmostEqual(of(a(n_seqs=8), "none") / 11.2073e9, 1, delta=0.01)
+        self.assertGreater(of(a(), "none"), of(a(), "mlp"))
+        self.assertGreater(of(a(), "mlp"), of(a(), "layer"))
+
     def test_wrong_use(self):
         self.assertEqual(run("--only", "nothing")[0], 2)
         self.assertEqual(run("--only", "(")[0], 2)
@@ -82,6 +92,14 @@ class Cases(unittest.TestCase):
 
 @unittest.skipUnless(HAS["torch"] and HAS["transformers"] and HAS["peft"], "needs PyTorch, transformers and PEFT")
 class Tiny(unittest.TestCase):
+    def test_memory(self):
+        script = os.path.join(ROOT, "experiments", "bench_peers_memory.py")
+        done = subprocess.run([sys.executable, script, "--n-seqs", "2", "--seq-len", "64"], stdout=subprocess.PIPE, text=True, check=True)
+        figures = [float(line.split()[-1]) for line in done.stdout.splitlines()[1:]]
+        self.assertEqual((len(figures), figures[0]), (5, 1))
+        self.assertLess(figures[1], 1)  # checkpointing takes less
+        self.assertEqual(subprocess.run([sys.executable, script, "--targets", "x"], stderr=subprocess.PIPE, check=False).returncode, 2)
+
     def measure(self, *arguments):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "rows.jsonl")

@@ -90,7 +90,7 @@ Test(train, twenty_steps_equal_pytorch) {
                                    .steps = (int64_t)t[7],
                                    .schedule = KS_SCHEDULE_COSINE,
                                    .batch_size = 4};
-    ks_must(ks_train(model, &job, 1, 0, NULL));
+    ks_must(ks_train(model, &job, 1, NULL, NULL));
     check_steps(&f, dtype, "step_loss", job.step_loss, job.n_steps);
     check_steps(&f, dtype, "step_norm", job.step_grad_norm, job.n_steps);
     state s = save(a);
@@ -197,17 +197,18 @@ Test(train, a_cohort_of_eight_equals_each_alone_on_one_thread_or_two) {
     ks_train_job reference[N_JOBS];
     state states[N_JOBS];
     for (int threads = 1; threads <= (ks_test_is_shim() ? 1 : 2); threads++) {
-      const int64_t bounds[] = {0, 60, 1}; /* 1: every job in a pass of its own */
-      for (int k = 0; k < 4; k++) {        /* the last: each by itself */
+      const ks_train_limits limits[] = {
+          {0}, {60, KS_RECOMPUTE_MLP}, {1, KS_RECOMPUTE_LAYER}}; /* 1: every job in a pass of its own */
+      for (int k = 0; k < 4; k++) {                              /* the last: each by itself */
         if (ks_test_is_cuda() && (k == 1 || k == 2)) continue;
         world w;
         ks_train_job jobs[N_JOBS];
         make_world(&w, threads, which);
         for (int i = 0; i < N_JOBS; i++)
           jobs[i] = job_of(&w, i);
-        if (k < 3) ks_must(ks_train(&w.twin.model, jobs, N_JOBS, bounds[k], NULL));
+        if (k < 3) ks_must(ks_train(&w.twin.model, jobs, N_JOBS, &limits[k], NULL));
         for (int i = 0; k == 3 && i < N_JOBS; i++)
-          ks_must(ks_train(&w.twin.model, &jobs[i], 1, 0, NULL));
+          ks_must(ks_train(&w.twin.model, &jobs[i], 1, NULL, NULL));
         for (int i = 0; i < N_JOBS; i++) {
           state s = save(w.adapters[i]);
           if (threads == 1 && k == 0) {
@@ -254,7 +255,7 @@ Test(train, loss_falls_everything_trainable_moves_nothing_frozen_does) {
   job.params.epochs = 20;
   job.params.weight_decay = 0;
   job.params.warmup = 0;
-  ks_must(ks_train(&w.twin.model, &job, 1, 0, NULL));
+  ks_must(ks_train(&w.twin.model, &job, 1, NULL, NULL));
   state end = save(w.adapters[1]);
   cr_expect_eq(job.n_steps, 60);
   cr_expect_eq(job.n_steps, ks_train_n_steps(&job.params, N_EXAMPLES));
@@ -297,7 +298,7 @@ Test(train, micro_batches_accumulate_to_the_batch) {
     job.params.batch_size = N_EXAMPLES;
     job.params.micro_batch = k % 3 == 1 ? 2 : 0;
     job.params.steps = 3;
-    ks_must(ks_train(&w.twin.model, &job, 1, k % 3 == 2 ? 20 : 0, NULL));
+    ks_must(ks_train(&w.twin.model, &job, 1, &(ks_train_limits){.max_rows = k % 3 == 2 ? 20 : 0}, NULL));
     state s = save(w.adapters[1]);
     if (k % 3 == 0)
       reference = s;
@@ -322,7 +323,7 @@ Test(train, rounds_epochs_and_seeds_give_other_orders) {
     job.params.learning_rate = 0; /* so that a loss names its example */
     job.params.round = k == 1;
     job.params.seed = k == 2;
-    ks_must(ks_train(&w.twin.model, &job, 1, 0, NULL));
+    ks_must(ks_train(&w.twin.model, &job, 1, NULL, NULL));
     cr_assert_eq(job.n_steps, 21);
     memcpy(losses[k], job.step_loss, sizeof losses[k]);
     free_job(&job);
@@ -352,7 +353,7 @@ Test(train, evaluation_is_the_loss_before_training) {
   for (int i = 0; i < N_JOBS; i++) {
     ks_train_job job = {
         .adapter = w.adapters[i], .examples = w.examples, .n_examples = N_EXAMPLES, .params = usual};
-    ks_must(ks_train(&w.twin.model, &job, 1, 0, NULL));
+    ks_must(ks_train(&w.twin.model, &job, 1, NULL, NULL));
     free_job(&job);
     views[i] = ks_adapter_view_of(w.adapters[i]);
   }
@@ -372,7 +373,7 @@ Test(train, evaluation_is_the_loss_before_training) {
         .adapter = w.adapters[index[i]], .examples = &examples[i], .n_examples = 1, .params = usual};
     job.params.steps = 1;
     job.params.learning_rate = 0;
-    ks_must(ks_train(&w.twin.model, &job, 1, 0, NULL));
+    ks_must(ks_train(&w.twin.model, &job, 1, NULL, NULL));
     cr_expect_eq(job.step_loss[0], (float)(losses[0][i] / (double)n_targets[i]));
     free_job(&job);
   }
@@ -400,13 +401,13 @@ Test(train, nothing_to_do_interruption_and_refusals) {
   ks_model *m = &w.twin.model;
   state start = save(w.adapters[1]);
   ks_train_job none = {.adapter = w.adapters[1], .params = usual};
-  ks_must(ks_train(m, &none, 1, 0, NULL));
+  ks_must(ks_train(m, &none, 1, NULL, NULL));
   cr_expect_eq(none.n_steps, 0);
   free_job(&none);
-  ks_must(ks_train(m, NULL, 0, 0, NULL));
+  ks_must(ks_train(m, NULL, 0, NULL, NULL));
   ks_example mute = {w.tokens[0], 5, 5};
   ks_train_job silent = {.adapter = w.adapters[1], .examples = &mute, .n_examples = 1, .params = usual};
-  ks_must(ks_train(m, &silent, 1, 0, NULL));
+  ks_must(ks_train(m, &silent, 1, NULL, NULL));
   cr_expect_eq(silent.n_steps, 3);
   cr_expect_eq(silent.n_tokens, 0);
   cr_expect_eq(silent.step_loss[0], 0);
@@ -419,19 +420,19 @@ Test(train, nothing_to_do_interruption_and_refusals) {
   size_t before = ks_mem_used(w.ctx);
   int left = 1;
   ks_train_job job = job_of(&w, 1);
-  cr_expect_eq(ks_train(m, &job, 1, 0, &(ks_progress){stop_after, &left}), KS_EINTERRUPTED);
+  cr_expect_eq(ks_train(m, &job, 1, NULL, &(ks_progress){stop_after, &left}), KS_EINTERRUPTED);
   cr_expect_eq(job.step_loss, NULL);
   cr_expect_eq(ks_mem_used(w.ctx), before);
 
   ks_train_job pair[2] = {job_of(&w, 1), job_of(&w, 1)};
-  cr_expect_eq(ks_train(m, pair, 2, 0, NULL), KS_EINVAL, "two jobs share an adapter");
+  cr_expect_eq(ks_train(m, pair, 2, NULL, NULL), KS_EINVAL, "two jobs share an adapter");
   ks_example longer = {w.tokens[0], 66, 1}, empty = {w.tokens[0], 0, 1}, unmasked = {w.tokens[0], 5, 0};
   int32_t alien[2] = {0, 61};
   ks_example foreign = {alien, 2, 1};
   const ks_example *bad[] = {&longer, &empty, &unmasked, &foreign};
   for (int i = 0; i < 4; i++) {
     ks_train_job x = {.adapter = w.adapters[1], .examples = bad[i], .n_examples = 1, .params = usual};
-    cr_expect_eq(ks_train(m, &x, 1, 0, NULL), KS_EINVAL, "example %d", i);
+    cr_expect_eq(ks_train(m, &x, 1, NULL, NULL), KS_EINVAL, "example %d", i);
     double loss;
     int64_t n;
     cr_expect_eq(ks_evaluate_loss(m, bad[i], NULL, 1, NULL, 0, 0, NULL, &loss, &n), KS_EINVAL, "example %d",
@@ -446,7 +447,7 @@ Test(train, nothing_to_do_interruption_and_refusals) {
       *rates[i] = -1;
     else
       p->batch_size = 0;
-    cr_expect_eq(ks_train(m, &x, 1, 0, NULL), KS_EINVAL, "parameter %d", i);
+    cr_expect_eq(ks_train(m, &x, 1, NULL, NULL), KS_EINVAL, "parameter %d", i);
   }
   cr_expect_eq(ks_mem_used(w.ctx), before);
   free_state(&start);
@@ -463,7 +464,7 @@ Test(train, a_gradient_that_is_not_finite_is_named) {
     poison[i] = i ? 1.0f : NAN;
   ks_must(ks_adapter_load(w.adapters[2], poison, zeros, zeros, w.adapters[2]->n_params, 0));
   ks_train_job jobs[2] = {job_of(&w, 1), job_of(&w, 2)};
-  cr_expect_eq(ks_train(&w.twin.model, jobs, 2, 0, NULL), KS_ENUMERIC);
+  cr_expect_eq(ks_train(&w.twin.model, jobs, 2, NULL, NULL), KS_ENUMERIC);
   cr_expect_neq(strstr(ks_error_message(), "job 1, step 1"), NULL, "%s", ks_error_message());
   cr_expect_eq(jobs[0].step_loss, NULL);
   free(poison);

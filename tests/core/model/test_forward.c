@@ -55,11 +55,17 @@ static void add_segment(problem *p, int64_t row_begin, int64_t n_rows, const ks_
   p->segments[b->n_segments++] = (ks_segment){row_begin, n_rows, index, key};
 }
 
-static ks_run *make_run(ks_model *m, bool backward) {
+static ks_run *make_run_as(ks_model *m, bool backward, ks_recompute recompute) {
   ks_run *run = NULL;
   ks_must(ks_run_create(
-      m, &(ks_run_params){.max_rows = 200, .max_seqs = MAX_SEQS, .max_rank = 8, .backward = backward}, &run));
+      m,
+      &(ks_run_params){
+          .max_rows = 200, .max_seqs = MAX_SEQS, .max_rank = 8, .backward = backward, .recompute = recompute},
+      &run));
   return run;
+}
+static ks_run *make_run(ks_model *m, bool backward) {
+  return make_run_as(m, backward, KS_RECOMPUTE_NONE);
 }
 
 static void run_backward(ks_run *run, problem *p) {
@@ -291,9 +297,14 @@ enum { N_JOBS = 3 };
 static const int64_t job_lengths[N_JOBS][2] = {{9, 30}, {33, 4}, {1, 17}};
 static const int64_t job_begins[N_JOBS][2] = {{1, 12}, {33, 4}, {1, 2}};
 
-/* Jobs first..last in one batch, with company rows that have no adapter. */
-static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last, float dropout, bool company,
-                     outcome *out) {
+typedef struct {
+  float dropout;
+  bool company; /* rows that have no adapter */
+  ks_recompute recompute;
+} how;
+
+/* Jobs first..last in one batch. */
+static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last, how h, outcome *out) {
   ks_ctx *ctx = t->model.ctx;
   const ks_model_config *c = &t->model.config;
   problem p;
@@ -309,13 +320,13 @@ static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last,
     ks_must(ks_mem_zero(ctx, adapters[j].grads, (size_t)adapters[j].n * sizeof(float)));
   }
   int64_t n_targets = p.n_targets, n_rows = p.batch.n_rows;
-  if (company) {
+  if (h.company) {
     int32_t *tokens = ks_twin_tokens(14, c->vocab_size, 5);
     add_sequence(&p, tokens, 13, 3);
     free(tokens);
   }
-  p.batch.dropout = dropout;
-  ks_run *run = make_run(&t->model, true);
+  p.batch.dropout = h.dropout;
+  ks_run *run = make_run_as(&t->model, true, h.recompute);
   run_backward(run, &p);
   for (int64_t i = 0; i < n_targets; i++)
     out->losses[out->n_targets++] = p.loss[i];
@@ -353,13 +364,14 @@ static void run_case(ks_ctx *ctx, const ks_model_config *c, ks_dtype dtype, floa
   ks_twin t;
   ks_twin_adapter adapters[N_JOBS];
   outcome alone = {.n_targets = 0}, company = {.n_targets = 0};
+  const how h = {.dropout = dropout}, with_company = {.dropout = dropout, .company = true};
   ks_twin_make(&t, ctx, c, dtype, 21);
   for (int j = 0; j < N_JOBS; j++)
     ks_twin_adapter_make(&adapters[j], ctx, c, 2 + j, j == 1 ? 1 | 4 | 64 : ALL_TARGETS, (uint64_t)j);
-  run_jobs(&t, adapters, 0, N_JOBS - 1, dropout, false, together);
-  run_jobs(&t, adapters, 0, N_JOBS - 1, dropout, true, &company);
+  run_jobs(&t, adapters, 0, N_JOBS - 1, h, together);
+  run_jobs(&t, adapters, 0, N_JOBS - 1, with_company, &company);
   for (int j = 0; j < N_JOBS; j++)
-    run_jobs(&t, adapters, j, j, dropout, false, &alone);
+    run_jobs(&t, adapters, j, j, h, &alone);
   expect_same(together, &alone, adapters, "together and alone");
   expect_same(together, &company, adapters, "with company");
   free_outcome(&alone);
@@ -388,6 +400,48 @@ Test(forward, a_result_does_not_depend_on_batch_or_threads) {
                        "1 and 2 threads: hidden");
       free_outcome(&results[0]);
       free_outcome(&results[1]);
+    }
+  }
+}
+
+/* Adapters everywhere, and such that the backward pass ends inside a layer: at down of the lowest, at o of one. */
+Test(forward, what_is_made_again_has_the_same_bits) {
+  const struct {
+    ks_dtype dtype;
+    float dropout;
+    uint32_t targets;
+  } kinds[] = {{KS_DTYPE_F32, 0.3f, ALL_TARGETS},
+               {KS_DTYPE_F32, 0, 64},
+               {KS_DTYPE_BF16, 0, 8},
+               {KS_DTYPE_BF16, 0, 1 | 16}};
+  for (int i = 0; i < (ks_test_is_shim() ? 2 : KS_N_TWIN_CASES); i++) {
+    const ks_model_config *c = &ks_twin_cases[i].config;
+    for (size_t k = 0; k < sizeof kinds / sizeof kinds[0]; k++) {
+      ks_ctx *ctx = ks_twin_ctx_as(2, kinds[k].dtype);
+      ks_twin t;
+      ks_twin_adapter adapters[N_JOBS];
+      outcome kept;
+      ks_twin_make(&t, ctx, c, kinds[k].dtype, 21);
+      for (int j = 0; j < N_JOBS; j++)
+        ks_twin_adapter_make(&adapters[j], ctx, c, 2 + j, kinds[k].targets, (uint64_t)j);
+      for (ks_recompute r = KS_RECOMPUTE_NONE; r <= KS_RECOMPUTE_LAYER; r++) {
+        outcome again = {.n_targets = 0};
+        run_jobs(&t, adapters, 0, N_JOBS - 1, (how){.dropout = kinds[k].dropout, .recompute = r}, &again);
+        if (r == KS_RECOMPUTE_NONE) {
+          kept = again;
+          continue;
+        }
+        char what[80];
+        snprintf(what, sizeof what, "%s, kind %zu, %s", ks_twin_cases[i].name, k,
+                 r == KS_RECOMPUTE_MLP ? "mlp" : "layer");
+        expect_same(&kept, &again, adapters, what);
+        free_outcome(&again);
+      }
+      free_outcome(&kept);
+      for (int j = 0; j < N_JOBS; j++)
+        ks_twin_adapter_free(&adapters[j]);
+      ks_twin_free(&t);
+      ks_ctx_destroy(ctx);
     }
   }
 }
@@ -426,11 +480,15 @@ Test(forward, dropout_changes_results_and_depends_on_key_and_step) {
 
 Test(forward, a_run_holds_what_was_promised) {
   ks_ctx *ctx = ks_twin_ctx(1);
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < 24; i++) {
     ks_twin t;
     ks_run *run = NULL;
-    ks_run_params p = {
-        .max_rows = 64, .max_seqs = 3, .max_rank = i & 1 ? 8 : 0, .backward = i & 2, .no_loss = i & 4};
+    ks_run_params p = {.max_rows = 64,
+                       .max_seqs = 3,
+                       .max_rank = i & 1 ? 8 : 0,
+                       .backward = i & 2,
+                       .no_loss = i & 4,
+                       .recompute = (ks_recompute)(i / 8)};
     size_t promised = 0;
     ks_twin_make(&t, ctx, &ks_twin_cases[i % KS_N_TWIN_CASES].config, KS_DTYPE_F32, 5);
     ks_must(ks_run_bytes(&t.model, &p, &promised));
