@@ -37,12 +37,23 @@ typedef struct {
   uint32_t v[4];
 } ks_philox_block;
 
+/* a * b. Said in PTX where nvcc would widen both first: a quarter more instructions in ks_philox. */
+KS_RNG_FN static inline uint64_t ks_rng_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t p;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
+  return p;
+#else
+  return (uint64_t)a * b;
+#endif
+}
+
 /* The 128 random bits of counter (hi, lo) under `key`. */
 KS_RNG_FN static inline ks_philox_block ks_philox(uint64_t key, uint64_t hi, uint64_t lo) {
   uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
   uint32_t c0 = (uint32_t)lo, c1 = (uint32_t)(lo >> 32), c2 = (uint32_t)hi, c3 = (uint32_t)(hi >> 32);
   for (int round = 0; round < 10; round++) {
-    uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+    uint64_t p0 = ks_rng_product(0xD2511F53u, c0), p1 = ks_rng_product(0xCD9E8D57u, c2);
     uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
     c1 = (uint32_t)p1;
     c3 = (uint32_t)p0;

@@ -43,8 +43,8 @@
  *         C of five products   50                                 5
  *         frozen layer         12,800                             1,800 (products at 88 and 80 % of 796 TFLOP/s, and the rest)
  *         adapters add         4.9 %                              4.9 %
- *       Dropout comes on top: masks of 3200 columns are 27 us a map and pass at 16384 rows (64 integer operations a clock and
- *       SM), 1.7 % for all; 2048 rows 3.5 us. Sixteen adapters read and write the same bytes as one: 1.02 x at most.
+ *       Dropout comes on top: masks of 3200 columns are 20 us a map and pass at 16384 rows (lora.cu), 1.3 % for all; 2048 rows
+ *       3 us. Sixteen adapters read and write the same bytes as one: 1.02 x at most.
  *   Next, not built: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and u in one array.
  *   Next, not built: products of maps of one input side by side. 2048 rows x 3200 outputs are 200 tiles of
  *       128 x 256, 1.5 waves of 132 SMs at the time of 2; three of them side by side 4.6 waves at the time of
@@ -110,15 +110,14 @@ typedef struct {
   lora_group group;
 } pass;
 
-static ks_status begin_pass(ks_ctx *ctx, const char *op, const ks_linear_args *parts, int64_t n,
-                            bool backward, pass *p) {
+static ks_status begin_pass(ks_ctx *ctx, const ks_linear_args *parts, int64_t n, bool backward, pass *p) {
   *p = {};
-  p->op = op;
+  p->op = backward ? "linear_backward" : "linear_forward";
   p->parts = parts;
   p->backward = backward;
   p->tensor_cores = ks_ctx_act_dtype(ctx) == KS_DTYPE_BF16;
   for (int64_t i = 0; i < n; i++) {
-    p->by[i] = way_of(ctx, op, &parts[i]);
+    p->by[i] = way_of(ctx, p->op, &parts[i]);
     p->product[i] = product_of(&parts[i], backward);
     p->tensor_cores = p->tensor_cores && p->by[i] != BY_SIMT;
   }
@@ -213,40 +212,41 @@ static size_t partial_bytes(const ks_ctx *ctx, const pass *p) {
   return shrink > gradient ? shrink : gradient;
 }
 
-static ks_status run_pass(ks_ctx *ctx, pass *p) {
-  if (p->group.any) {
-    const size_t mask_bytes = ks_lora_mask_bytes(&p->group);
+/* Maps of one input; none is empty, unless it is alone. */
+static ks_status run_pass(ks_ctx *ctx, const ks_linear_args *parts, int64_t n, bool backward) {
+  pass p;
+  KS_TRY(begin_pass(ctx, parts, n, backward, &p));
+  if (p.group.any) {
+    const size_t mask_bytes = ks_lora_mask_bytes(&p.group);
     uint8_t *room = NULL;
-    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + partial_bytes(ctx, p), (void **)&room));
-    KS_TRY(ks_lora_make_masks(ctx, &p->group, room));
-    KS_TRY(run_shrinks(ctx, p, room + mask_bytes));
-    if (p->backward) KS_TRY(run_gradients(ctx, p, room + mask_bytes));
+    KS_TRY(ks_cuda_workspace(ctx, mask_bytes + partial_bytes(ctx, &p), (void **)&room));
+    KS_TRY(ks_lora_make_masks(ctx, &p.group, room));
+    KS_TRY(run_shrinks(ctx, &p, room + mask_bytes));
+    if (backward) KS_TRY(run_gradients(ctx, &p, room + mask_bytes));
   }
-  return run_products(ctx, p);
+  return run_products(ctx, &p);
 }
 
-ks_status ks_linear_group_forward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n) {
-  pass p;
-  KS_TRY(begin_pass(ctx, "linear_forward", parts, n, false, &p));
-  return run_pass(ctx, &p);
-}
+/* ---------------------------------------------------------------- entries */
 
-ks_status ks_linear_group_backward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n) {
-  pass p;
-  KS_TRY(begin_pass(ctx, "linear_backward", parts, n, true, &p));
-  return run_pass(ctx, &p);
+extern "C" ks_status ks_cuda_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
+  bool taken = false;
+  if (a->parts[0].generation) KS_TRY(ks_decode_linears(ctx, a, &taken));
+  if (taken) return KS_OK;
+  if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
+  KS_TRY(run_pass(ctx, a->parts, a->n_parts, false));
+  return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
 }
 
 extern "C" ks_status ks_cuda_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
-  if (a->generation) {
-    const ks_linears_args alone = {a, 1, NULL, NULL};
-    bool taken = false;
-    KS_TRY(ks_decode_linears(ctx, &alone, &taken));
-    if (taken) return KS_OK;
-  }
-  return ks_linear_group_forward(ctx, a, 1);
+  const ks_linears_args alone = {a, 1, NULL, NULL};
+  return ks_cuda_linears_forward(ctx, &alone);
+}
+
+extern "C" ks_status ks_cuda_linears_backward(ks_ctx *ctx, const ks_linears_args *a) {
+  return run_pass(ctx, a->parts, a->n_parts, true);
 }
 
 extern "C" ks_status ks_cuda_linear_backward(ks_ctx *ctx, const ks_linear_args *a) {
-  return ks_linear_group_backward(ctx, a, 1);
+  return run_pass(ctx, a, 1, true);
 }

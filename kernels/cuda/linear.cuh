@@ -2,7 +2,6 @@
  * batch as kernels see them.
  *
  *   linear.cu          entries; which kernels an operation is made of
- *   linears.cu         entries of maps that share their input
  *   lora.cu            the description of a batch's adapters, dropout masks, sums of partial gradients
  *   lora_shrink.cu     u and v of all maps of one input on tensor cores (bf16)
  *   lora_gradient.cu   their gradients of A and B
@@ -136,10 +135,6 @@ struct linear_product {
 /* A generation pass: sums over k are made in runs of whole steps of 32, LINEAR_RUNS of them or fewer, the
  * same for few rows and for many. */
 enum { LINEAR_RUNS = 8, LINEAR_FEW_ROWS = 64 };
-
-/* Maps of one input (linear.cu); no part is empty, unless it is alone. */
-ks_status ks_linear_group_forward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n);
-ks_status ks_linear_group_backward(ks_ctx *ctx, const ks_linear_args *parts, int64_t n);
 
 ks_status ks_simt_product(ks_ctx *ctx, const char *op, const linear_product *p);
 ks_status ks_simt_shrink(ks_ctx *ctx, const char *op, const lora_shrink_args *p);
