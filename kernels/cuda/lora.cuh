@@ -104,12 +104,25 @@ KS_DEVICE lora_place lora_place_of(const lora_work &w, const lora_job &job, int 
   return {-1, 0};
 }
 
-/* ---- masks: of two neighbours in two bytes, one in each half of a word, so that bit q of both is moved at once. */
-KS_DEVICE uint32_t lora_spread(uint32_t two_bytes) {
-  return (two_bytes & 0xffu) | (two_bytes & 0xff00u) << 8;
+/* All ones in each half whose byte of `bytes` (0 and 1; UPPER: 2 and 3) has its highest bit set. */
+template <bool UPPER> KS_DEVICE uint32_t lora_halves(uint32_t bytes) {
+#ifdef __CUDA_ARCH__
+  uint32_t halves;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(halves) : "r"(bytes), "n"(UPPER ? 0xbbaa : 0x9988));
+  return halves;
+#else
+  return tile_select(bytes >> (UPPER ? 23 : 7), bytes >> (UPPER ? 31 : 15));
+#endif
 }
-KS_DEVICE uint32_t lora_kept(uint32_t spread, int q) {
-  return (spread >> q & 0x00010001u) * 0xffffu;
+/* An operand of a product under bit q of its mask: bytes 0 and 1 of mask[h] are of the halves of a[2 h], bytes 2 and 3 of those of
+ * a[2 h + 1]. */
+KS_DEVICE void lora_mask(uint32_t kept[4], const uint32_t a[4], const uint32_t mask[2], int q) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint32_t bytes = mask[h] << (7 - q);
+    kept[2 * h] = a[2 * h] & lora_halves<false>(bytes);
+    kept[2 * h + 1] = a[2 * h + 1] & lora_halves<true>(bytes);
+  }
 }
 
 #endif

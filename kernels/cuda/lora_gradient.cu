@@ -14,8 +14,9 @@
  *
  * Determinism: chunks are cut from a segment's first row; which block is last does not matter.
  *
- * H200, sm_90, from the compiler: 65 and 93 registers (8 and 24 ranks), no spills; 35 and 40 KB shared memory, 6 and 5 blocks an
- * SM. Hot loop: 4 and 12 mma a step of 32 rows.
+ * H200, sm_90, from the compiler: 71 and 96 registers (8 and 24 ranks), no spills; 35 and 40 KB shared memory, 6 and 5 blocks an
+ * SM. Hot loop: 4 and 12 mma a step of 32 rows, beside 110 and 190 instructions (190 and 400 with masks) of the 475 that a block's
+ * warp has in the time of its bytes.
  * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 80 % of a read at 4.5 TB/s:
  *                               16384 rows                        2048 rows
  *   q, k, v                     420 + 78 MB, 110 us -> 130 us     52 + 10 MB, 13 us -> 16 us
@@ -83,13 +84,10 @@ template <int NT>
 KS_DEVICE void grad_load(const grad_room<NT> &room, const lora_work &p, const lora_job &job,
                          const grad_place<NT> &at, int row0, int stage) {
   typedef grad_room<NT> S;
-#pragma unroll
-  for (int i = 0; i < GRAD_Z / 8 / LORA_THREADS; i++) {
-    const int row = i * (LORA_THREADS / 16) + (int)threadIdx.x / 16, piece = (int)threadIdx.x % 16;
-    tile_load_8(tile_at<16>(room.z + stage * GRAD_Z, row, piece),
-                job.z + (at.chunk.row + row0 + row) * job.n_cols, at.col0 + 8 * piece, job.n_cols,
-                row0 + row < at.chunk.n_rows, at.z_aligned);
-  }
+  tile_load_rows<16, LORA_THREADS / 16, GRAD_Z / 8 / LORA_THREADS>(
+      room.z + stage * GRAD_Z, (int)threadIdx.x / 16, (int)threadIdx.x % 16,
+      job.z + (at.chunk.row + row0) * job.n_cols, at.col0 + 8 * ((int)threadIdx.x % 16), job.n_cols,
+      at.chunk.n_rows - row0, at.z_aligned);
   const int row = (int)threadIdx.x % GRAD_ROWS;
   const bool there = row0 + row < at.chunk.n_rows;
   const int64_t of = there ? at.chunk.row + row0 + row : at.chunk.row;
@@ -106,18 +104,18 @@ KS_DEVICE void grad_load(const grad_room<NT> &room, const lora_work &p, const lo
   }
 }
 
-/* Masks of columns g, g + 8 of sixteen and rows k + 2t, + 1, + 8, + 9. */
-KS_DEVICE void grad_keep(uint32_t keep[4], const uint8_t *mask, int k, int g, int t) {
+/* Masks of columns g and g + 8 of each of eight sixteens, rows k + 2t, + 1 (and 8 further). */
+KS_DEVICE void grad_read_mask(uint32_t words[2], const uint8_t *mask, int k, int g, int t) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint8_t *at = mask + (k + 2 * t + i / 2 * 8) * 16 + g + i % 2 * 8;
-    keep[i] = at[0] | (uint32_t)at[16] << 16;
+  for (int h = 0; h < 2; h++) {
+    const uint8_t *at = mask + (k + 2 * t + 8 * h) * 16 + g;
+    words[h] = at[0] | (uint32_t)at[16] << 8 | (uint32_t)at[8] << 16 | (uint32_t)at[24] << 24;
   }
 }
 
-template <int NT>
+template <bool MASKED, int NT>
 KS_DEVICE void grad_multiply(float (&acc)[2][NT][4], const grad_room<NT> &room, const grad_place<NT> &at,
-                             int stage, bool masked) {
+                             int stage) {
   typedef grad_room<NT> S;
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
   uint32_t a[2][2][4]; /* sixteens of rows, of columns */
@@ -131,17 +129,14 @@ KS_DEVICE void grad_multiply(float (&acc)[2][NT][4], const grad_room<NT> &room, 
     ks_ldmatrix_x4_trans(b, room.w + stage * S::W + (j * GRAD_ROWS + lane) * 8);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      uint32_t keep[4];
-      if (masked)
-        grad_keep(keep, room.mask + stage * S::MASK + at.mask_map[j] * GRAD_ROWS * 16, 16 * k, g, t);
+      uint32_t mask[2];
+      if (MASKED)
+        grad_read_mask(mask, room.mask + stage * S::MASK + at.mask_map[j] * GRAD_ROWS * 16, 16 * k, g, t);
 #pragma unroll
       for (int m = 0; m < 2; m++) {
-        uint32_t kept[4] = {a[k][m][0], a[k][m][1], a[k][m][2], a[k][m][3]};
-        if (masked)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            kept[i] &= lora_kept(keep[i], 2 * warp + m);
-        ks_mma_bf16(acc[m][j], kept, b + 2 * k);
+        uint32_t kept[4];
+        if (MASKED) lora_mask(kept, a[k][m], mask, 2 * warp + m);
+        ks_mma_bf16(acc[m][j], MASKED ? kept : a[k][m], b + 2 * k);
       }
     }
   }
@@ -222,7 +217,10 @@ __global__ void __launch_bounds__(LORA_THREADS, NT == 8 ? 2 : 5)
     const int ahead = s + GRAD_STAGES - 1;
     if (ahead < n_steps) grad_load(room, p, job, at, ahead * GRAD_ROWS, ahead % GRAD_STAGES);
     ks_cp_async_commit();
-    grad_multiply(acc, room, at, s % GRAD_STAGES, job.masked != 0);
+    if (job.masked)
+      grad_multiply<true>(acc, room, at, s % GRAD_STAGES);
+    else
+      grad_multiply<false>(acc, room, at, s % GRAD_STAGES);
   }
   grad_store(acc, p, job, at, group);
   const int32_t n_chunks = p.map[0].segs[at.chunk.seg].n_chunks;

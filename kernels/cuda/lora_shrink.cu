@@ -20,9 +20,9 @@
  * Determinism: slices depend on n_cols alone; which block is last does not matter; a row's u does not depend on its tile.
  * Alignment: rows of x that are no multiples of 16 bytes are read element by element, and so is R.
  *
- * H200, sm_90, from the compiler: 126 and 128 registers (8 and 24 ranks, 128 rows), no spills; 75 and 70 KB shared memory, three
- * blocks an SM. Hot loop: 8 mma a step of 64 columns and 32 rows of a warp for 8 ranks, 24 for 24; some 250 instructions on
- * the path without masks and odd sizes against 1000 issue slots in the time that the bytes take.
+ * H200, sm_90, from the compiler: 96 and 128 registers (8 and 24 ranks, 128 rows), no spills; 75 and 70 KB shared memory, three
+ * blocks an SM. Hot loop: 8 mma a step of 64 columns and 32 rows of a warp for 8 ranks, 24 for 24; 200 and 290 instructions on
+ * the path without odd sizes, 350 and 650 with masks, against 950 clocks in which the step's bytes come.
  * Computed (OpenLLaMA-3B, 3200 columns, rank 8; not measured yet), predicted at 80 % of a read at 4.5 TB/s, 2 to 3 us a launch:
  *                               16384 rows                2048 rows
  *   q, k, v forward             105 MB, 23 us -> 30 us    13 MB, 3 us -> 5 us
@@ -35,7 +35,8 @@
  *   v2  all loads of a step before any is used, 32 rows a block, operands straight to registers (some 200):
  *       at commit 2cc54c8 67 us forward, 97 backward for 8192, 2048: 64 blocks, one an SM, and x read once a
  *       map.
- *   v3  this. Not measured yet.
+ *   v3  this. Not measured yet. Until addresses of a thread's rows, and bytes of masks, were read once a step and branches
+ *       between products were gone, 24 ranks were 500 instructions a step, 1330 with masks.
  *   Next, not built: v and the gradient of B in one pass over dy: 75 us of q, k, v and o at 16384 rows.
  *   Next, not built: masks drawn here instead of in a launch before: a lane holds whole bytes of them already. */
 #include "kernels/cuda/lora.cuh"
@@ -100,14 +101,10 @@ KS_DEVICE void shrink_load(const shrink_room<MT, NT> &room, const lora_work &p, 
                            int step, int stage, bool masked) {
   typedef shrink_room<MT, NT> S;
   const int64_t col0 = (int64_t)step * SHRINK_K;
-  ks_bf16 *x = room.x + stage * S::X;
-#pragma unroll
-  for (int i = 0; i < S::ROWS * 8 / LORA_THREADS; i++) {
-    const int row = i * (LORA_THREADS / 8) + (int)threadIdx.x / 8, piece = (int)threadIdx.x % 8;
-    tile_load_8(tile_at<8>(x, row, piece), at.z + row * at.n_cols, col0 + 8 * piece, at.n_cols,
-                row < at.n_rows, at.z_aligned);
-  }
-  const int g = (int)threadIdx.x / 16, c = (int)threadIdx.x % 16 * 4;
+  const int thread = (int)threadIdx.x, g = thread / 16, c = thread % 16 * 4;
+  tile_load_rows<8, LORA_THREADS / 8, S::ROWS * 8 / LORA_THREADS>(room.x + stage * S::X, thread / 8,
+                                                                  thread % 8, at.z, col0 + 8 * (thread % 8),
+                                                                  at.n_cols, at.n_rows, at.z_aligned);
 #pragma unroll
   for (int j = 0; j < NT; j++) {
     float *to = room.r + stage * S::R + (8 * j + g) * SHRINK_R_STRIDE + c;
@@ -123,34 +120,38 @@ KS_DEVICE void shrink_load(const shrink_room<MT, NT> &room, const lora_work &p, 
     for (int i = 0; i < 4; i++)
       to[i] = from && col0 + c + i < at.n_cols ? from[col0 + c + i] : 0.0f;
   }
-  if (!masked) return;
+  if (!masked || thread >= S::ROWS) return;
+  const bool there = thread < at.n_rows;
+  const int64_t offset = there ? (at.row + thread) * p.mask_stride + col0 / 128 * 16 : 0;
 #pragma unroll
-  for (int j = 0; j < NT; j++) {
-    if (at.map[j] < 0 || (j > 0 && at.map[j] == at.map[j - 1])) continue;
-    for (int row = (int)threadIdx.x; row < S::ROWS; row += LORA_THREADS) {
-      const bool there = row < at.n_rows;
-      const uint8_t *from =
-          p.map[at.map[j]].mask + (there ? (at.row + row) * p.mask_stride + col0 / 128 * 16 : 0);
-      ks_cp_async_16(room.mask + stage * S::MASK + (at.mask_map[j] * S::ROWS + row) * 16, from, there);
-    }
+  for (int j = 0; j < NT; j++)
+    if (at.map[j] >= 0 && (j == 0 || at.map[j] != at.map[j - 1]))
+      ks_cp_async_16(room.mask + stage * S::MASK + (at.mask_map[j] * S::ROWS + thread) * 16,
+                     p.map[at.map[j]].mask + offset, there);
+}
+
+/* Of columns 2t, 2t + 1 (and 8 further) of each of eight sixteens, rows `row` and `row` + 8. */
+KS_DEVICE void shrink_read_mask(uint32_t words[2], const uint8_t *mask, int row, int t) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint8_t *at = mask + row * 16 + 2 * t + 8 * h;
+    words[h] = *(const uint16_t *)(const void *)at | (uint32_t) * (const uint16_t *)(const void *)(at + 128)
+                                                         << 16;
   }
 }
 
-/* Four words of a row pair's masks: a fragment's registers. */
-KS_DEVICE void shrink_keep(uint32_t keep[4], const uint8_t *mask, int row, int t) {
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    keep[i] =
-        lora_spread(*(const uint16_t *)(const void *)(mask + (row + i % 2 * 8) * 16 + 2 * t + i / 2 * 8));
-}
-
-template <int MT, int NT>
+template <bool MASKED, int MT, int NT>
 KS_DEVICE void shrink_multiply(float (&acc)[MT][NT][4], const shrink_room<MT, NT> &room,
-                               const shrink_place<NT> &at, int step, int stage, bool masked) {
+                               const shrink_place<NT> &at, int step, int stage) {
   typedef shrink_room<MT, NT> S;
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, g = lane / 4, t = lane % 4;
   ks_bf16 *x = room.x + stage * S::X;
   const float *r = room.r + stage * S::R + g * SHRINK_R_STRIDE + 2 * t;
+  uint32_t mask[MT][NT][2];
+#pragma unroll
+  for (int i = 0; MASKED && i < MT * NT; i++)
+    shrink_read_mask(mask[i / NT][i % NT], room.mask + stage * S::MASK + at.mask_map[i % NT] * S::ROWS * 16,
+                     (warp * MT + i / NT) * 16 + g, t);
 #pragma unroll
   for (int k = 0; k < SHRINK_K / 16; k++) {
     uint32_t a[MT][4];
@@ -159,22 +160,15 @@ KS_DEVICE void shrink_multiply(float (&acc)[MT][NT][4], const shrink_room<MT, NT
       tile_frag_a<8>(a[m], x, (warp * MT + m) * 16, 16 * k);
 #pragma unroll
     for (int j = 0; j < NT; j++) {
-      if (at.map[j] < 0) continue;
+      if (NT == 8 && at.map[j] < 0) continue; /* of fewer, what is not there is multiplied too: no branches */
       const float *from = r + 8 * j * SHRINK_R_STRIDE + 16 * k;
       const float2 lo = *(const float2 *)(const void *)from, hi = *(const float2 *)(const void *)(from + 8);
       const uint32_t b[2] = {ks_pack_bf16(lo.x, lo.y), ks_pack_bf16(hi.x, hi.y)};
 #pragma unroll
       for (int m = 0; m < MT; m++) {
-        uint32_t kept[4] = {a[m][0], a[m][1], a[m][2], a[m][3]};
-        if (masked) {
-          uint32_t keep[4];
-          shrink_keep(keep, room.mask + stage * S::MASK + at.mask_map[j] * S::ROWS * 16,
-                      (warp * MT + m) * 16 + g, t);
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            kept[i] &= lora_kept(keep[i], step % 2 * 4 + k);
-        }
-        ks_mma_bf16(acc[m][j], kept, b);
+        uint32_t kept[4];
+        if (MASKED) lora_mask(kept, a[m], mask[m][j], step % 2 * 4 + k);
+        ks_mma_bf16(acc[m][j], MASKED ? kept : a[m], b);
       }
     }
   }
@@ -229,7 +223,10 @@ KS_DEVICE void shrink_sum(float (&total)[MT][NT][4], const shrink_room<MT, NT> &
     const int ahead = step + S::STAGES - 1;
     if (ahead < end) shrink_load<MT, NT>(room, p, at, ahead, (ahead - begin) % S::STAGES, masked);
     ks_cp_async_commit();
-    shrink_multiply<MT, NT>(acc, room, at, step, (step - begin) % S::STAGES, masked);
+    if (masked)
+      shrink_multiply<true>(acc, room, at, step, (step - begin) % S::STAGES);
+    else
+      shrink_multiply<false>(acc, room, at, step, (step - begin) % S::STAGES);
     if (step + 1 < close) continue;
     close = shrink_begin(++slice + 1, n_slices, n_steps);
 #pragma unroll

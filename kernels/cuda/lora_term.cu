@@ -17,20 +17,22 @@
  * that a lane holds eight neighbours: 16-byte accesses without exchange. No shared memory, no barrier. L =
  * rank / 16 mma.
  *
- * Determinism: a row's sum is one chain over its maps' ranks (with masks: one a map, added in the maps'
+ * Determinism: a row's sum is one chain over its maps' ranks (with masks: one a sixteen, added in their
  * order), whatever the tile.
  *
- * H200, sm_90, from the compiler: 58 registers (one map), 84 (three), no spills: 8 and 5 blocks an SM. A loop
- * of 16 rows: 4 and 12 mma, some 100 and 160 instructions on the path without odd sizes.
+ * H200, sm_90, from the compiler: 56 registers (one map), 96 (three), no spills: 9 and 5 blocks an SM. A loop
+ * of 16 rows: 4 and 12 mma, 160 and 240 instructions on the path without odd sizes, 50 more where something is
+ * there already, 70 a map for masks: three masked maps are bound by instructions.
  * Computed (OpenLLaMA-3B, rank 8; not measured yet), predicted at 82 % of a copy at 4.25 TB/s:
  *                               16384 rows                 2048 rows
  *   q, k, v: y                  315 MB, 74 us -> 90 us     39 MB, 9 us -> 12 us
  *   o: y with its residual      210 MB, 49 us -> 58 us     26 MB, 6 us -> 8 us
- *   q, k, v: dx; o: dx          105 MB each -> 30 us       13 MB each -> 5 us
+ *   q, k, v: dx; o: dx          105 MB each -> 30 us       13 MB each -> 5 us        three masked maps 50 and 8 us
  *
  * Ladder
  *   v1, v2  added to y after the product: 420 MB where this writes 210; lora_shrink.cu has what was measured.
- *   v3      this. Not measured yet. */
+ *   v3      this. Not measured yet. Until y was written by vectors (the compiler had made four stores of each) and addresses of a
+ *           row were made once, one map was 220 instructions, three masked ones 600. */
 #include "kernels/cuda/lora.cuh"
 
 enum { TERM_COLS = 32 /* of a warp */, TERM_HELD = 3 /* sixteens of ranks whose R is held in registers */ };
@@ -48,16 +50,24 @@ struct term_place {
 struct term_unit {
   const ks_bf16 *u; /* of rank 2t, at the tile's first row */
   int64_t stride;
-  uint32_t keep[2]; /* which halves of ranks 2t, 2t + 1 and of those 8 further are the segment's */
-  int map;
+  const uint8_t *mask; /* of the lane's columns, at the tile's first row */
+  uint32_t keep[2];    /* which halves of ranks 2t, 2t + 1 and of those 8 further are the segment's */
+  bool words;          /* two ranks are one aligned word */
 };
 
 KS_DEVICE term_unit term_unit_of(const lora_work &p, const lora_job &job, const term_place &at, int k) {
   const lora_place place = lora_place_of(p, job, k, 16);
   const lora_map &map = p.map[place.map];
   const int left = map.segs[at.tile.seg].rank - place.rank0 - 2 * at.t;
-  const ks_bf16 *u = (job.of_b ? map.u : map.v) + at.tile.row * map.u_stride + place.rank0 + 2 * at.t;
-  return {u, map.u_stride, {tile_select(left > 0, left > 1), tile_select(left > 8, left > 9)}, place.map};
+  const ks_bf16 *u = job.of_b ? map.u : map.v;
+  term_unit unit;
+  unit.u = u + at.tile.row * map.u_stride + place.rank0 + 2 * at.t;
+  unit.stride = map.u_stride;
+  unit.mask = map.mask + at.tile.row * p.mask_stride + at.col / 128 * 16 + at.col % 16;
+  unit.keep[0] = tile_select(left > 0, left > 1);
+  unit.keep[1] = tile_select(left > 8, left > 9);
+  unit.words = ((uintptr_t)u & 3) == 0 && map.u_stride % 2 == 0;
+  return unit;
 }
 
 /* b of the four tiles of columns. */
@@ -74,71 +84,58 @@ KS_DEVICE void term_read_r(uint32_t (&b)[4][2], const lora_work &p, const lora_j
   }
 }
 
-/* a of rows row0 .. + 15 of the tile; beyond it: its last row, whose result nobody stores. */
-KS_DEVICE void term_read_u(uint32_t a[4], const term_unit &unit, const term_place &at, int row0) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int row = row0 + at.g + i % 2 * 8, last = at.tile.n_rows - 1;
-    const uint32_t keep = unit.keep[i / 2];
-    const ks_bf16 *from = unit.u + (row < last ? row : last) * unit.stride + i / 2 * 8;
-    if (keep == ~0u && ((uintptr_t)from & 3) == 0)
-      a[i] = *(const uint32_t *)(const void *)from;
-    else
-      a[i] = (keep & 1u ? from[0].bits : 0u) | (keep >> 16 ? (uint32_t)from[1].bits << 16 : 0u);
-  }
-}
-
-/* sum += acc where the map's mask keeps it; acc = 0. */
-KS_DEVICE void term_close(float (&sum)[4][4], float (&acc)[4][4], const lora_work &p, const lora_map &map,
-                          const term_place &at, int row0) {
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int row = row0 + at.g + 8 * h, last = at.tile.n_rows - 1;
-    const uint8_t *from = map.mask + (at.tile.row + (row < last ? row : last)) * p.mask_stride +
-                          at.col / 128 * 16 + at.col % 16;
-    const uint2 bits = *(const uint2 *)(const void *)from;
-    const int q = (int)(at.col / 16 % 8);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float &of = acc[i / 2][2 * h + i % 2];
-      if ((i < 4 ? bits.x : bits.y) >> (8 * (i % 4) + q) & 1u) sum[i / 2][2 * h + i % 2] += of;
-      of = 0;
-    }
-  }
-}
-
-KS_DEVICE uint4 term_old(const lora_job &job, const term_place &at, int row) {
-  if (!job.z || row >= at.tile.n_rows) return make_uint4(0, 0, 0, 0);
-  return tile_read_8(job.z + (at.tile.row + row) * job.n_cols, at.col, job.n_cols, at.aligned);
-}
-
-/* y = old + factor * sum, eight neighbours of two rows. */
-KS_DEVICE void term_store(const float (&sum)[4][4], float factor, const uint4 old[2], const lora_job &job,
-                          const term_place &at, int row0) {
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int row = row0 + at.g + 8 * h;
-    if (row >= at.tile.n_rows || at.col >= job.n_cols) continue;
-    const uint32_t was[4] = {old[h].x, old[h].y, old[h].z, old[h].w};
-    uint32_t w[4];
+/* a of a lane's two rows. */
+KS_DEVICE void term_read_u(uint32_t a[4], const term_unit &unit, const int rows[2]) {
+  const ks_bf16 *from[2] = {unit.u + rows[0] * unit.stride, unit.u + rows[1] * unit.stride};
+  if (unit.words) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float lo = sum[i][2 * h] * factor, hi = sum[i][2 * h + 1] * factor;
-      w[i] = job.z ? ks_pack_bf16(ks_bf16_lo(was[i]) + lo, ks_bf16_hi(was[i]) + hi) : ks_pack_bf16(lo, hi);
+      const uint32_t keep = unit.keep[i / 2];
+      a[i] = keep ? *(const uint32_t *)(const void *)(from[i % 2] + i / 2 * 8) & keep : 0;
     }
-    ks_bf16 *y = job.y + (at.tile.row + row) * job.n_cols + at.col;
-    if (at.aligned) {
-      *(uint4 *)(void *)y = make_uint4(w[0], w[1], w[2], w[3]);
-      continue;
-    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const ks_bf16 *two = from[i % 2] + i / 2 * 8;
+    const uint32_t keep = unit.keep[i / 2];
+    a[i] = (keep & 1u ? two[0].bits : 0u) | (keep >> 16 ? (uint32_t)two[1].bits << 16 : 0u);
+  }
+}
+
+/* sum += acc where the mask keeps it. q: its bit of the lane's columns. */
+KS_DEVICE void term_add_kept(float (&sum)[4][4], const float (&acc)[4][4], const uint8_t *mask,
+                             int64_t mask_stride, const int rows[2], int q) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint2 bytes = *(const uint2 *)(const void *)(mask + rows[h] * mask_stride);
+    const uint32_t bits[2] = {bytes.x >> q, bytes.y >> q};
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      if (at.col + i < job.n_cols) y[i].bits = (uint16_t)(w[i / 2] >> (i % 2 * 16));
+      if (bits[i / 4] >> (8 * (i % 4)) & 1u) sum[i / 2][2 * h + i % 2] += acc[i / 2][2 * h + i % 2];
   }
+}
+
+/* y = old + factor * sum, the lane's eight columns of the row that begins at y. */
+KS_DEVICE void term_store(ks_bf16 *y, const float (&sum)[4][4], int h, float factor, const uint4 &old,
+                          const lora_job &job, const term_place &at) {
+  const uint32_t was[4] = {old.x, old.y, old.z, old.w};
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    w[i] = ks_pack_bf16(ks_bf16_lo(was[i]) + sum[i][2 * h] * factor,
+                        ks_bf16_hi(was[i]) + sum[i][2 * h + 1] * factor);
+  if (at.aligned) { /* counted in vectors: as y + col the compiler makes four stores of it */
+    ((uint4 *)(void *)y)[at.col / 8] = make_uint4(w[0], w[1], w[2], w[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (at.col + i < job.n_cols) y[at.col + i].bits = (uint16_t)(w[i / 2] >> (i % 2 * 16));
 }
 
 /* HELD: sixteens of ranks whose R stays in registers for all rows; 0: any number, read again for each sixteen of rows.
- * MASKED: maps are summed one by one; else all are one chain of products (several only backward, under factor 1). */
+ * MASKED: each sixteen is summed by itself; else all are one chain of products (several maps only backward, under factor 1). */
 template <int HELD, bool MASKED>
 __global__ void __launch_bounds__(LORA_THREADS) lora_term_kernel(const __grid_constant__ lora_work p) {
   const lora_job &job = p.job[blockIdx.z];
@@ -151,7 +148,7 @@ __global__ void __launch_bounds__(LORA_THREADS) lora_term_kernel(const __grid_co
   at.aligned = ks_is_vector_aligned(job.y, job.n_cols) && ((uintptr_t)job.z & 15) == 0;
   /* Whole warps; no barrier below. Between the segments y is what was there already, or gets it. */
   if (at.tile.n_rows == 0 || at.col0 >= job.n_cols || (at.tile.seg < 0 && job.z == job.y)) return;
-  const int ranks = at.tile.seg < 0 ? 0 : job.ranks;
+  const int ranks = at.tile.seg < 0 ? 0 : job.ranks, q = (int)(at.col / 16 % 8);
   uint32_t held[HELD ? HELD : 1][4][2];
   term_unit unit[HELD ? HELD : 1];
 #pragma unroll
@@ -163,29 +160,39 @@ __global__ void __launch_bounds__(LORA_THREADS) lora_term_kernel(const __grid_co
   float factor = MASKED ? p.keep : 1.0f;
   if (job.of_b && ranks > 0) factor = p.map[lora_place_of(p, job, 0, 16).map].segs[at.tile.seg].scale;
   for (int row0 = 0; row0 < at.tile.n_rows; row0 += 16) {
-    const uint4 old[2] = {term_old(job, at, row0 + at.g), term_old(job, at, row0 + at.g + 8)};
-    float sum[4][4] = {}, acc[4][4] = {};
-    auto add = [&](const term_unit &of, const uint32_t(&b)[4][2], int next) {
+    const int first = row0 + at.g, last = at.tile.n_rows - 1;
+    const int rows[2] = {first < last ? first : last, first + 8 < last ? first + 8 : last};
+    const int64_t offset[2] = {(at.tile.row + rows[0]) * job.n_cols, (at.tile.row + rows[1]) * job.n_cols};
+    uint4 old[2] = {};
+    if (job.z)
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        old[h] = tile_read_8(job.z + offset[h], at.col, job.n_cols, at.aligned);
+    float sum[4][4] = {};
+    auto add = [&](const term_unit &of, const uint32_t(&b)[4][2]) {
+      float own[4][4] = {};
       uint32_t a[4];
-      term_read_u(a, of, at, row0);
+      term_read_u(a, of, rows);
 #pragma unroll
       for (int n = 0; n < 4; n++)
-        ks_mma_bf16(MASKED ? acc[n] : sum[n], a, b[n]);
-      if (MASKED && next != of.map && at.col < job.n_cols) term_close(sum, acc, p, p.map[of.map], at, row0);
+        ks_mma_bf16(MASKED ? own[n] : sum[n], a, b[n]);
+      if (MASKED) term_add_kept(sum, own, of.mask, p.mask_stride, rows, q);
     };
     if (HELD) {
 #pragma unroll
       for (int k = 0; k < HELD; k++)
-        if (k < ranks)
-          add(unit[k], held[k], k + 1 < HELD && k + 1 < ranks ? unit[k + 1 < HELD ? k + 1 : k].map : -1);
+        if (k < ranks) add(unit[k], held[k]);
     } else {
       for (int k = 0; k < ranks; k++) {
         uint32_t b[4][2];
         term_read_r(b, p, job, at, k);
-        add(term_unit_of(p, job, at, k), b, k + 1 < ranks ? lora_place_of(p, job, k + 1, 16).map : -1);
+        add(term_unit_of(p, job, at, k), b);
       }
     }
-    term_store(sum, factor, old, job, at, row0);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      if (first + 8 * h <= last && at.col < job.n_cols)
+        term_store(job.y + offset[h], sum, h, factor, old[h], job, at);
   }
 }
 

@@ -34,6 +34,26 @@ KS_DEVICE void tile_load_8(ks_bf16 *to, const ks_bf16 *row, int64_t col, int64_t
   *(uint4 *)(void *)to = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+/* Piece `piece` of rows first, first + STEP, ... (N of them) of a tile: elements [col, col + 8) of those rows of x, zeros beyond
+ * n_rows. One thread's share of a tile, with what its pieces have in common made once. */
+template <int PIECES, int STEP, int N>
+KS_DEVICE void tile_load_rows(ks_bf16 *tile, int first, int piece, const ks_bf16 *x, int64_t col, int64_t n,
+                              int n_rows, bool aligned) {
+  static_assert(STEP % 8 == 0, "rows whose pieces are turned alike");
+  ks_bf16 *to = tile_at<PIECES>(tile, first, piece);
+  if (aligned) {
+    const ks_bf16 *from = x + first * n + col;
+#pragma unroll
+    for (int i = 0; i < N; i++, from += STEP * n)
+      ks_cp_async_16(to + i * STEP * PIECES * 8, from, col < n && first + i * STEP < n_rows);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < N; i++)
+    tile_load_8(to + i * STEP * PIECES * 8, x + (first + i * STEP) * n, col, n, first + i * STEP < n_rows,
+                false);
+}
+
 /* The 16 x 16 of rows m.. and columns k.. of a tile [m][k], as ks_mma_bf16's a. m and k are multiples of 16.
  */
 template <int PIECES> KS_DEVICE void tile_frag_a(uint32_t a[4], ks_bf16 *tile, int m, int k) {
