@@ -1,41 +1,33 @@
-/* Training steps of `keepsake bench goals`. Steps of a group share the memory of their passes, but for the one
- * that is weighed alone. */
+/* Training steps of `keepsake bench goals`. Steps of a group share the memory of their passes, but for those that
+ * compute layers again, and the one that is weighed alone. */
 #include "experiments/bench_goals.h"
 #include "experiments/bench_step.h"
 
 #include <math.h>
 #include <stdio.h>
 
-static ks_recompute recompute_of(const ks_goal_parameters *p) {
-  static const char *const names[] = {"none", "mlp", "layer"};
-  for (int i = 1; i <= KS_RECOMPUTE_LAYER; i++)
-    if (strcmp(p->recompute, names[i]) == 0) return (ks_recompute)i;
-  return KS_RECOMPUTE_NONE;
-}
-
-/* For the largest step of the group that makes the same again. */
-static ks_status share_run(ks_goal_run *run, ks_recompute recompute) {
-  ks_run_params params = {.backward = true, .recompute = recompute};
-  if (run->shared[recompute]) return KS_OK;
+/* For the largest step of the group. */
+static ks_status share_run(ks_goal_run *run) {
+  ks_run_params params = {.backward = true};
+  if (run->shared) return KS_OK;
   for (int64_t i = 0; i < run->n_subjects; i++) {
     const ks_goal_parameters *p = &run->subjects[i].p;
-    if (recompute_of(p) != recompute) continue;
     params.max_rows = ks_max_i64(params.max_rows, p->n_seqs * p->seq_len);
     params.max_seqs = ks_max_i64(params.max_seqs, p->n_seqs);
     params.max_rank = p->rank > params.max_rank ? (int32_t)p->rank : params.max_rank;
   }
-  return ks_run_create(run->model, &params, &run->shared[recompute]);
+  return ks_run_create(run->model, &params, &run->shared);
 }
 
 static ks_status make_step(ks_goal_run *run, ks_goal_subject *s, bool is_frozen) {
   const ks_goal_parameters *p = &s->p;
   ks_bench_step *step = NULL;
   uint32_t targets = 0;
+  const bool shares = !run->is_alone && p->recompute_layers == 0;
   if (!is_frozen) KS_TRY(ks_targets_parse(p->targets, &targets));
   KS_TRY(ks_alloc_array(&step, 1, sizeof *step, "bench"));
   s->state = step;
-  const ks_recompute recompute = recompute_of(p);
-  if (!run->is_alone) KS_TRY(share_run(run, recompute));
+  if (shares) KS_TRY(share_run(run));
   const ks_bench_step_params params = {.model = run->model,
                                        .n_seqs = p->n_seqs,
                                        .seq_len = p->seq_len,
@@ -44,8 +36,8 @@ static ks_status make_step(ks_goal_run *run, ks_goal_subject *s, bool is_frozen)
                                        .targets = targets,
                                        .is_frozen = is_frozen,
                                        .key = (uint64_t)(s - run->subjects) + 1,
-                                       .recompute = recompute,
-                                       .run = run->is_alone ? NULL : run->shared[recompute]};
+                                       .recompute_layers = p->recompute_layers,
+                                       .run = shares ? run->shared : NULL};
   KS_TRY(ks_bench_step_create(&params, step));
   const int64_t n_tokens = p->n_seqs * p->seq_len;
   s->timed.fn = ks_bench_step_once;
@@ -53,9 +45,11 @@ static ks_status make_step(ks_goal_run *run, ks_goal_subject *s, bool is_frozen)
   s->timed.waits = true;
   s->load.work = (double)n_tokens;
   s->load.flops = ks_bench_train_flops(&run->model->config, (int32_t)p->rank, targets, n_tokens, p->seq_len);
-  snprintf(s->what, sizeof s->what, "%s, %lld x %lld tokens, %s%s%s", p->shape, (long long)p->n_seqs,
-           (long long)p->seq_len, is_frozen ? "no adapters but one" : p->targets,
-           recompute == KS_RECOMPUTE_NONE ? "" : ", made again: ", p->recompute);
+  const int n =
+      snprintf(s->what, sizeof s->what, "%s, %lld x %lld tokens, %s", p->shape, (long long)p->n_seqs,
+               (long long)p->seq_len, is_frozen ? "no adapters but one" : p->targets);
+  if (p->recompute_layers > 0)
+    snprintf(s->what + n, sizeof s->what - (size_t)n, ", %lld layers again", (long long)p->recompute_layers);
   return KS_OK;
 }
 

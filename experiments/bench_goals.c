@@ -46,13 +46,9 @@ static bool read_word(const char *word, size_t n, ks_goal_parameters *p) {
     const char *key;
     char *to;
     size_t size;
-  } words[] = {{"shape", p->shape, sizeof p->shape},
-               {"targets", p->targets, sizeof p->targets},
-               {"sampler", p->sampler, sizeof p->sampler},
-               {"kind", p->kind, sizeof p->kind},
-               {"cache", p->cache, sizeof p->cache},
-               {"recompute", p->recompute, sizeof p->recompute},
-               {"stored", NULL, 0}};
+  } words[] = {{"shape", p->shape, sizeof p->shape},       {"targets", p->targets, sizeof p->targets},
+               {"sampler", p->sampler, sizeof p->sampler}, {"kind", p->kind, sizeof p->kind},
+               {"cache", p->cache, sizeof p->cache},       {"stored", NULL, 0}};
   for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
     size_t n_value;
     const char *value = value_of(word, n, words[i].key, &n_value);
@@ -308,10 +304,8 @@ static void end_group(ks_goal_run *run) {
     if (s->state) s->kind->drop(s);
     ks_samples_free(&s->samples);
   }
-  for (int i = 0; i <= KS_RECOMPUTE_LAYER; i++) {
-    ks_run_destroy(run->shared[i]);
-    run->shared[i] = NULL;
-  }
+  ks_run_destroy(run->shared);
+  run->shared = NULL;
   run->n_subjects = 0;
 }
 

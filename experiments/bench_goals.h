@@ -41,13 +41,14 @@ extern const ks_goal ks_goals[]; /* ends with name NULL */
   X(batch, 2)                                                                                                \
   X(prompt, 4)                                                                                               \
   X(new, 3)                                                                                                  \
-  X(gradient, 0)
+  X(gradient, 0)                                                                                             \
+  X(recompute_layers, 0)
 
 typedef struct {
 #define X(key, least) int64_t key;
   KS_GOAL_NUMBERS(X)
 #undef X
-  char shape[8], targets[40], sampler[16], kind[16], cache[8], recompute[8];
+  char shape[8], targets[40], sampler[16], kind[16], cache[8];
   char text[160]; /* as in the list, with what --scale left */
 } ks_goal_parameters;
 /* KS_EINTERNAL for a list that says what nobody knows. */
@@ -95,8 +96,8 @@ struct ks_goal_run {
   ks_model *model;
   ks_goal_subject *subjects; /* of the group at work */
   int64_t n_subjects;
-  bool is_alone;                          /* one of them is run by itself */
-  ks_run *shared[KS_RECOMPUTE_LAYER + 1]; /* by the group's training steps */
+  bool is_alone;  /* one of them is run by itself */
+  ks_run *shared; /* by the group's training steps */
 };
 
 /* For kinds: is_wrong, and the reason in front of the note. */

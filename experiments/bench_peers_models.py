@@ -156,7 +156,7 @@ class LoraStep:
 
 def lora_step(env, case):
     p = case["parameters"]
-    if "recompute" in p:
+    if "recompute_layers" in p:
         return []  # compared with the peers of the case that keeps everything
     trained = shared(lambda: Trained(env, p, p["n_adapters"]))
     if p["n_adapters"] > 1:  # PEFT mixes adapters in a batch for inference only

@@ -128,7 +128,7 @@ ks_status ks_bench_step_create(const ks_bench_step_params *params, ks_bench_step
                              .max_seqs = s->p.n_seqs,
                              .max_rank = s->p.rank,
                              .backward = true,
-                             .recompute = s->p.recompute};
+                             .recompute_layers = s->p.recompute_layers};
   return ks_run_create(s->p.model, &run, &s->own_run);
 }
 

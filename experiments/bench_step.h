@@ -19,7 +19,7 @@ typedef struct {
   bool
       is_frozen; /* one adapter, at q of the lowest layer only: gradients pass through everything, adapters cost nothing */
   uint64_t key; /* of ks_step_begin */
-  ks_recompute recompute;
+  int64_t recompute_layers;
   ks_run *run; /* NULL: its own */
 } ks_bench_step_params;
 

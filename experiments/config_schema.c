@@ -55,10 +55,8 @@ _Static_assert(KS_ASK_ADMISSION == 0 && KS_ASK_TRIGGER == 1, "annotate.ask");
 _Static_assert(KS_SYNTH_NONE == 0 && KS_SYNTH_MODEL == 1 && KS_SYNTH_RULES == 2, "synth.writer");
 _Static_assert(KS_SCHEDULE_CONSTANT == 0 && KS_SCHEDULE_LINEAR == 1 && KS_SCHEDULE_COSINE == 2,
                "train.schedule");
-_Static_assert(KS_DTYPE_F32 == 0 && KS_DTYPE_BF16 == 1 && KS_DTYPE_Q8_0 == 2 && KS_DTYPE_Q4_0 == 3 &&
-                   KS_DTYPE_NF4 == 4,
+_Static_assert(KS_DTYPE_F32 == 0 && KS_DTYPE_BF16 == 1 && KS_DTYPE_Q8_0 == 2 && KS_DTYPE_Q4_0 == 3 && KS_DTYPE_NF4 == 4,
                "model.dtype");
-_Static_assert(KS_RECOMPUTE_NONE == 0 && KS_RECOMPUTE_MLP == 1 && KS_RECOMPUTE_LAYER == 2, "run.recompute");
 
 int ks_key_find(const char *path) {
   for (int i = 0; i < ks_n_keys; i++)

@@ -85,6 +85,7 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
   sample s = {0};
   ks_estimate own = {0};
   size_t run_bytes = 0;
+  double train_passes = 3; /* forward passes that a training step is worth */
   KS_TRY(ks_world_open(ctx, &m->cells[first].config, &w));
   ks_status status = take_sample(w, &s);
   if (status == KS_OK) {
@@ -94,8 +95,10 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
                          .max_seqs = 4096,
                          .max_rank = (int32_t)c->lora.rank,
                          .backward = true,
-                         .recompute = (ks_recompute)c->run.recompute};
+                         .recompute_layers = c->run.recompute_layers};
     status = ks_run_bytes(w->model, &run, &run_bytes);
+    train_passes += 0.8 * (double)ks_min_i64(c->run.recompute_layers, w->model->config.n_layers) /
+                    (double)w->model->config.n_layers;
     own.bytes = (double)ks_mem_used(ctx) + (double)run_bytes;
   }
   for (int64_t i = first; i < m->n_cells && status == KS_OK; i++)
@@ -103,10 +106,9 @@ ks_status ks_estimate_cohort(ks_ctx *ctx, const ks_matrix *m, int64_t first, con
       add_cell(w, &m->cells[i].config, &s, &own);
   ks_world_close(w);
   KS_TRY(status);
-  static const double train_cost[] = {3, 3.5, 3.8}; /* forward passes, by run.recompute */
-  own.seconds = (own.embed_tokens + train_cost[m->cells[first].config.run.recompute] * own.train_tokens +
-                 4 * (own.synth_tokens + own.eval_tokens)) /
-                s.embed_rate;
+  own.seconds =
+      (own.embed_tokens + train_passes * own.train_tokens + 4 * (own.synth_tokens + own.eval_tokens)) /
+      s.embed_rate;
   e->n_cells += own.n_cells;
   e->embed_tokens += own.embed_tokens;
   e->train_tokens += own.train_tokens;

@@ -231,7 +231,7 @@ static ks_status train_all(const ks_stage *s, ks_lesson *lessons) {
                                     .params = train_params(t->config, s->window)};
   }
   const ks_config *c = s->world->config;
-  const ks_train_limits limits = {.max_rows = c->run.max_rows, .recompute = (ks_recompute)c->run.recompute};
+  const ks_train_limits limits = {.max_rows = c->run.max_rows, .recompute_layers = c->run.recompute_layers};
   KS_TRY_OUT(ks_train(s->world->model, jobs, n_jobs, &limits, s->progress));
   for (int64_t j = 0; j < n_jobs; j++)
     KS_TRY_OUT(note_training(s, &lessons[owner[j]], &jobs[j]));

@@ -53,7 +53,7 @@ ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
                              .max_seqs = n_rows,
                              .max_rank = (int32_t)w->config->lora.rank,
                              .backward = true,
-                             .recompute = (ks_recompute)w->config->run.recompute};
+                             .recompute_layers = w->config->run.recompute_layers};
   size_t train;
   KS_TRY(ks_run_bytes(w->model, &run, &train));
   const size_t generate = generate_bytes(w, n_trials);
@@ -68,7 +68,7 @@ ks_status ks_world_check_memory(const ks_world *w, int64_t n_trials) {
         (long long)n_rows, ((double)train + (double)allowance(train)) / 1e9, (double)available / 1e9,
         (long long)n_trials, (double)ks_mem_used(w->ctx) / 1e9,
         (long long)ks_run_rows_that_fit(w->model, &run, arena_within(available)),
-        run.recompute < KS_RECOMPUTE_LAYER ? ", or run.recompute to layer" : "", smaller);
+        run.recompute_layers < w->model->config.n_layers ? ", or run.recompute_layers higher" : "", smaller);
   if (generate > available)
     return KS_FAIL(
         KS_ENOMEM,

@@ -75,7 +75,7 @@ typedef struct {
 /* What a training pass may take. Neither changes a bit on the CPU; on a GPU max_rows does within rounding. */
 typedef struct {
   int64_t max_rows; /* of a pass; 0: what suits the machine */
-  ks_recompute recompute;
+  int64_t recompute_layers; /* as in ks_run_params */
 } ks_train_limits;
 
 /* The loss of a step is the mean over its target tokens (Hugging Face's default). Jobs may differ in everything. limits: NULL for zeros.

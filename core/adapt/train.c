@@ -29,7 +29,7 @@ typedef struct {
   trainee *trainees;
   int64_t n;
   int64_t max_rows; /* of a pass, as asked for */
-  ks_recompute recompute;
+  int64_t recompute_layers;
   ks_run *run;
   ks_packing packing;
   int64_t *members; /* [n] trainees in the pass being packed */
@@ -325,7 +325,7 @@ static ks_status begin_job(trainer *tr, int64_t index, ks_run_params *run, int64
 }
 
 static ks_status begin_training(trainer *tr) {
-  ks_run_params run = {.max_rows = 1, .backward = true, .recompute = tr->recompute};
+  ks_run_params run = {.max_rows = 1, .backward = true, .recompute_layers = tr->recompute_layers};
   int64_t all_rows = 0;
   for (int64_t i = 0; i < tr->n; i++)
     KS_TRY(begin_job(tr, i, &run, &all_rows));
@@ -366,7 +366,7 @@ ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, const ks
   trainer tr = {.model = model,
                 .n = n_jobs,
                 .max_rows = max_rows > 0 ? max_rows : ks_run_default_rows(model, true),
-                .recompute = limits ? limits->recompute : KS_RECOMPUTE_NONE,
+                .recompute_layers = limits ? limits->recompute_layers : 0,
                 .progress = progress};
   KS_TRY(ks_alloc_array(&tr.trainees, (size_t)n_jobs, sizeof *tr.trainees, "training"));
   for (int64_t i = 0; i < n_jobs; i++) {

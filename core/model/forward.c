@@ -181,10 +181,10 @@ static layer_state layer_of(ks_run *run, const ks_pass *pass, int64_t layer) {
 }
 
 ks_status ks_pass_recompute(ks_run *run, const ks_pass *pass, int64_t layer) {
-  if (run->params.recompute == KS_RECOMPUTE_NONE || layer == run->model->config.n_layers - 1)
+  if (layer >= run->params.recompute_layers || layer == run->model->config.n_layers - 1)
     return KS_OK; /* the last layer's are still there */
   layer_state s = layer_of(run, pass, layer);
-  if (run->params.recompute == KS_RECOMPUTE_LAYER) KS_TRY(attention(&s));
+  KS_TRY(attention(&s));
   return gate_and_up(&s, NULL);
 }
 

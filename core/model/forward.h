@@ -33,24 +33,19 @@ typedef struct {
  * With `backward` each layer keeps, per row, 2 hidden (residual stream before attention and MLP) + 2 query + 2 key width (q, k, v,
  * attention output; key width for each of k and v) + 2 intermediate (gate, up) + 2 (norms' factors) + heads (log-sum-exp)
  * + 7 max_rank (LoRA's x A^T) numbers: activations, but for the norms' factors and the log-sum-exp, which are float32. Recomputed in the backward pass because they are cheap: the outputs of the norms and of
- * SwiGLU, attention's probabilities, and with q/k norm also q and k after rotary; and what ks_recompute says. Gradients of gate and
- * up take the place of gate and up. Without `backward` one layer's memory serves all. */
+ * SwiGLU, attention's probabilities, and with q/k norm also q and k after rotary. Gradients of gate and up take the place of gate
+ * and up. Without `backward` one layer's memory serves all. */
 typedef struct ks_run ks_run;
 
-/* What the backward pass makes once more by products instead of finding it kept: memory against time, the same bits. The time is
- * that of these products, of a step of two products a weight (forward, input gradient). */
-typedef enum {
-  KS_RECOMPUTE_NONE,
-  KS_RECOMPUTE_MLP,  /* gate and up: 2 intermediate numbers less; 2/3 of the MLP's products more */
-  KS_RECOMPUTE_LAYER /* all but the residual stream, the norms' factors and x A^T: 1 hidden + 2 + 7 max_rank numbers are left; all
-                      * products more but those of down and of the last layer */
-} ks_recompute;
 typedef struct {
   int64_t max_rows, max_seqs;
   int32_t max_rank;
   bool backward; /* keep what the backward pass reads */
   bool no_loss;  /* no ks_forward_loss on this run: saves the head's workspace */
-  ks_recompute recompute;
+  /* The lowest layers, of which the backward pass makes everything again but 1 hidden (residual stream) + 2 (norms' factors)
+   * + 7 max_rank numbers a row: memory against time, the same bits. More than there are: all. The time is that of the forward
+   * products of these layers without down's, a step being two products a weight; the last layer's are not made again. */
+  int64_t recompute_layers;
 } ks_run_params;
 /* Rows a pass when the caller does not say. CPU: few enough that activations stay in the caches, and work for every thread; no
  * result depends on it there. GPU: a fixed number that fills a large one. */

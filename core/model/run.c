@@ -41,28 +41,30 @@ static void take_lora_u(const ks_run *run, cursor *c, ks_layer_acts *a) {
     a->u[t] = take(c, run->params.max_rows, run->params.max_rank);
 }
 
-/* One layer's activations for a backward pass: its own, and what is made again in a place that all share. */
-static void place_backward_layer(const ks_run *run, cursor *own, cursor *again, ks_layer_acts *a) {
+static int64_t n_again(const ks_run *run) {
+  return ks_min_i64(run->params.recompute_layers, run->model->config.n_layers);
+}
+
+/* One layer's activations for a backward pass: what it keeps, and the rest, which may be a place that others share. */
+static void place_backward_layer(const ks_run *run, cursor *kept, cursor *rest, ks_layer_acts *a) {
   const ks_model_config *m = &run->model->config;
   int64_t rows = run->params.max_rows, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
-  cursor *mlp = run->params.recompute == KS_RECOMPUTE_NONE ? own : again,
-         *rest = run->params.recompute == KS_RECOMPUTE_LAYER ? again : own;
-  a->h_in = take(own, rows, m->hidden_size);
-  a->rstd_attn = take_floats(own, rows, 1);
-  a->rstd_mlp = take_floats(own, rows, 1);
-  take_lora_u(run, own, a);
+  a->h_in = take(kept, rows, m->hidden_size);
+  a->rstd_attn = take_floats(kept, rows, 1);
+  a->rstd_mlp = take_floats(kept, rows, 1);
+  take_lora_u(run, kept, a);
   a->h_mid = take(rest, rows, m->hidden_size);
   a->q_pre = take(rest, rows, q);
   a->k_pre = take(rest, rows, kv);
   a->v = take(rest, rows, kv);
   a->attn = take(rest, rows, q);
   a->lse = take_floats(rest, rows, m->n_heads);
+  a->gate = take(rest, rows, m->intermediate_size);
+  a->up = take(rest, rows, m->intermediate_size);
   if (m->qk_norm) {
     a->rstd_q = take_floats(rest, rows, m->n_heads);
     a->rstd_k = take_floats(rest, rows, m->n_kv_heads);
   }
-  a->gate = take(mlp, rows, m->intermediate_size);
-  a->up = take(mlp, rows, m->intermediate_size);
   a->q = m->qk_norm ? run->q : a->q_pre;
   a->k = m->qk_norm ? run->k : a->k_pre;
 }
@@ -91,16 +93,18 @@ static void place_shared_layer(const ks_run *run, cursor *c, ks_layer_acts *a) {
 
 ks_layer_acts ks_run_acts(const ks_run *run, int64_t layer) {
   ks_layer_acts a = {0};
-  const size_t act_size = ks_ctx_act_size(run->model->ctx);
-  cursor own = {.base = run->arena,
-                .n = run->layer_begin + (size_t)layer * run->layer_bytes,
-                .act_size = act_size},
-         again = {.base = run->arena, .n = run->again_begin, .act_size = act_size};
-  own.top = own.n;
+  const int64_t again = n_again(run), above = ks_max_i64(layer - again, 0);
+  cursor kept = {.base = run->arena,
+                 .n = run->layer_begin + (size_t)(layer - above) * run->again_bytes +
+                      (size_t)above * run->layer_bytes,
+                 .act_size = ks_ctx_act_size(run->model->ctx)},
+         shared = kept;
+  kept.top = kept.n;
+  shared.n = run->again_begin;
   if (run->params.backward)
-    place_backward_layer(run, &own, &again, &a);
+    place_backward_layer(run, &kept, layer < again ? &shared : &kept, &a);
   else
-    place_shared_layer(run, &own, &a);
+    place_shared_layer(run, &kept, &a);
   return a;
 }
 
@@ -140,26 +144,20 @@ static void place_phases(ks_run *run, cursor *c) {
   c->n = c->top;
 }
 
-/* The layers' places behind everything else. */
-static void place_layers(ks_run *run, cursor *c) {
+/* The layers' places behind everything else: what those share that are made again, then layer by layer. */
+static void place_backward_layers(ks_run *run, cursor *c) {
   ks_layer_acts acts = {0};
-  cursor own = {.act_size = c->act_size}, again = own;
-  size_t all = 0;
-  run->layer_begin = run->again_begin = c->n;
-  if (run->params.backward) {
-    place_backward_layer(run, &own, &again, &acts);
-    if (!ks_add_size(c->n, again.n, &run->layer_begin) ||
-        !ks_mul_size(own.n, (size_t)run->model->config.n_layers, &all) ||
-        !ks_add_size(run->layer_begin, all, &run->arena_bytes))
-      c->overflow = true;
-  } else {
-    place_shared_layer(run, &own, &acts);
-    if (!ks_add_size(c->n, own.n, &run->arena_bytes)) c->overflow = true;
-    if (run->arena_bytes < c->top)
-      run->arena_bytes = c->top; /* the head's workspace lies in the same place */
-  }
-  run->layer_bytes = run->params.backward ? own.n : 0;
-  c->overflow |= own.overflow || again.overflow;
+  cursor kept = {.act_size = c->act_size}, rest = kept;
+  const size_t again = (size_t)n_again(run), above = (size_t)run->model->config.n_layers - again;
+  size_t low = 0, high = 0;
+  place_backward_layer(run, &kept, &rest, &acts);
+  run->again_begin = c->n;
+  run->again_bytes = kept.n;
+  run->layer_bytes = kept.n + rest.n;
+  if (kept.overflow || rest.overflow || !ks_add_size(c->n, again > 0 ? rest.n : 0, &run->layer_begin) ||
+      !ks_mul_size(run->again_bytes, again, &low) || !ks_mul_size(run->layer_bytes, above, &high) ||
+      !ks_add_size(run->layer_begin, low, &low) || !ks_add_size(low, high, &run->arena_bytes))
+    c->overflow = true;
 }
 
 /* Sets every pointer into the arena (all NULL before there is one) and counts it. */
@@ -172,7 +170,14 @@ static ks_status place_all(ks_run *run) {
   run->xt = take(&c, rows, m->hidden_size);
   if (run->params.backward) place_backward_scratch(run, &c);
   place_phases(run, &c);
-  place_layers(run, &c);
+  run->layer_begin = c.n;
+  if (run->params.backward) {
+    place_backward_layers(run, &c);
+  } else {
+    ks_layer_acts acts = {0};
+    place_shared_layer(run, &c, &acts);
+    run->arena_bytes = c.n;
+  }
   if (c.overflow)
     return KS_FAIL(KS_EOVERFLOW,
                    "run: activations of %lld rows do not fit an address space; use fewer rows a pass",
@@ -189,8 +194,9 @@ static ks_status check_params(const ks_model *model, const ks_run_params *p) {
                    (long long)p->max_seqs);
   if (p->max_rank < 0 || p->max_rank > 256)
     return KS_FAIL(KS_EINVAL, "run: max_rank is %d; give 0 to 256", p->max_rank);
-  if (p->recompute < KS_RECOMPUTE_NONE || p->recompute > KS_RECOMPUTE_LAYER)
-    return KS_FAIL(KS_EINVAL, "run: recompute is %d; give one of ks_recompute", (int)p->recompute);
+  if (p->recompute_layers < 0)
+    return KS_FAIL(KS_EINVAL, "run: recompute_layers is %lld; give 0 or more",
+                   (long long)p->recompute_layers);
   return KS_OK;
 }
 

@@ -62,7 +62,7 @@ struct ks_run {
   unsigned char *arena; /* backend memory: everything below */
   size_t arena_bytes;
   size_t layer_begin, layer_bytes; /* place of layer 0's activations; stride (0: shared) */
-  size_t again_begin;              /* place of what every layer makes again for its backward pass */
+  size_t again_begin, again_bytes; /* of layers that are made again: place of what they share; stride of what they keep */
   void *h_out;                     /* [rows, hidden] after the last layer */
   void *xn, *xt, *dxn;             /* [rows, hidden] scratch: norm output, its cut rows, its gradient */
   void *dres, *dcut;               /* [rows, hidden] gradient of the residual stream, of its cut rows */

@@ -198,7 +198,7 @@ Test(train, a_cohort_of_eight_equals_each_alone_on_one_thread_or_two) {
     state states[N_JOBS];
     for (int threads = 1; threads <= (ks_test_is_shim() ? 1 : 2); threads++) {
       const ks_train_limits limits[] = {
-          {0}, {60, KS_RECOMPUTE_MLP}, {1, KS_RECOMPUTE_LAYER}}; /* 1: every job in a pass of its own */
+          {0}, {60, 1}, {1, 2}}; /* 1: every job in a pass of its own */
       for (int k = 0; k < 4; k++) {                              /* the last: each by itself */
         if (ks_test_is_cuda() && (k == 1 || k == 2)) continue;
         world w;

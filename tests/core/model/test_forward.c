@@ -55,17 +55,19 @@ static void add_segment(problem *p, int64_t row_begin, int64_t n_rows, const ks_
   p->segments[b->n_segments++] = (ks_segment){row_begin, n_rows, index, key};
 }
 
-static ks_run *make_run_as(ks_model *m, bool backward, ks_recompute recompute) {
+static ks_run *make_run_as(ks_model *m, bool backward, int64_t recompute_layers) {
   ks_run *run = NULL;
-  ks_must(ks_run_create(
-      m,
-      &(ks_run_params){
-          .max_rows = 200, .max_seqs = MAX_SEQS, .max_rank = 8, .backward = backward, .recompute = recompute},
-      &run));
+  ks_must(ks_run_create(m,
+                        &(ks_run_params){.max_rows = 200,
+                                         .max_seqs = MAX_SEQS,
+                                         .max_rank = 8,
+                                         .backward = backward,
+                                         .recompute_layers = recompute_layers},
+                        &run));
   return run;
 }
 static ks_run *make_run(ks_model *m, bool backward) {
-  return make_run_as(m, backward, KS_RECOMPUTE_NONE);
+  return make_run_as(m, backward, 0);
 }
 
 static void run_backward(ks_run *run, problem *p) {
@@ -300,7 +302,7 @@ static const int64_t job_begins[N_JOBS][2] = {{1, 12}, {33, 4}, {1, 2}};
 typedef struct {
   float dropout;
   bool company; /* rows that have no adapter */
-  ks_recompute recompute;
+  int64_t recompute_layers;
 } how;
 
 /* Jobs first..last in one batch. */
@@ -326,7 +328,7 @@ static void run_jobs(ks_twin *t, ks_twin_adapter *adapters, int first, int last,
     free(tokens);
   }
   p.batch.dropout = h.dropout;
-  ks_run *run = make_run_as(&t->model, true, h.recompute);
+  ks_run *run = make_run_as(&t->model, true, h.recompute_layers);
   run_backward(run, &p);
   for (int64_t i = 0; i < n_targets; i++)
     out->losses[out->n_targets++] = p.loss[i];
@@ -424,16 +426,16 @@ Test(forward, what_is_made_again_has_the_same_bits) {
       ks_twin_make(&t, ctx, c, kinds[k].dtype, 21);
       for (int j = 0; j < N_JOBS; j++)
         ks_twin_adapter_make(&adapters[j], ctx, c, 2 + j, kinds[k].targets, (uint64_t)j);
-      for (ks_recompute r = KS_RECOMPUTE_NONE; r <= KS_RECOMPUTE_LAYER; r++) {
+      for (int64_t n = 0; n <= c->n_layers + 1; n++) {
         outcome again = {.n_targets = 0};
-        run_jobs(&t, adapters, 0, N_JOBS - 1, (how){.dropout = kinds[k].dropout, .recompute = r}, &again);
-        if (r == KS_RECOMPUTE_NONE) {
+        run_jobs(&t, adapters, 0, N_JOBS - 1, (how){.dropout = kinds[k].dropout, .recompute_layers = n},
+                 &again);
+        if (n == 0) {
           kept = again;
           continue;
         }
         char what[80];
-        snprintf(what, sizeof what, "%s, kind %zu, %s", ks_twin_cases[i].name, k,
-                 r == KS_RECOMPUTE_MLP ? "mlp" : "layer");
+        snprintf(what, sizeof what, "%s, kind %zu, %ld layers", ks_twin_cases[i].name, k, (long)n);
         expect_same(&kept, &again, adapters, what);
         free_outcome(&again);
       }
@@ -488,7 +490,7 @@ Test(forward, a_run_holds_what_was_promised) {
                        .max_rank = i & 1 ? 8 : 0,
                        .backward = i & 2,
                        .no_loss = i & 4,
-                       .recompute = (ks_recompute)(i / 8)};
+                       .recompute_layers = i / 8};
     size_t promised = 0;
     ks_twin_make(&t, ctx, &ks_twin_cases[i % KS_N_TWIN_CASES].config, KS_DTYPE_F32, 5);
     ks_must(ks_run_bytes(&t.model, &p, &promised));
