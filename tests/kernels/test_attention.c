@@ -254,6 +254,22 @@ typedef struct {
   int64_t n_heads, n_kv_heads, head_dim, n;
 } shape;
 
+/* Forward of the one sequence `seq`, whose rows are all there are. */
+static ks_attention_args one_sequence(const ks_guard *q, const ks_guard *o, const ks_guard *lse,
+                                      const ks_attention_seq *seq, shape c, float scale) {
+  return (ks_attention_args){.q = q->p,
+                             .o = o->p,
+                             .lse = lse ? lse->p : NULL,
+                             .seqs = seq,
+                             .n_seqs = 1,
+                             .n_rows = c.n,
+                             .n_heads = c.n_heads,
+                             .n_kv_heads = c.n_kv_heads,
+                             .head_dim = c.head_dim,
+                             .kv_stride = c.n_kv_heads * c.head_dim,
+                             .scale = scale};
+}
+
 /* Rows `from` .. of x become the first `rows` rows of y. */
 static int64_t copy_rows(const ks_guard *y, int64_t to, const ks_guard *x, int64_t from, int64_t rows,
                          int64_t cols) {
@@ -283,17 +299,7 @@ static int64_t run_decode(ks_ctx *ctx, const void *test_case, const char *name, 
            cache_v = ks_guard_make_act(ctx, NULL, n * kc), lse = ks_guard_make(ctx, NULL, n * c->n_heads),
            lse_one = ks_guard_make(ctx, NULL, n * c->n_heads);
   ks_attention_seq seq = {.n_q = n, .n_k = n, .k = gk.p, .v = gv.p};
-  ks_attention_args a = {.q = gq.p,
-                         .o = o.p,
-                         .lse = lse.p,
-                         .seqs = &seq,
-                         .n_seqs = 1,
-                         .n_rows = n,
-                         .n_heads = c->n_heads,
-                         .n_kv_heads = c->n_kv_heads,
-                         .head_dim = c->head_dim,
-                         .kv_stride = kc,
-                         .scale = 0.3f};
+  ks_attention_args a = one_sequence(&gq, &o, &lse, &seq, *c, 0.3f);
   int64_t bad = ks_attention_forward(ctx, &a) != KS_OK;
   a.o = one.p, a.lse = lse_one.p;
   seq.k = cache_k.p, seq.v = cache_v.p;
@@ -453,33 +459,14 @@ static int64_t forward_of(ks_ctx *ctx, const float *q, const float *k, const flo
   ks_guard gq = ks_guard_make_act(ctx, q, n * d), gk = ks_guard_make_act(ctx, k, n * d),
            gv = ks_guard_make_act(ctx, v, n * d), go = ks_guard_make_act(ctx, NULL, n * d),
            gl = ks_guard_make(ctx, NULL, n);
-  const ks_attention_seq seq = {.n_q = n, .n_k = n, .k = gk.p, .v = gv.p};
-  int64_t bad = ks_attention_forward(ctx, &(ks_attention_args){.q = gq.p,
-                                                               .o = go.p,
-                                                               .lse = gl.p,
-                                                               .seqs = &seq,
-                                                               .n_seqs = 1,
-                                                               .n_rows = n,
-                                                               .n_heads = 1,
-                                                               .n_kv_heads = 1,
-                                                               .head_dim = d,
-                                                               .kv_stride = d,
-                                                               .scale = 1}) != KS_OK;
+  ks_attention_seq seq = {.n_q = n, .n_k = n, .k = gk.p, .v = gv.p};
+  const ks_attention_args a = one_sequence(&gq, &go, &gl, &seq, (shape){1, 1, d, n}, 1);
+  int64_t bad = ks_attention_forward(ctx, &a) != KS_OK;
   *o = ks_guard_read(&go), *lse = ks_guard_read(&gl);
   /* The last queries alone, as decoding takes them: the same, but for the bits of a NaN. */
   for (int64_t tail = n < 5 ? n : 5; tail > 0; tail -= 4) {
-    const ks_attention_seq last = {.q_begin = n - tail, .n_q = tail, .n_k = n, .k = gk.p, .v = gv.p};
-    bad += ks_attention_forward(ctx, &(ks_attention_args){.q = gq.p,
-                                                          .o = go.p,
-                                                          .lse = gl.p,
-                                                          .seqs = &last,
-                                                          .n_seqs = 1,
-                                                          .n_rows = n,
-                                                          .n_heads = 1,
-                                                          .n_kv_heads = 1,
-                                                          .head_dim = d,
-                                                          .kv_stride = d,
-                                                          .scale = 1}) != KS_OK;
+    seq.q_begin = n - tail, seq.n_q = tail;
+    bad += ks_attention_forward(ctx, &a) != KS_OK;
     float *again = ks_guard_read(&go);
     for (int64_t i = 0; i < n * d; i++)
       bad += isnan((*o)[i]) ? !isnan(again[i]) : (*o)[i] != again[i];
@@ -685,16 +672,7 @@ Test(attention, interleaved_keys_and_values) {
            gv = ks_guard_make(ctx, v, N * D), go = ks_guard_make(ctx, NULL, N * D),
            arena = ks_guard_make(ctx, kv, N * 3 * D);
   ks_attention_seq seq = {.n_q = N, .n_k = N, .k = gk.p, .v = gv.p};
-  ks_attention_args a = {.q = gq.p,
-                         .o = go.p,
-                         .seqs = &seq,
-                         .n_seqs = 1,
-                         .n_rows = N,
-                         .n_heads = 1,
-                         .n_kv_heads = 1,
-                         .head_dim = D,
-                         .kv_stride = D,
-                         .scale = 1};
+  ks_attention_args a = one_sequence(&gq, &go, NULL, &seq, (shape){1, 1, D, N}, 1);
   cr_assert(ks_attention_forward(ctx, &a) == KS_OK);
   seq.k = arena.p, seq.v = ks_guard_at(&arena, D);
   a.kv_stride = 2 * D, a.o = ks_guard_at(&arena, N * 2 * D);
