@@ -49,9 +49,29 @@ struct attention_split_row {
   int32_t seq, query;
 };
 
+/* i, as something that the compiler does not know: what is made of it is made again every time and takes no registers from the
+ * products in between. */
+KS_DEVICE int attention_anew(unsigned i) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(i));
+#endif
+  return (int)(i % 0x80000000u);
+}
+KS_DEVICE int attention_thread() {
+  return attention_anew(threadIdx.x) % 1024;
+}
+KS_DEVICE int attention_lane() {
+  return attention_thread() % KS_WARP;
+}
+
 /* r / group for 0 <= r, r * group < 2^32: magic is 2^32 / group + 1, rounded down. */
 KS_HOST_DEVICE int attention_div(int r, uint64_t magic) {
   return (int)((uint64_t)(uint32_t)r * magic >> 32);
+}
+
+/* Row r of a sequence and key head among its (query, head), counted from the key head's first; skip: heads of others. */
+KS_DEVICE int attention_place(int r, uint64_t magic, int skip) {
+  return r + attention_div(r, magic) * skip;
 }
 
 /* Row of k and v where the block that begins at `key` lies. */
@@ -69,14 +89,22 @@ template <class T> struct attention_key_rows {
 /* ... and (query, head) rows, from row `begin` of the sequence and key head that `first` belongs to. */
 template <class T> struct attention_query_rows {
   T *first;
-  int64_t stride; /* n_heads * d */
   uint64_t magic;
-  int begin, group, d;
-  KS_DEVICE T *at(int r) const {
-    const int query = attention_div(begin + r, magic);
-    return first + query * stride + (begin + r - query * group) * d;
-  }
+  int begin, skip, d;
+  KS_DEVICE int64_t from(int r) const { return (int64_t)attention_place(begin + r, magic, skip) * d; }
+  KS_DEVICE T *at(int r) const { return first + from(r); }
 };
+/* The first row of a sequence and key head among all (query, head). */
+template <class PARAMS>
+KS_DEVICE int64_t attention_first(const PARAMS *p, const attention_seq *seq, int head) {
+  return seq->q_begin * p->n_heads + head * p->group;
+}
+/* Rows of x (q, o or their gradients) from row `begin` of the sequence and key head on. */
+template <class PARAMS, class T>
+KS_DEVICE attention_query_rows<T> attention_queries_of(const PARAMS *p, const attention_seq *seq, int head,
+                                                       T *x, int begin) {
+  return {x + attention_first(p, seq, head) * p->d, p->magic, begin, p->n_heads - p->group, p->d};
+}
 
 /* ---------------------------------------------------------------- softmax over blocks */
 
@@ -118,7 +146,7 @@ static inline ks_status attention_check_sizes(const ks_attention_args *a) {
     return KS_FAIL(KS_EUNSUPPORTED, "attention: pages of %lld rows, %lld heads a key head: too many",
                    (long long)a->page_rows, (long long)group);
   for (int64_t s = 0; s < a->n_seqs; s++)
-    if (a->seqs[s].n_k > most || a->seqs[s].n_q > most / group / group)
+    if (a->seqs[s].n_k > most || a->seqs[s].n_q > most / group / group || a->seqs[s].n_q > most / a->n_heads)
       return KS_FAIL(KS_EUNSUPPORTED, "attention: sequence %lld of %lld queries and %lld keys is too long",
                      (long long)s, (long long)a->seqs[s].n_q, (long long)a->seqs[s].n_k);
   return KS_OK;

@@ -39,8 +39,7 @@ KS_DEVICE void attention_back_bring(const attention_back_ring<DIM, KEYS> *ring, 
                                         p->d);
       const int i = attention_thread();
       if (i < N)
-        ks_cp_async_8(ring->sums + stage * N + i,
-                      p->dot + 2 * attention_back_place(p, w, i < n ? from + i : from), i < n);
+        ks_cp_async_8(ring->sums + stage * N + i, p->dot + 2 * attention_back_place(p, w, from + i), i < n);
     } else {
       attention_load<DIM, N, WIDE>(b1, attention_back_keys(p, w, (const ks_bf16 *)w->seq.k, from), n, p->d);
       attention_load<DIM, N, WIDE>(b2, attention_back_keys(p, w, (const ks_bf16 *)w->seq.v, from), n, p->d);
@@ -102,10 +101,10 @@ template <int N>
 KS_DEVICE void attention_back_row_weights(const attention_back_params *p, const attention_back_work *w,
                                           float (*s)[4], float (*dp)[4], const float2 *row_sums, int row,
                                           int from, bool masked) {
-  const int lane = (int)threadIdx.x % KS_WARP, t = lane % 4;
+  const int lane = attention_lane(), t = lane % 4;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int r = attention_min(row + 8 * h + lane / 4, w->n - 1);
+    const int r = row + 8 * h + lane / 4;
     if (masked) {
       const int seen = attention_back_seen(p, w, w->begin + r) - from;
 #pragma unroll
@@ -143,6 +142,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
       attention_back_queries(&p, &w, (const ks_bf16 *)p.d_o, w.begin).first, w.n, p.d);
   attention_back_bring<DIM, false, WIDE>(&ring, 0, &p, &w, w.from);
   attention_back_sums(&p, &w, row_sums);
+  if ((int)threadIdx.x >= w.n && (int)threadIdx.x < size::TILE) row_sums[threadIdx.x] = make_float2(0, 0);
   const int first_seen = attention_back_seen(&p, &w, w.begin + attention_min(row, w.n - 1)),
             last_seen =
                 row < w.n ? attention_back_seen(&p, &w, w.begin + attention_min(row + 16 * M, w.n) - 1) : 0;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < M * DIM / 16; i++)
-      attention_left<DIM>(left[i % M][i / M], a1, row + 16 * (i % M), i / M);
+      attention_left<DIM>(left[i % M][i / M], a1, attention_left_place<DIM>(row + 16 * (i % M)), i / M);
   }
   float acc[M][OUT / 8][4] = {};
   int stage = 0;
@@ -198,7 +198,7 @@ template <int N>
 KS_DEVICE void attention_back_key_weights(const attention_back_params *p, const attention_back_work *w,
                                           float (*s)[4], float (*dp)[4], const float2 *sums, int row,
                                           int from, bool masked) {
-  const int lane = (int)threadIdx.x % KS_WARP, t = lane % 4;
+  const int lane = attention_lane(), t = lane % 4;
   if (masked) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {

@@ -30,7 +30,7 @@ struct attention_back_work {
 template <bool KEYS>
 KS_DEVICE void attention_back_work_at(const attention_back_params *p, int parts, int tile,
                                       attention_back_work *w) {
-  const int index = (int)blockIdx.x / parts;
+  const int index = attention_anew(blockIdx.x) / parts;
   const attention_item item = p->items[index / p->n_kv_heads];
   w->seq = p->seqs[item.seq];
   w->head = index % p->n_kv_heads;
@@ -52,13 +52,7 @@ KS_DEVICE int attention_back_seen(const attention_back_params *p, const attentio
 template <class T>
 KS_DEVICE attention_query_rows<T> attention_back_queries(const attention_back_params *p,
                                                          const attention_back_work *w, T *x, int begin) {
-  const int64_t stride = (int64_t)p->n_heads * p->d;
-  return {x + w->seq.q_begin * stride + (int64_t)w->head * p->group * p->d,
-          stride,
-          p->magic,
-          begin,
-          p->group,
-          p->d};
+  return attention_queries_of(p, &w->seq, w->head, x, begin);
 }
 template <class T>
 KS_DEVICE attention_key_rows<T> attention_back_keys(const attention_back_params *p,
@@ -76,8 +70,7 @@ KS_DEVICE auto attention_back_rows(const attention_back_params *p, const attenti
 }
 /* Where lse and D of a row lie. */
 KS_DEVICE int64_t attention_back_place(const attention_back_params *p, const attention_back_work *w, int r) {
-  const int query = attention_div(r, p->magic);
-  return (w->seq.q_begin + query) * p->n_heads + w->head * p->group + (r - query * p->group);
+  return attention_first(p, &w->seq, w->head) + attention_place(r, p->magic, p->n_heads - p->group);
 }
 
 #endif

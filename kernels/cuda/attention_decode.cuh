@@ -29,8 +29,9 @@ enum {
 /* A tile of 16 columns of values: rows of 32 bytes, of which four cross the banks. */
 template <> struct attention_tile<16> {
   static constexpr bool SWIZZLED = true;
-  static constexpr int STRIDE = 16, CHUNKS = 2, AT_ONCE = 1;
+  static constexpr int STRIDE = 16, CHUNKS = 2;
   KS_DEVICE static int at(int row, int chunk) { return row * 16 + ((chunk ^ (row >> 2 & 1)) << 3); }
+  KS_DEVICE static int along(int place, int) { return place; }
 };
 
 /* What score warps tell each other of a round, and the value warps of this and the next. */
@@ -279,8 +280,7 @@ KS_DEVICE void attention_decode_finish(const attention_forward_params *p, const 
 #pragma unroll
   for (int h = 0; h < 2; h++)
     if (g + 8 * h < w->n_rows)
-      p->lse[w->seq.q_begin * p->n_heads + attention_place(p, w, g + 8 * h)] =
-          attention_lse(base[g + 8 * h], all[h]);
+      p->lse[attention_row(p, w, g + 8 * h)] = attention_lse(base[g + 8 * h], all[h]);
 }
 
 template <int DIM, bool WIDE>
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(ATTENTION_DECODE_THREADS, 1)
   if (is_score)
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
-      attention_left<DIM>(left[0][k], q, 0, k);
+      attention_left<DIM>(left[0][k], q, attention_left_place<DIM>(0), k);
 #pragma unroll
       for (int i = 0; i < 4; i++)
         left[0][k][i] ^= p.is_negative ? 0x80008000u : 0;

@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
   if (!p.lse || warp != 0 || t != 0) return;
 #pragma unroll
   for (int h = 0; h < 2; h++)
-    if (g + 8 * h < w.n_rows)
-      p.lse[w.seq.q_begin * p.n_heads + attention_place(&p, &w, g + 8 * h)] = attention_lse(base[h], all[h]);
+    if (g + 8 * h < w.n_rows) p.lse[attention_row(&p, &w, g + 8 * h)] = attention_lse(base[h], all[h]);
 #endif
 }
 

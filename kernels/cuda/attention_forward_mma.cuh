@@ -178,8 +178,7 @@ KS_DEVICE void attention_finish(const attention_forward_params *p, const attenti
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = row + lane / 4 + 8 * h;
-    if (r < w->n_rows)
-      p->lse[w->seq.q_begin * p->n_heads + attention_place(p, w, r)] = attention_lse(base[h], all[h]);
+    if (r < w->n_rows) p->lse[attention_row(p, w, r)] = attention_lse(base[h], all[h]);
   }
 }
 
@@ -256,7 +255,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     for (int m = 0; size::KEPT && m < M; m++)
 #pragma unroll
       for (int k = 0; k < DIM / 16; k++)
-        attention_left<DIM>(left[m][size::KEPT ? k : 0], q, row + 16 * m, k);
+        attention_left<DIM>(left[m][size::KEPT ? k : 0], q, attention_left_place<DIM>(row + 16 * m), k);
   }
   float o[M][OUT / 8][4] = {}, base[M][2], sum[M][2] = {};
 #pragma unroll

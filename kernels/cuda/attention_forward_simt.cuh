@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, attention_simt<NJ>::BLOCKS)
       const int r = i * ATTENTION_WARPS + warp;
       if (r >= w.n_rows) continue;
       attention_write<T, NJ>(attention_queries(&p, &w, (T *)p.o).at(r), total[i], 1 / sum[i], p.d);
-      if (p.lse && lane == 0)
-        p.lse[w.seq.q_begin * p.n_heads + attention_place(&p, &w, r)] = attention_lse(max[i], sum[i]);
+      if (p.lse && lane == 0) p.lse[attention_row(&p, &w, r)] = attention_lse(max[i], sum[i]);
     }
 }
 

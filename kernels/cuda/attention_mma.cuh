@@ -3,9 +3,10 @@
  * A tile has COLS columns, a multiple of 16 that holds a head of d <= COLS columns; the rest is zero. It
  * exists in shared memory only: rows in device memory are d long and come by copies of 16 bytes where all of
  * them are aligned to 16, of 8 bytes (head size 100: rows of 200 bytes), or by plain loads (odd sizes). Rows
- * whose length is a multiple of 128 bytes are swizzled (chunk c of 16 bytes lies at c ^ (row % 8)), others
+ * of 128 columns and 256 are swizzled (chunk c of 16 bytes lies at c ^ (row % 8)), others
  * are padded to an odd number of chunks: in both eight rows of one column of chunks, which is what ldmatrix
- * reads, lie in different banks. */
+ * reads, lie in different banks. An address is one register a lane and a constant: added where padded, by
+ * exclusive or where swizzled. */
 #ifndef KS_CUDA_ATTENTION_MMA_CUH
 #define KS_CUDA_ATTENTION_MMA_CUH
 
@@ -25,10 +26,12 @@ template <int DIM> struct attention_size {
 template <int COLS> struct attention_tile {
   static constexpr bool SWIZZLED = COLS % 128 == 0;
   static constexpr int STRIDE = SWIZZLED ? COLS : COLS + 8, CHUNKS = COLS / 8;
-  /* Steps of 16 columns that are unrolled: their addresses take registers. */
-  static constexpr int AT_ONCE = COLS % 64 == 0 ? 2 : COLS / 16;
   KS_DEVICE static int at(int row, int chunk) {
     return SWIZZLED ? row * STRIDE + ((chunk ^ (row & 7)) << 3) : row * STRIDE + (chunk << 3);
+  }
+  /* n chunks further along the row than at(row, chunk). Swizzled: n is even, chunk % 8 at most 1. */
+  KS_DEVICE static int along(int place, int n) {
+    return SWIZZLED ? (place ^ (n % 8 << 3)) + (n / 8 << 6) : place + (n << 3);
   }
 };
 
@@ -48,16 +51,6 @@ template <int DIM, bool WIDE> struct attention_copy {
       ks_cp_async_8(to, from, valid);
   }
 };
-
-/* threadIdx.x, as something that the compiler does not know: what copies make of it is made again every time
- * and takes no registers from the products in between. */
-KS_DEVICE int attention_thread() {
-  int i = (int)threadIdx.x;
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(i));
-#endif
-  return i;
-}
 
 /* What no vector can load, element by element. */
 template <int COLS, int ROWS, class FROM>
@@ -82,10 +75,12 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_query_rows<const ks
     typedef attention_copy<COLS, WIDE> by;
     const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
     if (c >= COLS) return;
+    const bool is_here = c < n_cols;
 #pragma unroll 2
-    for (int r = r0; r < ROWS; r += by::STEP) {
-      const bool valid = c < n_cols && r < n_valid;
-      by::copy(tile + at::at(r, c / 8) + c % 8, rows.at(valid ? r : 0) + (valid ? c : 0), valid);
+    for (int i = 0; i < ROWS; i += by::STEP) {
+      const int r = r0 + i;
+      if (ROWS % by::STEP != 0 && r >= ROWS) break;
+      by::copy(tile + at::at(r, c / 8) + c % 8, rows.at(r) + c, is_here && r < n_valid);
     }
   } else {
     attention_load_elements<COLS, ROWS>(tile, rows, n_valid, n_cols);
@@ -100,11 +95,13 @@ KS_DEVICE void attention_load_both(ks_bf16 *tile, const attention_query_rows<con
     typedef attention_copy<COLS, WIDE> by;
     const int i0 = attention_thread(), c = i0 % by::LANES * by::PER, r0 = i0 / by::LANES;
     if (c >= COLS) return;
+    const bool is_here = c < n_cols;
 #pragma unroll 2
-    for (int r = r0; r < ROWS; r += by::STEP) {
-      const bool valid = c < n_cols && r < n_valid;
-      const int64_t from = valid ? rows.at(r) - rows.first + c : 0;
-      const int to = at::at(r, c / 8) + c % 8;
+    for (int i = 0; i < ROWS; i += by::STEP) {
+      const int r = r0 + i, to = at::at(r, c / 8) + c % 8;
+      const int64_t from = rows.from(r) + c;
+      const bool valid = is_here && r < n_valid;
+      if (ROWS % by::STEP != 0 && r >= ROWS) break;
       by::copy(tile + to, rows.first + from, valid);
       by::copy(other + to, other_first + from, valid);
     }
@@ -127,8 +124,8 @@ KS_DEVICE void attention_load(ks_bf16 *tile, const attention_key_rows<const ks_b
     const ks_bf16 *from = rows.first + r0 * rows.stride + c;
     if (by::LANES != by::CHUNKS && c >= COLS) return;
 #pragma unroll
-    for (int i = 0; i < (ROWS + by::STEP - 1) / by::STEP; i++, from += by::STEP * rows.stride) {
-      const int r = r0 + i * by::STEP;
+    for (int i = 0; i < ROWS; i += by::STEP, from += by::STEP * rows.stride) {
+      const int r = r0 + i;
       if (ROWS % by::STEP != 0 && r >= ROWS) break;
       by::copy(tile + at::at(r, c / 8) + c % 8, from, is_here && r < n_valid);
     }
@@ -182,10 +179,14 @@ KS_DEVICE void attention_put(ks_bf16 *tile, int row, const float (*out)[4], floa
   attention_put_at<COLS, N>(tile, row, 0, out, scale0, scale1);
 }
 
-/* A 16 x 16 of a tile as left operand. */
-template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], const ks_bf16 *a, int row, int k) {
-  const int lane = (int)threadIdx.x % KS_WARP;
-  ks_ldmatrix_x4(x, a + attention_tile<COLS>::at(row + lane % 16, 2 * k + lane / 16));
+/* Where this lane begins to read a left operand whose first row is `row`. */
+template <int COLS> KS_DEVICE int attention_left_place(int row) {
+  const int lane = attention_lane();
+  return attention_tile<COLS>::at(row + lane % 16, lane / 16);
+}
+/* Its 16 x 16 of columns 16 k on. */
+template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], const ks_bf16 *a, int place, int k) {
+  ks_ldmatrix_x4(x, a + attention_tile<COLS>::along(place, 2 * k));
 }
 
 /* s[m][n] += rows row + 16 m .. + 15 of a times rows 8 n .. + 7 of b, over COLS columns in rising order. One
@@ -194,18 +195,19 @@ template <int COLS, int M, int N, bool KEPT>
 KS_DEVICE void attention_scores(float (*s)[N][4], const uint32_t (*kept)[KEPT ? COLS / 16 : 1][4],
                                 const ks_bf16 *a, int row, const ks_bf16 *b) {
   typedef attention_tile<COLS> at;
-  const int lane = (int)threadIdx.x % KS_WARP;
-#pragma unroll(KEPT ? COLS / 16 : at::AT_ONCE)
+  const int lane = attention_lane(), left_place = attention_left_place<COLS>(row),
+            place = at::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
   for (int k = 0; k < COLS / 16; k++) {
     uint32_t x[M][4];
 #pragma unroll
     for (int m = 0; m < M; m++) {
-      if constexpr (!KEPT) attention_left<COLS>(x[m], a, row + 16 * m, k);
+      if constexpr (!KEPT) attention_left<COLS>(x[m], a + 16 * m * at::STRIDE, left_place, k);
     }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t y[4];
-      ks_ldmatrix_x4(y, b + at::at(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      ks_ldmatrix_x4(y, b + n * 8 * at::STRIDE + at::along(place, 2 * k));
 #pragma unroll
       for (int m = 0; m < M; m++) {
         const uint32_t *left = KEPT ? kept[m][KEPT ? k : 0] : x[m];
@@ -233,13 +235,13 @@ template <int COLS, int M, int K, int N>
 KS_DEVICE void attention_accumulate(float (*out)[N][4], const uint32_t (*x)[K][4], const ks_bf16 *b,
                                     int chunk) {
   typedef attention_tile<COLS> at;
-  const int lane = (int)threadIdx.x % KS_WARP;
+  const int lane = attention_lane(), place = at::at(lane % 16, chunk + lane / 16);
 #pragma unroll
   for (int k = 0; k < K; k++)
 #pragma unroll
     for (int n = 0; n + 1 < N; n += 2) {
       uint32_t y[4];
-      ks_ldmatrix_x4_trans(y, b + at::at(k * 16 + lane % 16, chunk + n + lane / 16));
+      ks_ldmatrix_x4_trans(y, b + k * 16 * at::STRIDE + at::along(place, n));
 #pragma unroll
       for (int m = 0; m < M; m++) {
         ks_mma_bf16(out[m][n], x[m][k], y);

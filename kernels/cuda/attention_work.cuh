@@ -32,7 +32,7 @@ struct attention_work {
 /* False: nothing to do. `parts` blocks of threads share an item and key head. */
 KS_DEVICE bool attention_work_at(const attention_forward_params *p, int parts, int tile_rows,
                                  attention_work *w) {
-  const int index = (int)blockIdx.x / parts;
+  const int index = attention_anew(blockIdx.x) / parts;
   const attention_item item = p->items[index / p->n_kv_heads];
   if (item.seq < 0) return false;
   w->seq = p->seqs[item.seq];
@@ -52,29 +52,24 @@ KS_DEVICE int attention_seen(const attention_forward_params *p, const attention_
 /* Keys from `key` on that the two rows of this thread see, of the 16 from `row` on. */
 KS_DEVICE void attention_seen_here(const attention_forward_params *p, const attention_work *w, int row,
                                    int key, int seen[2]) {
-  const int r = row + (int)threadIdx.x % KS_WARP / 4;
+  const int r = row + attention_lane() / 4;
   seen[0] = attention_seen(p, w, r) - key;
   seen[1] = attention_seen(p, w, r + 8) - key;
 }
-/* Row r of the tile among all (query, head) of the sequence. */
-KS_DEVICE int64_t attention_place(const attention_forward_params *p, const attention_work *w, int r) {
-  const int query = attention_div(w->begin + r, p->magic);
-  return (int64_t)query * p->n_heads + w->head * p->group + (w->begin + r - query * p->group);
+/* Row r of the tile among all (query, head). */
+KS_DEVICE int64_t attention_row(const attention_forward_params *p, const attention_work *w, int r) {
+  return attention_first(p, &w->seq, w->head) +
+         attention_place(w->begin + r, p->magic, p->n_heads - p->group);
 }
 KS_DEVICE int64_t attention_slot(const attention_forward_params *p, const attention_work *w, int block,
                                  int r) {
-  return w->seq.partial + (int64_t)block * w->seq.n_q * p->n_heads + attention_place(p, w, r);
+  return w->seq.partial + ((int64_t)block * w->seq.n_q - w->seq.q_begin) * p->n_heads +
+         attention_row(p, w, r);
 }
 template <class T>
 KS_DEVICE attention_query_rows<T> attention_queries(const attention_forward_params *p,
                                                     const attention_work *w, T *x) {
-  const int64_t stride = (int64_t)p->n_heads * p->d;
-  return {x + w->seq.q_begin * stride + (int64_t)w->head * p->group * p->d,
-          stride,
-          p->magic,
-          w->begin,
-          p->group,
-          p->d};
+  return attention_queries_of(p, &w->seq, w->head, x, w->begin);
 }
 template <class T>
 KS_DEVICE attention_key_rows<T> attention_keys(const attention_forward_params *p, const attention_work *w,
