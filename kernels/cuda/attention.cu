@@ -31,14 +31,14 @@
  *
  * A block of keys in a warp of mma, sm_90, from the disassembly (without the branches for masks and values that are not finite):
  *
- *     d    HMMA  LDSM  exp2  F2FP  registers  shared memory, two stages  blocks an SM
- *     64    128    32    64    32        231      54 KiB                      2
- *    100    224    70    64    32        252      90 KiB (112 columns)        2
- *    128    256    80    64    32        255      96 KiB                      2
+ *     d    HMMA  LDSM  exp2  all  registers  shared memory, two stages  blocks an SM
+ *     64    128    32    64  681        225      54 KiB                      2
+ *    100    224    70    64  972        254      90 KiB (112 columns)        2
+ *    128    256    80    64  941        255      96 KiB                      2
  *
  * mma.sync is expected at about 0.6 of the measured 796 TFLOP/s, 9 clocks an HMMA and quarter of an SM at
- * 1.98 GHz: 1140, 2000, 2280 clocks a block of keys and warp. Beside that 512 clocks of exponentials, about
- * 650 to 1000 of issue, and of shared memory (4 clocks a LDSM, four quarters share it) 510, 1120, 1280: the
+ * 1.98 GHz: 1140, 2000, 2280 clocks a block of keys and warp. Beside that 512 clocks of exponentials,
+ * 680 to 970 of issue, and of shared memory (4 clocks a LDSM, four quarters share it) 510, 1120, 1280: the
  * tensor cores bound it. Two warps a quarter overlap one's softmax with the
  * other's products. Computed, not measured, at three quarters of that rate: 350 TFLOP/s of what is done (0.44 of 796); of what
  * counts, 16 k tokens, 32 heads:
@@ -60,9 +60,9 @@
  * Computed 0.16 us a block of keys, d = 100 (copies of 8 bytes) 0.3. Not measured yet:
  *
  *     d    registers  shared memory, stages (227 KiB)        64 keys   512   2048   4096, without launch, us
- *     64       123    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
- *     100      140    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
- *     128      160    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
+ *     64       122    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
+ *     100      139    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
+ *     128      148    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
  *
  * 1B (16 layers, 8 key heads of 64, 2048 keys): 85 us less of some 700 a token. 3B (32 heads of 100) reads 26
  * MB a layer: 6.2 us at least. Batch 8 of 8 heads: 64 SMs, one slice; batch 64: attention_few_kernel. Scores
@@ -85,8 +85,9 @@
  *          each with three copies of tables.
  *
  *   mma 2  as above: 32 rows a warp (half of the reads of shared memory a product), one chain, two stages, copies of one width a
- *          kernel, rows padded instead of swizzled up to 112 columns (addresses are constants), one copy of
- *          tables. Predicted: above. Not measured yet.
+ *          kernel, rows padded instead of swizzled up to 112 columns, one copy of tables. Predicted: above. Not measured
+ *          yet. Since then the products' loops are unrolled whole, over addresses that are a register and a constant: of
+ *          1167 instructions a block of keys at d = 128, in four turns, 941 are left.
  *
  *   decode 1  attention_decode_kernel as above. A first draft, two blocks of keys a round and every thread copying of each block,
  *             took as many instructions for two blocks as this for four. Not measured yet.

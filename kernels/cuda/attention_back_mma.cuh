@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < M * DIM / 16; i++)
-      attention_left<DIM>(left[i % M][i / M], a1, attention_left_place<DIM>(row + 16 * (i % M)), i / M);
+      attention_left<DIM>(left[i % M][i / M], attention_lane(), a1, row + 16 * (i % M), i / M);
   }
   float acc[M][OUT / 8][4] = {};
   int stage = 0;
@@ -164,15 +164,15 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
     if (from < last_seen) {
       float s[M][N / 8][4] = {}, dp[M][N / 8][4] = {};
       uint32_t x[M][N / 16][4];
-      attention_scores<DIM, M, N / 8, size::KEPT>(s, left, a1, row, b1);
-      attention_scores<DIM, M, N / 8, false>(dp, nullptr, a2, row, b2);
+      attention_scores<DIM, M, N / 8, size::KEPT>(s, attention_lane(), left, a1, row, b1);
+      attention_scores<DIM, M, N / 8, false>(dp, attention_lane(), nullptr, a2, row, b2);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         attention_back_row_weights<N / 8>(&p, &w, s[m], dp[m], row_sums, row + 16 * m, from,
                                           from + N > first_seen);
         attention_operand<N / 8>(x[m], dp[m]);
       }
-      attention_accumulate<DIM, M, N / 16, OUT / 8>(acc, x, b1, part * OUT / 8);
+      attention_accumulate<DIM, M, N / 16, OUT / 8>(acc, attention_lane(), x, b1, part * OUT / 8);
     }
   }
   attention_back_work_at<false>(&p, PARTS, size::TILE, &w); /* again: what only the end needs was not kept */
@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
     if (is_here) {
       const int own = half * OWN, at = own * size::STRIDE;
       float s[M][OWN / 8][4] = {}, dp[M][OWN / 8][4] = {};
-      attention_scores<DIM, M, OWN / 8, false>(s, nullptr, a1, row, b1 + at);
-      attention_scores<DIM, M, OWN / 8, false>(dp, nullptr, a2, row, b2 + at);
+      attention_scores<DIM, M, OWN / 8, false>(s, attention_lane(), nullptr, a1, row, b1 + at);
+      attention_scores<DIM, M, OWN / 8, false>(dp, attention_lane(), nullptr, a2, row, b2 + at);
 #pragma unroll
       for (int m = 0; m < M; m++) {
         attention_back_key_weights<OWN / 8>(&p, &w, s[m], dp[m], sums + own, row + 16 * m, from + own,
@@ -299,16 +299,16 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
         attention_operand<OWN / 8>(ds[m], dp[m]);
       }
       if constexpr (size::PAIRED) attention_back_give<M, K>(exchange, warp, weights, ds);
-      attention_accumulate<DIM, M, K, OUT / 8>(acc2, weights, b2 + at, chunk);
-      attention_accumulate<DIM, M, K, OUT / 8>(acc1, ds, b1 + at, chunk);
+      attention_accumulate<DIM, M, K, OUT / 8>(acc2, attention_lane(), weights, b2 + at, chunk);
+      attention_accumulate<DIM, M, K, OUT / 8>(acc1, attention_lane(), ds, b1 + at, chunk);
     }
     if constexpr (size::PAIRED) {
       __syncthreads();
       if (is_here) {
         const int at = (half ^ 1) * OWN * size::STRIDE;
         attention_back_get<M, K>(exchange, warp ^ 1, weights, ds);
-        attention_accumulate<DIM, M, K, OUT / 8>(acc2, weights, b2 + at, chunk);
-        attention_accumulate<DIM, M, K, OUT / 8>(acc1, ds, b1 + at, chunk);
+        attention_accumulate<DIM, M, K, OUT / 8>(acc2, attention_lane(), weights, b2 + at, chunk);
+        attention_accumulate<DIM, M, K, OUT / 8>(acc1, attention_lane(), ds, b1 + at, chunk);
       }
     }
     if constexpr (STAGES == 1) {

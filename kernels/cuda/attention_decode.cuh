@@ -252,8 +252,8 @@ KS_DEVICE void attention_decode_add(const attention_decode_told *told, int round
 #pragma unroll
       for (int i = 0; i < MINE; i++)
         if (i == 0 || warp + 4 * i < n_tiles)
-          attention_accumulate<16, 1, 1, 2>(&o[i], left, v + 4 * i * ATTENTION_DECODE_V_TILE + k * 16 * 16,
-                                            0);
+          attention_accumulate<16, 1, 1, 2>(&o[i], lane, left,
+                                            v + 4 * i * ATTENTION_DECODE_V_TILE + k * 16 * 16, 0);
     }
   }
 }
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(ATTENTION_DECODE_THREADS, 1)
   if (is_score)
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
-      attention_left<DIM>(left[0][k], q, attention_left_place<DIM>(0), k);
+      attention_left<DIM>(left[0][k], lane, q, 0, k);
 #pragma unroll
       for (int i = 0; i < 4; i++)
         left[0][k][i] ^= p.is_negative ? 0x80008000u : 0;
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(ATTENTION_DECODE_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < 16; i++)
           s[0][i / 4][i % 4] = 0;
-        attention_scores<DIM, 1, 4, true>(s, left, nullptr, 0,
+        attention_scores<DIM, 1, 4, true>(s, lane, left, nullptr, 0,
                                           keys + now * k_stage + block * K_BLOCK +
                                               half * 32 * attention_tile<DIM>::STRIDE);
         if (seen < 32) attention_mask<4>(s[0], 0, here);

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
     if (!ahead) attention_few_arrive(1);
     if (b == w.block && p.is_negative) attention_negate<DIM>(q, ATTENTION_FEW);
     float s[1][2][4] = {}, keep[2];
-    attention_scores<DIM, 1, 2, false>(s, nullptr, q, 0,
+    attention_scores<DIM, 1, 2, false>(s, lane, nullptr, q, 0,
                                        keys + stage + warp * 16 * attention_tile<DIM>::STRIDE);
     if (key + ATTENTION_KEYS > w.least_seen) attention_mask<2>(s[0], warp * 16, here);
     attention_few_softmax(&room, s[0], p.scale, base, keep);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIM > 128 ? 2 : 3)
 #pragma unroll
       for (int i = 0; i < size::MINE; i++)
         if (warp + ATTENTION_WARPS_MMA * i < size::TILES)
-          attention_accumulate<DIM, 1, 1, 2>(&o[i], x, v + k * 16 * attention_tile<DIM>::STRIDE,
+          attention_accumulate<DIM, 1, 1, 2>(&o[i], lane, x, v + k * 16 * attention_tile<DIM>::STRIDE,
                                              2 * (warp + ATTENTION_WARPS_MMA * i));
     }
   }

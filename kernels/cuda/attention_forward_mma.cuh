@@ -200,7 +200,7 @@ KS_DEVICE void attention_weigh(uint32_t (*weights)[N / 2][4], float (*o)[OUT / 8
                                const attention_work *w, int row, int key, int first_seen) {
   float s[M][N][4] = {}, keep[M][2];
   bool rose = false;
-  attention_scores<DIM, M, N, attention_forward_size<DIM>::KEPT>(s, left, q, row, k);
+  attention_scores<DIM, M, N, attention_forward_size<DIM>::KEPT>(s, attention_lane(), left, q, row, k);
 #pragma unroll
   for (int m = 0; m < M; m++) {
     if (key + ATTENTION_KEYS > first_seen) {
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     for (int m = 0; size::KEPT && m < M; m++)
 #pragma unroll
       for (int k = 0; k < DIM / 16; k++)
-        attention_left<DIM>(left[m][size::KEPT ? k : 0], q, attention_left_place<DIM>(row + 16 * m), k);
+        attention_left<DIM>(left[m][size::KEPT ? k : 0], attention_lane(), q, row + 16 * m, k);
   }
   float o[M][OUT / 8][4] = {}, base[M][2], sum[M][2] = {};
 #pragma unroll
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
       }
       attention_zero_odd<OUT>(v, n_keys);
     }
-    if (is_here) attention_accumulate<OUT, M, N / 2, OUT / 8>(o, weights, v, 0);
+    if (is_here) attention_accumulate<OUT, M, N / 2, OUT / 8>(o, attention_lane(), weights, v, 0);
   }
   attention_work_at(&p, PARTS, size::ROWS, &w); /* again: what only the end needs was not kept */
 #pragma unroll

@@ -179,30 +179,27 @@ KS_DEVICE void attention_put(ks_bf16 *tile, int row, const float (*out)[4], floa
   attention_put_at<COLS, N>(tile, row, 0, out, scale0, scale1);
 }
 
-/* Where this lane begins to read a left operand whose first row is `row`. */
-template <int COLS> KS_DEVICE int attention_left_place(int row) {
-  const int lane = attention_lane();
-  return attention_tile<COLS>::at(row + lane % 16, lane / 16);
-}
-/* Its 16 x 16 of columns 16 k on. */
-template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], const ks_bf16 *a, int place, int k) {
-  ks_ldmatrix_x4(x, a + attention_tile<COLS>::along(place, 2 * k));
+/* In what follows `lane` is this thread's, or attention_lane() where registers are scarce. */
+
+/* A 16 x 16 of a tile as left operand. */
+template <int COLS> KS_DEVICE void attention_left(uint32_t x[4], int lane, const ks_bf16 *a, int row, int k) {
+  typedef attention_tile<COLS> at;
+  ks_ldmatrix_x4(x, a + at::along(at::at(row + lane % 16, lane / 16), 2 * k));
 }
 
 /* s[m][n] += rows row + 16 m .. + 15 of a times rows 8 n .. + 7 of b, over COLS columns in rising order. One
  * read of b serves M row tiles. KEPT: a's operands are in registers. */
 template <int COLS, int M, int N, bool KEPT>
-KS_DEVICE void attention_scores(float (*s)[N][4], const uint32_t (*kept)[KEPT ? COLS / 16 : 1][4],
+KS_DEVICE void attention_scores(float (*s)[N][4], int lane, const uint32_t (*kept)[KEPT ? COLS / 16 : 1][4],
                                 const ks_bf16 *a, int row, const ks_bf16 *b) {
   typedef attention_tile<COLS> at;
-  const int lane = attention_lane(), left_place = attention_left_place<COLS>(row),
-            place = at::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const int place = at::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < COLS / 16; k++) {
     uint32_t x[M][4];
 #pragma unroll
     for (int m = 0; m < M; m++) {
-      if constexpr (!KEPT) attention_left<COLS>(x[m], a + 16 * m * at::STRIDE, left_place, k);
+      if constexpr (!KEPT) attention_left<COLS>(x[m], lane, a + 16 * m * at::STRIDE, row, k);
     }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
@@ -232,10 +229,10 @@ template <int N> KS_DEVICE void attention_operand(uint32_t (*x)[4], const float 
 /* out[m][n] += x[m] (16 x 16 K) times rows 0 .. 16 K - 1 of b, columns 8 (chunk + n) .. + 7, over rows in rising order.
  * An odd N takes an even K. */
 template <int COLS, int M, int K, int N>
-KS_DEVICE void attention_accumulate(float (*out)[N][4], const uint32_t (*x)[K][4], const ks_bf16 *b,
+KS_DEVICE void attention_accumulate(float (*out)[N][4], int lane, const uint32_t (*x)[K][4], const ks_bf16 *b,
                                     int chunk) {
   typedef attention_tile<COLS> at;
-  const int lane = attention_lane(), place = at::at(lane % 16, chunk + lane / 16);
+  const int place = at::at(lane % 16, chunk + lane / 16);
 #pragma unroll
   for (int k = 0; k < K; k++)
 #pragma unroll
