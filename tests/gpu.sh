@@ -120,6 +120,15 @@ note() { # passed|failed|skipped|unfinished what
   printf '%-10s %s\n' "$1" "$2" | tee -a "$out/results.txt"
 }
 
+# How a program ended that had a limit.
+note_status() { # STATUS what LOG
+  case $1 in
+    0) note passed "$2" ;;
+    124 | 137) note unfinished "$2, out of time" ;;
+    *) note failed "$2, exit code $1: logs/$3.log" ;;
+  esac
+}
+
 # What is left of a session: children of a program that was stopped would go on using the GPU.
 end_session() { # LEADER
   for stat in /proc/[0-9]*/stat; do
@@ -306,13 +315,7 @@ bench_once() { # NAME arguments...
   status=$?
   rows=$(awk 'END { print NR > 0 ? NR - 1 : 0 }' "$out/$name.csv" 2>/dev/null || echo 0)
   bad=$(grep -c '"incorrect"' "$out/$name.csv" 2>/dev/null)
-  if [ $status -eq 0 ]; then
-    note passed "$name: $rows rows"
-  elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
-    note unfinished "$name: out of time after $rows rows"
-  else
-    note failed "$name: $rows rows, ${bad:-0} incorrect, exit code $status: logs/$name.log"
-  fi
+  note_status $status "$name: $rows rows, ${bad:-0} incorrect" "$name"
 }
 
 run_bench() {
@@ -357,14 +360,7 @@ run_goals() {
   fi
   status=$?
   rm -rf "$out/runs/inductor"
-  what="goals: $(goal_rows "$out/goals.jsonl") rows, $(goal_rows "$out/peers.jsonl") of peers"
-  if [ $status -eq 0 ]; then
-    note passed "$what"
-  elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
-    note unfinished "$what: out of time"
-  else
-    note failed "$what, exit code $status: logs/goals.log"
-  fi
+  note_status $status "goals: $(goal_rows "$out/goals.jsonl") rows, $(goal_rows "$out/peers.jsonl") of peers" goals
 }
 
 # What no default takes: NAME, MAJOR.MINOR of the devices (a + behind it: and later), cases, arguments, settings of the environment.
@@ -401,14 +397,7 @@ run_variants() {
     logged "goals_$kernel" env $setting "$dir/bin/keepsake" bench goals --device cuda --seconds "$(sample_seconds)" --samples 8 \
       --only "$cases" $arguments --jsonl "$out/goals_$kernel.jsonl"
     status=$?
-    what="variant $kernel: $(goal_rows "$out/goals_$kernel.jsonl") rows"
-    if [ $status -eq 0 ]; then
-      note passed "$what"
-    elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
-      note unfinished "$what: out of time"
-    else
-      note failed "$what, exit code $status: logs/goals_$kernel.log"
-    fi
+    note_status $status "variant $kernel: $(goal_rows "$out/goals_$kernel.jsonl") rows" "goals_$kernel"
   done 3<<END
 $(variants)
 END
