@@ -449,9 +449,9 @@ kernels_of() { # CASE
     sim_*) echo sim ;;
     norm_*) echo rmsnorm ;;
     rope* | swiglu* | entropy* | pool* | adamw*) echo "$1" | sed 's/[^a-z].*//' ;;
-    decode*) echo 'linear_few|linear_decode|decode_shrink@1000 attention_decode|attention_few@300 sample@10 norm|rope|swiglu@300' ;;
+    decode*) echo 'linear_few|linear_wide|decode_shrink@1000 attention_decode|attention_few@300 sample@10 norm|rope|swiglu@300' ;;
     prefill*) echo 'linear|gemm|nvjet|cutlass@200 attention@30 norm|rope|swiglu@100' ;;
-    run*) echo 'lora|gemm|nvjet|cutlass@200 linear_few|linear_decode|decode_shrink@1000 attention@100 sample@10 norm|rope|swiglu@100 entropy|sim|pool' ;;
+    run*) echo 'lora|gemm|nvjet|cutlass@200 linear_few|linear_wide|decode_shrink@1000 attention@100 sample@10 norm|rope|swiglu@100 entropy|sim|pool' ;;
     *) echo 'linear|lora|gemm|nvjet|cutlass attention_back|_backward|gradient|head' ;;
   esac
 }

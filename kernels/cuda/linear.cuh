@@ -163,9 +163,6 @@ ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, co
 bool ks_wgmma_takes(const ks_ctx *ctx, const linear_product *p);
 ks_status ks_wgmma_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
                           const void *u);
-/* The same for up to LINEAR_FEW_ROWS rows of a generation pass. */
-ks_status ks_decode_linear(ks_ctx *ctx, const char *op, const linear_product *p, const lora_batch *batch,
-                           const void *u);
 /* ks_linears_forward of generation passes, one part or several; *taken false: nothing was done, it does not take these. */
 ks_status ks_decode_linears(ks_ctx *ctx, const ks_linears_args *a, bool *taken);
 

@@ -1,11 +1,13 @@
 /* Generation passes: which kernels a call of linear layers is made of, and their adapters (see linear_decode.cuh).
  *
  *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU
+ *   up to 64 rows                                  [norm] -> [u of all parts] -> products, adapters, bias, residual, SwiGLU
  *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU]
  *
- * Each arrow is a launch; brackets: where there is one. No kernel is here: bytes, FLOPs, predicted times and
- * ladders are those of linear_decode_few.cu, linear_decode_wide.cu and linear_decode_shrink.cu (more rows:
- * linear_mma.cu), the sums' order that of linear_decode.cuh. */
+ * Each arrow is a launch; brackets: where there is one. Adapters are staged once a call; for more than 64 rows a
+ * second time, as linear_mma.cu sees them. No kernel is here: bytes, FLOPs, predicted times and ladders are those
+ * of linear_decode_few.cu, linear_decode_wide.cu and linear_decode_shrink.cu (more rows: linear_mma.cu), the
+ * sums' order that of linear_decode.cuh. */
 #include "kernels/cuda/linear_decode.cuh"
 
 #include "kernels/base/size.h"
@@ -71,54 +73,98 @@ static ks_status describe_adapters(ks_ctx *ctx, const ks_linears_args *a, int64_
 
 /* ---------------------------------------------------------------- the call */
 
-static void describe_parts(const ks_linears_args *a, decode_args *p) {
-  const int64_t tile = a->swiglu ? DECODE_TILE / 2 : DECODE_TILE;
+/* tile: outputs of one. */
+static void describe_parts(const ks_linears_args *a, int tile, decode_args *p) {
+  p->n_tiles = 0;
   for (int64_t i = 0; i < a->n_parts; i++) {
     const ks_linear_args *from = &a->parts[i];
-    const ks_cuda_weight *impl = (const ks_cuda_weight *)from->w->impl;
-    p->parts[i] = {(const ks_bf16 *)impl->values,
+    p->parts[i] = {ks_weight_view_of(from->w),
                    from->y,
                    from->residual,
-                   impl->bias,
+                   ((const ks_cuda_weight *)from->w->impl)->bias,
                    (ks_bf16 *)from->u,
-                   from->w->n_out,
                    from->u_stride,
                    p->n_tiles};
-    if (i == 0 || !a->swiglu) p->n_tiles += (int32_t)((from->w->n_out + tile - 1) / tile);
+    const int64_t outputs = a->swiglu ? tile / 2 : tile;
+    if (i == 0 || !a->swiglu) p->n_tiles += (int32_t)((from->w->n_out + outputs - 1) / outputs);
   }
+}
+
+static void describe_call(const ks_linears_args *a, decode_args *p) {
+  const ks_linear_args *first = &a->parts[0];
+  uintptr_t bits = (uintptr_t)first->x | (uintptr_t)(first->w->n_in * (int64_t)sizeof(ks_bf16));
   p->n_parts = (int32_t)a->n_parts;
-  p->y_is_f32 = a->parts[0].y_is_f32;
-  p->n_in = a->parts[0].w->n_in;
-  p->n_rows = a->parts[0].n_rows;
-  p->x = (const ks_bf16 *)a->parts[0].x;
+  p->y_is_f32 = first->y_is_f32;
+  p->n_in = first->w->n_in;
+  p->n_rows = first->n_rows;
+  p->x = (const ks_bf16 *)first->x;
+  if (a->swiglu) p->h = (ks_bf16 *)a->swiglu->h;
   const int64_t steps = (p->n_in + 31) / 32;
   p->run = (int32_t)((steps + LINEAR_RUNS - 1) / LINEAR_RUNS * 32);
+  for (int64_t i = 0; i < a->n_parts; i++)
+    if (!ks_dtype_is_quantized(a->parts[i].w->dtype))
+      bits |= (uintptr_t)((const ks_cuda_weight *)a->parts[i].w->impl)->values;
+  p->aligned = bits % 16 == 0;
 }
 
-static void describe_fused(const ks_linears_args *a, decode_args *p) {
-  if (a->norm) {
-    p->x = (const ks_bf16 *)a->norm->x;
-    p->norm_w = a->norm->w;
-    p->norm_threads = ks_norm_threads(p->n_in);
-    p->eps = a->norm->eps;
-    p->inverse = 1.0f / (float)p->n_in;
+static void describe_norm(const ks_rmsnorm_args *norm, decode_args *p) {
+  p->x = (const ks_bf16 *)norm->x;
+  p->norm_w = norm->w;
+  p->norm_threads = ks_norm_threads(p->n_in);
+  p->eps = norm->eps;
+  p->inverse = 1.0f / (float)p->n_in;
+}
+
+/* Whether one launch may make all parts. */
+static bool alike(const ks_linears_args *a) {
+  const ks_linear_args *first = &a->parts[0];
+  for (int64_t i = 0; i < a->n_parts; i++)
+    if (a->parts[i].w->dtype != first->w->dtype || a->parts[i].y_is_f32 != first->y_is_f32 ||
+        a->parts[i].w->n_out > INT32_MAX / 16 || first->w->n_in > INT32_MAX / 16)
+      return false;
+  return !a->swiglu || !first->y_is_f32;
+}
+
+static ks_status run_few(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
+  describe_parts(a, DECODE_TILE, p);
+  KS_TRY(describe_adapters(ctx, a, p->rows_at_once, &p->adapters));
+  if (a->norm) describe_norm(a->norm, p);
+  if (p->adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, p));
+  return ks_decode_few(ctx, p);
+}
+
+static ks_status run_wide(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
+  int64_t n_out = 0;
+  for (int64_t i = 0; i < a->n_parts; i++)
+    n_out += a->parts[i].w->n_out;
+  const int tile = ks_decode_wide_tile(ctx, n_out);
+  describe_parts(a, tile, p);
+  KS_TRY(describe_adapters(ctx, a, ks_decode_item_rows(ctx, p), &p->adapters));
+  if (p->adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, p));
+  return ks_decode_wide(ctx, p, tile);
+}
+
+/* Each part's product and adapters by linear_mma.cu. */
+static ks_status run_many(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
+  lora_group group;
+  describe_parts(a, DECODE_TILE, p);
+  KS_TRY(describe_adapters(ctx, a, DECODE_ITEM_ROWS, &p->adapters));
+  if (p->adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, p));
+  KS_TRY(ks_lora_describe_group(ctx, a->parts, a->n_parts, &group));
+  for (int64_t i = 0; i < a->n_parts; i++) {
+    const ks_linear_args *part = &a->parts[i];
+    linear_product product = {};
+    product.w = p->parts[i].w;
+    product.x = part->x;
+    product.y = part->y;
+    product.residual = part->residual;
+    product.bias = p->parts[i].bias;
+    product.n_rows = part->n_rows;
+    product.y_is_f32 = part->y_is_f32;
+    product.generation = 1;
+    KS_TRY(ks_mma_linear(ctx, "linear_forward", &product, &group.of[i], part->u));
   }
-  if (a->swiglu) p->h = (ks_bf16 *)a->swiglu->h;
-}
-
-static ks_status run_part(ks_ctx *ctx, const ks_linear_args *a) {
-  linear_product p = {};
-  lora_batch batch;
-  KS_TRY(ks_lora_describe(ctx, a, &batch));
-  p.w = ks_weight_view_of(a->w);
-  p.x = a->x;
-  p.y = a->y;
-  p.residual = a->residual;
-  p.bias = ((const ks_cuda_weight *)a->w->impl)->bias;
-  p.n_rows = a->n_rows;
-  p.y_is_f32 = a->y_is_f32;
-  p.generation = 1;
-  return ks_mma_linear(ctx, "linear_forward", &p, &batch, a->u);
+  return KS_OK;
 }
 
 static bool applies(const ks_ctx *ctx, const ks_linears_args *a) {
@@ -134,20 +180,15 @@ static bool applies(const ks_ctx *ctx, const ks_linears_args *a) {
 }
 
 ks_status ks_decode_linears(ks_ctx *ctx, const ks_linears_args *a, bool *taken) {
+  const ks_linears_args products = {a->parts, a->n_parts, NULL, NULL};
   decode_args p = {};
   *taken = applies(ctx, a);
   if (!*taken) return KS_OK;
-  describe_parts(a, &p);
-  const bool few = ks_decode_few_takes(ctx, a, &p);
-  if (!few) p.rows_at_once = 0;
-  KS_TRY(describe_adapters(ctx, a, few ? p.rows_at_once : DECODE_ITEM_ROWS, &p.adapters));
-  if (few)
-    describe_fused(a, &p);
-  else if (a->norm)
-    KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
-  if (p.adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, &p));
-  if (few) return ks_decode_few(ctx, &p);
-  for (int64_t i = 0; i < a->n_parts; i++)
-    KS_TRY(run_part(ctx, &a->parts[i]));
+  const bool together = alike(a);
+  describe_call(a, &p);
+  if (together && ks_decode_few_takes(ctx, a, &p)) return run_few(ctx, a, &p);
+  if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
+  if (p.n_rows <= LINEAR_FEW_ROWS && together) return run_wide(ctx, a, &p);
+  KS_TRY(run_many(ctx, &products, &p));
   return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
 }

@@ -2,7 +2,7 @@
  *
  *   linear_decode.cu         ks_decode_linears: which kernels a call is made of; adapters as its kernels see them
  *   linear_decode_few.cu     up to 8 rows: norm, products of all parts, adapters, bias, residual, SwiGLU in one launch
- *   linear_decode_wide.cu    up to 64 rows, and block weights: one part a launch
+ *   linear_decode_wide.cu    up to 64 rows, and block weights: the same but the norm
  *   linear_decode_shrink.cu  u = x A^T of all parts in one launch
  *   linear_mma.cu            more rows
  *
@@ -48,15 +48,15 @@ struct decode_adapters {
 };
 
 struct decode_part {
-  const ks_bf16 *w; /* [n_out, n_in] */
+  ks_weight_view w;
   void *y;
   const void *residual;
   const float *bias;
   ks_bf16 *u;
-  int64_t n_out, u_stride, first_tile;
+  int64_t u_stride, first_tile;
 };
 
-/* What the kernels for few rows are told. */
+/* What the kernels are told. */
 struct decode_args {
   decode_part parts[KS_LINEARS_MAX];
   decode_adapters adapters;
@@ -65,10 +65,12 @@ struct decode_args {
   ks_bf16 *h;          /* of SwiGLU, or NULL */
   int64_t n_in, n_rows;
   int32_t n_parts, n_tiles;
-  int32_t rows_at_once; /* of a block */
+  int32_t rows_at_once; /* of a block with x in shared memory; 0: none takes it there */
   int32_t run;          /* length of one, in k */
   int32_t norm_threads; /* that share a row's sum of squares: see decode_load_x */
   int32_t y_is_f32;
+  int32_t aligned; /* rows of x, and of weights that are not in blocks: to 16 bytes */
+  int32_t no_padding;
   float eps, inverse; /* 1 / n_in */
 };
 
@@ -134,12 +136,17 @@ KS_DEVICE void decode_load_x(ks_bf16 *xs, float *room, const decode_args &p, int
   __syncthreads();
 }
 
-/* Which part a tile or block belongs to. */
-KS_DEVICE int decode_part_of(const decode_args &p, int64_t tile) {
+/* First outputs of a tile's halves, and their parts: of one part, or with SwiGLU of gate and up. */
+struct decode_halves {
+  int part[2];
+  int64_t n0[2];
+};
+KS_DEVICE decode_halves decode_halves_of(const decode_args &p, int64_t tile, int outputs, bool swiglu) {
   int part = 0;
-  while (part + 1 < p.n_parts && tile >= p.parts[part + 1].first_tile)
+  while (!swiglu && part + 1 < p.n_parts && tile >= p.parts[part + 1].first_tile)
     part++;
-  return part;
+  const int64_t n0 = (tile - p.parts[part].first_tile) * (swiglu ? outputs / 2 : outputs);
+  return {{part, swiglu ? 1 : part}, {n0, swiglu ? n0 : n0 + outputs / 2}};
 }
 
 /* ---------------------------------------------------------------- parts of a call */
@@ -152,7 +159,13 @@ static inline size_t decode_x_bytes(int64_t n_in, int64_t n_rows) {
 /* Sets p->rows_at_once; false: shapes, types or alignment that it does not take. */
 bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p);
 ks_status ks_decode_few(ks_ctx *ctx, const decode_args *p);
-/* u of all parts; with p->norm_w few rows only. */
+/* tile: outputs of one; ks_decode_wide_tile says how many where there are n_out in all. */
+int ks_decode_wide_tile(ks_ctx *ctx, int64_t n_out);
+ks_status ks_decode_wide(ks_ctx *ctx, const decode_args *p, int tile);
+/* u of all parts. rows_at_once: rows of an item at most, whose x (with its norm, where there is p->norm_w) lies in
+ * shared memory; 0: items of DECODE_ITEM_ROWS, without norm. */
 ks_status ks_decode_shrink(ks_ctx *ctx, const decode_args *p);
+/* For more rows than linear_decode_few.cu takes: sets p->rows_at_once; rows of an item. */
+int64_t ks_decode_item_rows(ks_ctx *ctx, decode_args *p);
 
 #endif

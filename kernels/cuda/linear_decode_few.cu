@@ -78,22 +78,11 @@ struct few_place {
   int64_t row0;
 };
 
-/* First outputs of a tile's halves, and their parts. */
-struct few_halves {
-  int part[2];
-  int64_t n0[2];
-};
-template <bool SWIGLU> KS_DEVICE few_halves few_halves_of(const decode_args &p, int tile) {
-  const int part = SWIGLU ? 0 : decode_part_of(p, tile);
-  const int64_t n0 = (tile - p.parts[part].first_tile) * (SWIGLU ? FEW_N / 2 : FEW_N);
-  return {{part, SWIGLU ? 1 : part}, {n0, SWIGLU ? n0 : n0 + FEW_N / 2}};
-}
-
 /* ---------------------------------------------------------------- W on its way */
 
 template <bool SWIGLU> KS_DEVICE void few_aim(few_cursor &c, const decode_args &p, const few_place &at) {
   if (c.tile >= p.n_tiles) return;
-  const few_halves of = few_halves_of<SWIGLU>(p, c.tile);
+  const decode_halves of = decode_halves_of(p, c.tile, FEW_N, SWIGLU);
   const int lane = (int)threadIdx.x % KS_WARP, col = at.begin + lane % FEW_PIECES * 8;
   c.n_stages = at.n_stages;
   c.left = at.end - col;
@@ -102,8 +91,8 @@ template <bool SWIGLU> KS_DEVICE void few_aim(few_cursor &c, const decode_args &
   for (int h = 0; h < 2; h++) {
     const decode_part &part = p.parts[of.part[h]];
     const int row = (int)of.n0[h] + lane / FEW_PIECES;
-    c.rows |= (row < (int)part.n_out ? 1 << 2 * h : 0) | (row + 4 < (int)part.n_out ? 2 << 2 * h : 0);
-    c.w[h] = part.w + row * p.n_in + col;
+    c.rows |= (row < (int)part.w.n_out ? 1 << 2 * h : 0) | (row + 4 < (int)part.w.n_out ? 2 << 2 * h : 0);
+    c.w[h] = (const ks_bf16 *)(const void *)part.w.values + row * p.n_in + col;
   }
 }
 
@@ -175,7 +164,7 @@ KS_DEVICE few_segment few_segment_of(const decode_args &p, const few_place &at) 
 
 template <bool SWIGLU>
 KS_DEVICE void few_load_ranks(few_ranks<1 + SWIGLU> *r, const decode_args &p, const few_segment &seg,
-                              const few_halves &of, const few_place &at, int k) {
+                              const decode_halves &of, const few_place &at, int k) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const decode_part &part = p.parts[of.part[h]];
@@ -184,7 +173,8 @@ KS_DEVICE void few_load_ranks(few_ranks<1 + SWIGLU> *r, const decode_args &p, co
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int rank = k + 2 * at.t + i / 2 * 8 + i % 2;
-      r->b[h][i] = rank < one.rank && out < part.n_out ? one.b_t[rank * part.n_out + out] * one.scale : 0.0f;
+      r->b[h][i] =
+          rank < one.rank && out < part.w.n_out ? one.b_t[rank * part.w.n_out + out] * one.scale : 0.0f;
     }
     if (h == 1 && !SWIGLU) continue;
     const ks_bf16 *u = part.u + (at.row0 + at.g) * part.u_stride;
@@ -209,7 +199,7 @@ template <bool SWIGLU> KS_DEVICE void few_multiply_ranks(float sum[4], const few
 
 /* The terms of a segment's rows, for each group of ranks: term [groups][rows][16]. first: ranks 0 to 15, loaded before. */
 template <bool SWIGLU>
-KS_DEVICE void few_terms(float *term, const decode_args &p, const few_segment &seg, const few_halves &of,
+KS_DEVICE void few_terms(float *term, const decode_args &p, const few_segment &seg, const decode_halves &of,
                          const few_place &at, few_ranks<1 + SWIGLU> first) {
   const int rank = p.adapters.max_rank;
   for (int r0 = 0; r0 < rank; r0 += LORA_GROUP, term += FEW_TILE) {
@@ -236,7 +226,7 @@ struct few_element {
 };
 
 template <bool SWIGLU>
-KS_DEVICE few_element few_element_of(const decode_args &p, const few_halves &of, const few_place &at,
+KS_DEVICE few_element few_element_of(const decode_args &p, const decode_halves &of, const few_place &at,
                                      const int *ranks) {
   const int row = (int)threadIdx.x / FEW_N, half = (int)threadIdx.x % FEW_N / (FEW_N / 2);
   few_element e = {-1, 0, 0, 0, 0};
@@ -244,10 +234,10 @@ KS_DEVICE few_element few_element_of(const decode_args &p, const few_halves &of,
   const int number = half ? of.part[1] : of.part[0];
   const decode_part &part = p.parts[number];
   const int64_t out = (half ? of.n0[1] : of.n0[0]) + (int)threadIdx.x % (FEW_N / 2);
-  if (out >= part.n_out) return e;
+  if (out >= part.w.n_out) return e;
   e.part = number;
   e.rank = ranks[e.part * DECODE_FEW_ROWS + row];
-  e.at = (at.row0 + row) * part.n_out + out;
+  e.at = (at.row0 + row) * part.w.n_out + out;
   if (part.bias) e.bias = part.bias[out];
   if (part.residual)
     e.residual = p.y_is_f32 ? ((const float *)part.residual)[e.at]
@@ -348,7 +338,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
   const few_segment seg = few_segment_of(p, at);
   int slot = 0, turn = 0;
   for (int tile = (int)blockIdx.x; tile < p.n_tiles; tile += (int)gridDim.x, turn ^= 1) {
-    const few_halves of = few_halves_of<SWIGLU>(p, tile);
+    const decode_halves of = decode_halves_of(p, tile, FEW_N, SWIGLU);
     float *sums = room.sums + turn * LINEAR_RUNS * FEW_TILE,
           *terms = room.terms + turn * few_groups(p) * FEW_TILE;
     few_ranks<1 + SWIGLU> ranks;
@@ -400,20 +390,11 @@ template <bool SWIGLU> static ks_status launch_any(ks_ctx *ctx, const decode_arg
 }
 
 bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
-  const ks_linear_args *first = &a->parts[0];
-  uintptr_t bits = (uintptr_t)first->x | (uintptr_t)(first->w->n_in * (int64_t)sizeof(ks_bf16));
-  if (first->n_rows > DECODE_FEW_ROWS) return false;
-  for (int64_t i = 0; i < a->n_parts; i++) {
-    const ks_linear_args *part = &a->parts[i];
-    if (part->w->dtype != KS_DTYPE_BF16 || part->y_is_f32 != first->y_is_f32 ||
-        part->w->n_out > INT32_MAX / 2)
-      return false;
-    bits |= (uintptr_t)((const ks_cuda_weight *)part->w->impl)->values;
-  }
-  if (a->norm) bits |= (uintptr_t)a->norm->x | (uintptr_t)a->norm->w;
-  if (bits % 16 != 0 || (a->swiglu && first->y_is_f32)) return false;
+  const uintptr_t bits = a->norm ? (uintptr_t)a->norm->x | (uintptr_t)a->norm->w : 0;
+  if (p->n_rows > DECODE_FEW_ROWS || a->parts[0].w->dtype != KS_DTYPE_BF16 || !p->aligned || bits % 16 != 0)
+    return false;
   p->adapters.max_rank = FEW_MAX_RANK; /* at most */
-  p->rows_at_once = (int32_t)first->n_rows;
+  p->rows_at_once = (int32_t)p->n_rows;
   while (p->rows_at_once > 0 && few_bytes<FEW_SHALLOW>(p) > (size_t)ks_cuda_device_of(ctx)->smem_per_block)
     p->rows_at_once /= 2;
   return p->rows_at_once > 0;

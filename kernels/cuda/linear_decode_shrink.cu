@@ -5,13 +5,13 @@
  * Bytes: A once a piece of a segment (4 n_in rank), x from the L2. FLOPs: 2 n_in rank a row. For few rows bound by latency: a
  * block that waits for x, then for A, then for its warps' sums.
  *
- * Geometry: a block of 16 warps takes a piece of a segment (few rows: all of it; else 32 rows) at one part,
- * for as many ranks (16, 8, 4, 2) as make 64 KB of A, so that no SM draws more than it can in half a
- * microsecond and most of them draw. Warp w does columns 32 (w + 16 j): A is loaded as it lies, 32 bytes a
- * lane and row, four steps under way before x is waited for, and rounded to bf16 on the way to the mma, whose
- * 16 rows are ranks and whose columns are rows of x. The order of k within a step is the registers': both
- * operands have it. Few rows: x with its norm, as in linear_decode_few.cu, whose launch follows: norm->y is
- * never written.   H200, rank 8 at q, k, v of 1B: 3 blocks of 64 KB; at down (8192): 4 blocks of 2 ranks.
+ * Geometry: a block of 16 warps takes a piece of a segment (8 rows, or as many as have room; where rows are not
+ * aligned, and of more than 64 rows, 32) at one part, for as many ranks (16, 8, 4, 2) as make 64 KB of A, so that no
+ * SM draws more than it can in half a microsecond and most of them draw. Warp w does columns 32 (w + 16 j): A is
+ * loaded as it lies, 32 bytes a lane and row, four steps under way before x is waited for, and rounded to bf16 on the
+ * way to the mma, whose 16 rows are ranks and whose columns are rows of x. The order of k within a step is the
+ * registers': both operands have it. Eight rows: x in shared memory, and before linear_decode_few.cu with its norm: norm->y is
+ * then never written.   H200, rank 8 at q, k, v of 1B: 3 blocks of 64 KB; at down (8192): 4 blocks of 2 ranks.
  *
  * Resources (sm_90): 127 registers for few rows, 104 for many, 512 threads, one block an SM, no spills.
  *
@@ -20,8 +20,9 @@
  *
  * Time, computed, H200: 0.5 us to 64 KB through one SM + 1 latency + the norm's 0.5 + 0.3 for sums: 2 us, and 2.5 around it; four
  * launches a layer: 1B with one adapter 835 + 16 * 4 * 4 = 1090 us, 915 tokens/s (with PDL, which lets the product's ring fill
- * meanwhile, 697 + 16 * 4 * 2 = 825 us, 1210 tokens/s). 16 adapters of one row each: 48 blocks instead of 3, the same time; B of
- * all of them 16 * 22 / 2 MB more a token: 0.04 ms.
+ * meanwhile, 697 + 16 * 4 * 2 = 825 us, 1210 tokens/s).   64 rows, q, k and v of 3B, rank 8: one adapter 48 blocks of 51 KB of A
+ * and 51 of x, sixteen 96 blocks of 51 and 26: 1.2 us through an SM, two latencies and the sums, 3.5 us for either (A of sixteen is
+ * 4.9 MB, 1.1 us of the memory's time).
  *
  * Ladder
  *   v1  lora_shrink_mma_kernel a part: 8 warps, tiles of 32 rows, seven launches a layer: 441 -> 273 tokens/s (H200, f74fb33)
@@ -141,17 +142,28 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
   }
 }
 
+/* Shared memory of a block of NT eights of rows; rows: of x that lie there. */
+static size_t shrink_bytes(int nt, int64_t n_in, int64_t rows) {
+  return ks_smem_bytes<float>((size_t)(SHRINK_WARPS * DECODE_SHRINK_RANKS * 8 * nt)) +
+         ks_smem_bytes<float>(DECODE_FEW_ROWS * 16) + decode_x_bytes(n_in, rows);
+}
+
 template <int NT, int AHEAD> static ks_status launch(ks_ctx *ctx, const decode_args *p) {
   int block_ranks = DECODE_SHRINK_RANKS;
   while (NT == 1 && block_ranks > 2 && block_ranks * p->n_in * (int64_t)sizeof(float) > SHRINK_BLOCK_BYTES)
     block_ranks /= 2;
   const dim3 grid((unsigned)p->adapters.n_items, ks_blocks_for(p->adapters.max_rank, block_ranks),
                   (unsigned)p->n_parts);
-  const size_t bytes = ks_smem_bytes<float>(SHRINK_WARPS * DECODE_SHRINK_RANKS * 8 * NT) +
-                       ks_smem_bytes<float>(DECODE_FEW_ROWS * 16) +
-                       (NT == 1 ? decode_x_bytes(p->n_in, p->rows_at_once) : 0);
   return ks_launch_early(ctx, "linear: x A^T", decode_shrink_kernel<NT, AHEAD>, grid, dim3(SHRINK_THREADS),
-                         bytes, *p, block_ranks);
+                         shrink_bytes(NT, p->n_in, NT == 1 ? p->rows_at_once : 0), *p, block_ranks);
+}
+
+int64_t ks_decode_item_rows(ks_ctx *ctx, decode_args *p) {
+  const size_t room = (size_t)ks_cuda_device_of(ctx)->smem_per_block;
+  p->rows_at_once = p->aligned ? (int32_t)ks_min_i64(p->n_rows, DECODE_FEW_ROWS) : 0;
+  while (p->rows_at_once > 0 && shrink_bytes(1, p->n_in, p->rows_at_once) > room)
+    p->rows_at_once /= 2;
+  return p->rows_at_once > 0 ? p->rows_at_once : DECODE_ITEM_ROWS;
 }
 
 ks_status ks_decode_shrink(ks_ctx *ctx, const decode_args *p) {

@@ -445,6 +445,5 @@ ks_status ks_mma_linear(ks_ctx *ctx, const char *op, const linear_product *p, co
   if (p->n_rows > INT32_MAX - 128)
     return KS_FAIL(KS_EUNSUPPORTED, "%s: %lld rows; a product takes 2^31 - 129 at most", op,
                    (long long)p->n_rows);
-  if (p->generation && p->n_rows <= LINEAR_FEW_ROWS) return ks_decode_linear(ctx, op, p, batch, u);
   return p->w.scales ? launch_any<true>(ctx, op, p, batch, u) : launch_any<false>(ctx, op, p, batch, u);
 }

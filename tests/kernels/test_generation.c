@@ -37,6 +37,23 @@ static const generation_case cases[] = {
     {.n_rows = 3, .n_in = 48, .n_parts = 2, .n_out = {20, 9}, .n_loras = 1, .ranks = {{5}, {6}}, .skip = 3},
     {.n_rows = 10, .n_in = 96, .n_parts = 2, .n_out = {40, 40}, .norm = true, .swiglu = true, .dtype = KS_DTYPE_Q4_0,
      .n_loras = 2, .ranks = {{8, 4}, {3, 9}}},
+    /* tiles of 64 and of 32 outputs for 32 and 64 rows, longer than the rings */
+    {.n_rows = 64, .n_in = 840, .n_parts = 2, .n_out = {70, 70}, .norm = true, .swiglu = true, .n_loras = 12,
+     .ranks = {{8, 8, 3, 8, 8, 16, 8, 8, 0, 8, 8, 8}, {4, 0, 4, 4, 66, 4, 4, 4, 4, 4, 4, 4}}},
+    {.n_rows = 61, .n_in = 680, .n_parts = 2, .n_out = {31, 18}, .bias = true, .n_loras = 3, .ranks = {{8, 8, 2}, {0, 5, 8}}},
+    {.n_rows = 30, .n_in = 1320, .n_parts = 1, .n_out = {30}, .residual = true, .n_loras = 8,
+     .ranks = {{8, 8, 8, 8, 80, 8, 8, 8}}},
+    {.n_rows = 25, .n_in = 904, .n_parts = 2, .n_out = {130, 7}, .norm = true, .n_loras = 2, .ranks = {{130, 9}, {8, 8}}},
+    /* elements that no vector reads */
+    {.n_rows = 35, .n_in = 107, .n_parts = 2, .n_out = {41, 41}, .norm = true, .swiglu = true, .n_loras = 1, .ranks = {{5}, {6}}},
+    {.n_rows = 18, .n_in = 75, .n_parts = 1, .n_out = {90}, .residual = true},
+    /* codes */
+    {.n_rows = 64, .n_in = 416, .n_parts = 2, .n_out = {100, 33}, .norm = true, .bias = true, .dtype = KS_DTYPE_Q8_0,
+     .n_loras = 5, .ranks = {{8, 8, 8, 70, 8}, {8, 0, 8, 8, 8}}},
+    {.n_rows = 20, .n_in = 300, .n_parts = 1, .n_out = {40}, .residual = true, .dtype = KS_DTYPE_NF4, .n_loras = 2, .ranks = {{8, 16}}},
+    {.n_rows = 33, .n_in = 672, .n_parts = 2, .n_out = {20, 20}, .norm = true, .swiglu = true, .dtype = KS_DTYPE_Q4_0},
+    {.n_rows = 3, .n_in = 96, .n_parts = 3, .n_out = {70, 20, 20}, .norm = true, .dtype = KS_DTYPE_Q8_0, .n_loras = 1,
+     .ranks = {{8}, {8}, {8}}},
 };
 /* clang-format on */
 enum { N_CASES = sizeof cases / sizeof cases[0] };
