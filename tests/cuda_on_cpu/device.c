@@ -7,8 +7,8 @@
 
 static struct {
   size_t total, used, pinned, smem_optin;
-  int major, minor;
-} device = {.total = (size_t)1 << 30, .smem_optin = 99 << 10, .major = 8, .minor = 9};
+  int major, minor, n_sm;
+} device = {.total = (size_t)1 << 30, .smem_optin = 99 << 10, .major = 8, .minor = 9, .n_sm = 4};
 static int is_hopper;
 enum { SMEM_DEFAULT = 48 << 10 };
 
@@ -21,8 +21,7 @@ ks_shim_counts ks_shim_counted;
 
 /* Before any context: a program over the shim may be told by its environment which device it has. */
 __attribute__((constructor)) static void choose_device(void) {
-  const char *turing = getenv("KS_SHIM_TURING"), *hopper = getenv("KS_SHIM_HOPPER");
-  is_hopper = hopper && strcmp(hopper, "1") == 0;
+  const char *turing = getenv("KS_SHIM_TURING");
   if (!turing || strcmp(turing, "1") != 0) return;
   device.smem_optin = 64 << 10;
   device.major = 7, device.minor = 5;
@@ -37,6 +36,9 @@ void ks_shim_set_capability(int major, int minor) {
 }
 void ks_shim_set_smem(size_t bytes_per_block) {
   device.smem_optin = bytes_per_block;
+}
+void ks_shim_set_multiprocessors(int n) {
+  device.n_sm = n;
 }
 void ks_shim_set_hopper(int on) {
   is_hopper = on;
@@ -151,7 +153,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *prop, int index) {
                                   .maxGridSize = {0x7fffffff, 65535, 65535},
                                   .major = major(),
                                   .minor = minor(),
-                                  .multiProcessorCount = 4,
+                                  .multiProcessorCount = device.n_sm,
                                   .l2CacheSize = 4 << 20,
                                   .unifiedAddressing = 1,
                                   .concurrentKernels = 1,
@@ -226,33 +228,6 @@ static void poison_all(bool on) {
     poison(&allocations[i], on);
 }
 
-/* Memory that an early kernel may not touch yet; threads.c. */
-void ks_shim_hide_changing(bool on) {
-  for (size_t i = 0; i < n_allocations; i++)
-    if (allocations[i].changes) poison(&allocations[i], on);
-}
-
-static uint64_t hash_of(const ks_shim_allocation *a) {
-  uint64_t h = a->bytes, word = 0;
-  for (size_t at = 0; at < a->bytes; at += sizeof word) {
-    memcpy(&word, a->p + at, a->bytes - at < sizeof word ? a->bytes - at : sizeof word);
-    h = (h ^ word) * 0x9e3779b97f4a7c15u;
-    h ^= h >> 32;
-  }
-  return h;
-}
-
-void ks_shim_watch_begin(void) {
-  for (size_t i = 0; i < n_allocations; i++)
-    if (!allocations[i].pinned && !allocations[i].changes) allocations[i].hash = hash_of(&allocations[i]);
-}
-
-void ks_shim_watch_end(void) {
-  for (size_t i = 0; i < n_allocations; i++)
-    if (!allocations[i].pinned && !allocations[i].changes)
-      allocations[i].changes = allocations[i].hash != hash_of(&allocations[i]);
-}
-
 void ks_shim_open_device(void) {
   if (depth++ == 0) poison_all(false);
 }
@@ -270,8 +245,7 @@ static void fill(char *p, size_t bytes) {
 
 static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
   *out = NULL;
-  const cudaError_t e = ks_shim_unsafe();
-  if (ks_shim_sticky || bytes == 0 || e) return ks_shim_result(e);
+  if (ks_shim_sticky || bytes == 0) return ks_shim_result(cudaSuccess);
   if (!pinned && bytes > device.total - (device.used < device.total ? device.used : device.total))
     return ks_shim_result(cudaErrorMemoryAllocation);
   if (n_allocations == cap_allocations) {
@@ -284,7 +258,7 @@ static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
   void *p;
   if (posix_memalign(&p, 256, bytes) != 0) return ks_shim_result(cudaErrorMemoryAllocation);
   fill(p, bytes);
-  allocations[n_allocations] = (ks_shim_allocation){.p = p, .bytes = bytes, .pinned = pinned};
+  allocations[n_allocations] = (ks_shim_allocation){p, bytes, pinned};
   poison(&allocations[n_allocations++], true);
   *(pinned ? &device.pinned : &device.used) += bytes;
   *out = p;
@@ -293,9 +267,7 @@ static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
 
 static cudaError_t release(void *p, bool pinned) {
   if (!p) return ks_shim_result(cudaSuccess);
-  cudaError_t e = ks_shim_unsafe();
-  if (e) return ks_shim_result(e);
-  e = ks_shim_run_all();
+  cudaError_t e = ks_shim_run_all();
   for (size_t i = 0; i < n_allocations; i++)
     if (allocations[i].p == p && allocations[i].pinned == pinned) {
       *(pinned ? &device.pinned : &device.used) -= allocations[i].bytes;
