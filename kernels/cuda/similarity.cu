@@ -4,8 +4,8 @@
  *   s_ij = <q_i, k_j> f_i f_j,   f = 1 / |row| with the sign of its scale (cosine), or its scale (dot)
  *
  *   similarity.cu          entries, plans, small kernels
- *   similarity.cuh         the job, norms, long lists, farthest first
- *   similarity_list.cuh    lists of up to 32 best
+ *   similarity.cuh         the job, factors, norms, long lists, farthest first
+ *   similarity_list.cuh    scores with their keys; lists of up to 32 best
  *   similarity_stream.cu   up to 8 bf16 queries, bound by memory, one launch
  *   similarity_tile.cu     many bf16 queries and keys, bound by tensor cores
  *   similarity_wgmma.cu    the same by Hopper's own products
@@ -18,7 +18,7 @@
  * since the definition is a float32 product. Before sm_80 everything is plain fma.
  *
  * Shapes of a block's tile, keys x queries; variants of "similarity". Same bits: see Determinism.
- *   stream  8 x 16 x 8  up to 8 queries, bf16: 8 warps with 16 keys each. 103 registers, 2 blocks an SM
+ *   stream  8 x 16 x 8  up to 8 queries, bf16: 8 warps with 16 keys each. 94 registers, 2 blocks an SM
  *   few     64 x 8      up to 8 queries, any type: norms in the same pass
  *   mid     128 x 32    more queries; norms in the same pass; one launch for a whole buffer
  *   big     128 x 128   when its tiles fill the card, where tile does not fit; norms by a pass before
@@ -41,23 +41,28 @@
  *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 2 us lists; goal 10 us
  *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 10 us
  *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives
- *                            5.5 TB/s (assumed); 2.5 us launch; merge of 16 parts: 4 queries a warp one after another, a wait of
- *                            0.7 us and 6 joins of 0.2 us each: 7 us. Matrix and mean: 9 to 10 us, the goal; best k: 16, missed
+ *                            5.5 TB/s (assumed): 950 cycles a stage, under which a warp's 24 to 32 mma (8 or 16 of
+ *                            them norms) lie; 2.5 us launch. Matrix and mean: 9 to 10 us, the goal. Best 16: a block's
+ *                            lists 2 us (32 queries of 500 instructions), the word that a block is the last 1.2, 16
+ *                            lists of 32 queries 2.6 (0.8 of them waiting): 14, missed
  *   256 x 2048 x 3200 bf16   131 MB from L2: 24 us; goal 10 us wants multicast in clusters, and wgmma: 3.4 GFLOP are 7 us
- *                            by mma.sync. 64 x 64 would also be 128 blocks, with 128 rows for 160: 20 % less, and 32 parts to
- *                            merge for 8 queries a warp. Parts of d are no way: a score's bits would depend on the shape
+ *                            by mma.sync. 64 x 64 would also be 128 blocks, with 128 rows for 160: 20 % less, but twice
+ *                            the lists, which are merged for 64 queries on 4 SMs: best 16 then takes 15 us at d = 768.
+ *                            128 x 64: 64 SMs multiply 8 us. Parts of d are no way: a score's bits would depend on the
+ *                            shape
  *   2048 x 8192 x 2048 bf16  69 GFLOP: 86 us; by mma.sync 144, and with 97 % of the SMs, norms (10 us) and lists 180
  *   1024 x 100 k x 768 bf16  157 GFLOP: 196 us; by mma.sync 330, norms 36, lists 20: 390 us, 50 %. The goal is 75 %;
  *                            wgmma: 325 us, 61 %
  *
  * Best k <= 32: stream, tile: see there. Nothing leaves the registers when no score passes; what passes waits in
- * buffers, and 32 are sorted and joined at a time. Longer lists, and the other shapes: a tile's scores are compared in
- * registers with each query's worst; when any passes, all go to shared memory (turned so that no bank is met twice),
- * where a warp a query inserts what beats the worst: k (1 + ln(n / k)) insertions for n keys of a part, one after
- * another. The lists of parts are merged in the order of the keys by the block that is the last of a tile of queries
+ * buffers, and 32 are sorted and joined at a time. The other shapes: a tile's scores are compared in registers with
+ * each query's worst; when any passes, all go to shared memory (turned so that no bank is met twice), where a warp
+ * picks the best of two queries at once, a lane offering four keys in order: 22 instructions for each of k, whatever n
+ * is. Longer lists: a warp a query inserts what beats the worst: k (1 + ln(n / k)) insertions for n keys of a part, one
+ * after another, some 170 cycles each. The lists of parts are merged by the block that is the last of a tile of queries
  * (up to 64 parts; an integer counter says which, and what is merged does not depend on it), else by a kernel with a
- * warp a query. Of lists up to 32 that is joins of sorted lists, four side by side; the tree does not matter,
- * as the order is total.
+ * warp a query: up to 32 short lists are picked from as a tile's scores are, a lane having one and reading four of its
+ * entries ahead; of more, first the heads say which can matter.
  *
  * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
  *
@@ -65,12 +70,17 @@
  * before, compares its keys with that row, and leaves its own farthest: no barrier over the grid, which
  * would need all blocks on the card at once and costs about as much as a launch, and no word from the host.
  *
+ * Float64 is left where it is rare, as Orin and GeForce have 2 of its operations a cycle and SM: sums of 64 scores of a
+ * mean (9 warp instructions of 16 cycles there: 144 cycles where the products of these scores, d = 768, take 50 to 100:
+ * the mean is bound by them), norms beyond float32.
+ *
  * Norms, each kept in two floats (Knuth's exact sum). bf16 and I8: squares of 16 columns by tensor cores, from zero, four
  * of these as a tree, then joined: sums in order of the columns, whatever the kernel. Relative error of |row|^2: at
  * most 6 u (the products are exact, a tensor core cuts off twice in 16, the tree rounds twice; I8: none), u = 2^-24.
- * float32: four interleaved sums of a row, squares bring their errors along: about u^2. Sums outside 2^-90 .. 2^126
- * are taken again in double, so norms have double's range. With f rounded to float32 a score is off by at most 10 u
- * beside its product's error; factors outside 2^-60 .. 2^60 go through double.
+ * float32: four interleaved sums of a row, squares bring their errors along: about u^2. 1 / norm by one step of
+ * Newton in float32, to 1 u; sums outside 2^-90 .. 2^100 are taken again in double, so norms have double's range. With
+ * f rounded to float32 a score is off by at most 10 u beside its product's error; factors outside 2^-60 .. 2^60 carry
+ * an exponent, and their scores go through double.
  *
  * Determinism: keys are A and queries B of every product, and a product's bits depend on its two rows alone
  * (product.cuh). Orders of scores are total, sums have fixed orders counted from key 0. So results depend
@@ -90,6 +100,11 @@
  *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
  *   v3          wgmma, a choice; short lists of parts merged by joins, four side by side, 16 read at once: 16 parts of a
  *               query 1.7 us rather than 5 (k = 10) to 9 (k = 32). Computed, not measured yet
+ *   v4          short lists of the shapes with norms (few, mid, big) picked, not inserted: 256 x 2048, best 16, had 49
+ *               insertions a query and part, 4 queries a warp: 33 us, which v3 left out of its 16; now 14. The shortcut
+ *               for tiles where nothing passes never held for tiles of fewer queries than the shape's. Lists of all
+ *               lengths are entries; merging picks: 2.6 us for 7. Factors without float64: Orin, 1 x n x 768, 44 % of
+ *               the stream's time. The pass for norms loads ahead. Computed, not measured yet
  *   considered  norms inside tile: 4 of 36 mma more for each block, 12 % of 330 us, where the pass is 36 us; see also
  *               similarity_wgmma.cu
  *   next, not built: clusters with multicast for one buffer's size; the merge of a tile of queries by several blocks; int8
@@ -107,8 +122,8 @@ enum {
 static const int64_t SIM_PARTIAL_BYTES = 256 << 20, SIM_COPY_BYTES = 1 << 30;
 
 /* Factors of rows, and their copy as E where one is wanted: four lanes a row, each its slot's chunks in rising order. */
-__global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t is_cosine, double *factors,
-                                   float *copy) {
+__global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t is_cosine,
+                                   sim_factor *factors, float *copy) {
   enum { PER_BLOCK = SIM_THREADS / SIM_SLOTS };
   const int64_t row = (int64_t)blockIdx.x * PER_BLOCK + (int)threadIdx.x / SIM_SLOTS;
   const int slot = (int)threadIdx.x % SIM_SLOTS;
@@ -123,17 +138,14 @@ __global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t 
         for (int e = 0; e < PRODUCT_CHUNK && col + e < r.n_cols; e++)
           copy[row * r.n_cols + col + e] = x[e];
     }
-  double f;
-  if (is_cosine)
-    f = sim_factor(r, row, hi, lo, true, scales);
-  else
-    f = scales && row < r.n_rows ? (double)scales[row] : 1.0;
+  const sim_factor f = is_cosine ? sim_norm_factor(r, row, hi, lo, true, scales)
+                                 : sim_known_factor(NULL, scales, row, r.n_rows);
   if (slot == 0 && row < r.n_rows) factors[row] = f;
 }
 
 /* The same of what tensor cores multiply: a warp 16 rows, 64 columns at a time. */
 __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int32_t is_cosine,
-                                       double *factors, ks_bf16 *copy) {
+                                       sim_factor *factors, ks_bf16 *copy) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   typedef product_element<ks_bf16> element;
   ks_smem smem;
@@ -143,11 +155,15 @@ __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int3
   const int64_t row0 = ((int64_t)blockIdx.x * (SIM_THREADS / KS_WARP) + warp) * 16;
   sim_squares squares;
   squares.clear();
-  for (int64_t col0 = 0; (is_cosine || copy) && row0 < r.n_rows && col0 < r.n_cols; col0 += element::COLS) {
-    product_raw<element::WORDS> raw[4];
+  product_raw<element::WORDS> raw[4];
+  const bool is_read = (is_cosine || copy) && row0 < r.n_rows;
+  const auto load = [&](int64_t col0) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
       raw[i] = product_load_chunk<element::WORDS>(r, row0 + row, col0 + (lane / 16 + 2 * i) * PRODUCT_CHUNK);
+  };
+  if (is_read) load(0);
+  for (int64_t col0 = 0; is_read && col0 < r.n_cols; col0 += element::COLS) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int chunk = lane / 16 + 2 * i;
@@ -164,6 +180,7 @@ __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int3
           to[e] = ks_from_float<ks_bf16>(x[e]);
       }
     }
+    load(col0 + element::COLS); /* under way while the squares are made */
     __syncwarp();
     squares.add_stage(stage, 16);
     __syncwarp();
@@ -172,30 +189,26 @@ __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int3
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int64_t at = row0 + lane / 4 + 8 * half;
-    double f;
-    if (is_cosine)
-      f = sim_factor(r, at, squares.hi[half], squares.lo[half], false, scales);
-    else
-      f = scales && at < r.n_rows ? (double)scales[at] : 1.0;
+    const sim_factor f = is_cosine ? sim_norm_factor(r, at, squares.hi[half], squares.lo[half], false, scales)
+                                   : sim_known_factor(NULL, scales, at, r.n_rows);
     if (lane % 4 == 0 && at < r.n_rows) factors[at] = f;
   }
 #endif
 }
 
-__global__ void sim_merge_kernel(SIM_JOB j, int32_t bm) {
+/* Long lists; a warp a query. */
+__global__ void sim_merge_kernel(SIM_JOB j) {
   ks_smem smem;
-  int64_t *index = ks_smem_take<int64_t>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
-  float *scores = ks_smem_take<float>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
+  sim_entry *lists = ks_smem_take<sim_entry>(&smem, (size_t)SIM_MERGE_WARPS * (size_t)j.best_k);
   const int warp = (int)threadIdx.x / KS_WARP;
   const int64_t q = (int64_t)blockIdx.x * SIM_MERGE_WARPS + warp;
-  if (q < j.q.n_rows)
-    sim_merge(j, q, bm, scores + warp * j.best_k, index + warp * j.best_k, (int)threadIdx.x % KS_WARP);
+  if (q < j.q.n_rows) sim_merge(j, q, lists + warp * j.best_k, (int)threadIdx.x % KS_WARP);
 }
 
-/* A warp a query. */
+/* Short lists. */
 __global__ void sim_gather_kernel(sim_job j) {
   ks_smem smem;
-  sim_entry *room = ks_smem_take<sim_entry>(&smem, (size_t)SIM_MERGE_WARPS * 2 * KS_WARP);
+  int32_t *room = ks_smem_take<int32_t>(&smem, (size_t)SIM_MERGE_WARPS * 2 * KS_WARP);
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP;
   const int64_t q = (int64_t)blockIdx.x * SIM_MERGE_WARPS + warp;
   if (q < j.q.n_rows)
@@ -220,11 +233,10 @@ struct sim_run {
   sim_mode mode;
   int64_t best_k, n_slab;
   sim_shape shape;
-  bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors,
-      has_entries; /* short lists */
-  char *room;      /* workspace; offsets in it: */
-  size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, floors, lists, list_index, scores, index,
-      partial, mean, count, nearest, far[2], picked;
+  bool on_tensor_cores, is_any, copies_q, copies_k, has_q_factors, has_k_factors;
+  char *room; /* workspace; offsets in it: */
+  size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, floors, scores, index, partial, mean, count,
+      nearest, far[2], picked;
   const int32_t *groups, *query_groups;
 };
 
@@ -308,23 +320,28 @@ static sim_shape sim_choose_shape(const sim_run *r) {
   return sim_may_be_big(r) && sim_n_tiles(r, SIM_BIG) >= n_sm ? SIM_BIG : SIM_MID;
 }
 
-/* Blocks that an SM holds at once. */
-static const int SIM_BLOCKS[SIM_N_SHAPES] = {4, 2, 2, 2, 1, 1};
+/* Blocks that an SM holds at once: by registers, then by shared memory. */
+static int64_t sim_blocks_per_sm(const sim_run *r, sim_shape shape, const sim_job *j) {
+  static const int by_registers[SIM_N_SHAPES] = {4, 2, 2, 2, 1, 1};
+  const ks_cuda_device *d = ks_cuda_device_of(r->ctx);
+  if (by_registers[shape] == 1) return 1;
+  const size_t bytes = shape == SIM_STREAM
+                           ? sim_stream_smem_bytes(r->mode == SIM_TOP, j->q.n_rows, j->k.n_cols)
+                           : sim_smem_bytes(shape, sim_n_list(d, shape, r->best_k));
+  const int64_t fit = d->smem_per_sm / (int64_t)(bytes + 1024);
+  return fit < 1 ? 1 : fit < by_registers[shape] ? fit : by_registers[shape];
+}
 
 /* Parts of the keys: as many as make the longest way of any SM shortest. */
 static void sim_divide(const sim_run *r, sim_shape shape, sim_job *j) {
+  const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * sim_blocks_per_sm(r, shape, j);
+  const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
   if (shape == SIM_STREAM) {
-    const ks_cuda_device *d = ks_cuda_device_of(r->ctx);
-    const size_t bytes = sim_stream_smem_bytes(r->mode == SIM_TOP, j->q.n_rows, j->k.n_cols) + 1024;
-    const int64_t n_groups = sim_ceil(j->k_rows, SIM_STREAM_KEYS),
-                  n_blocks = d->n_sm * (2 * bytes <= (size_t)d->smem_per_sm ? 2 : 1);
-    j->n_parts = n_groups < n_blocks ? n_groups : n_blocks;
+    j->n_parts = n_tiles < n_blocks ? n_tiles : n_blocks;
     return;
   }
-  const int64_t n_tiles = sim_ceil(j->k_rows, sim_bm(shape));
-  const int64_t n_blocks = ks_cuda_device_of(r->ctx)->n_sm * SIM_BLOCKS[shape];
   const int64_t tiles_of_q = r->mode == SIM_NEAREST || j->n_q_tiles < 1 ? 1 : j->n_q_tiles;
-  const int64_t start = r->has_entries; /* new lists cost about a tile */
+  const int64_t start = shape == SIM_TILE || shape == SIM_WIDE; /* new lists cost about a tile */
   int64_t best = INT64_MAX;
   j->n_parts = j->tiles_per_part = 1;
   for (int64_t parts = 1; parts <= n_blocks && parts <= n_tiles; parts++) {
@@ -346,7 +363,7 @@ static ks_status sim_launch(const sim_run *r, sim_shape shape, bool is_any, cons
 }
 
 /* Factors of rows into `factors`, in the arithmetic of the products that follow; copy NULL: none. */
-static ks_status sim_prepare(const sim_run *r, product_rows rows, const float *scales, double *factors,
+static ks_status sim_prepare(const sim_run *r, product_rows rows, const float *scales, sim_factor *factors,
                              void *copy) {
   const int32_t is_cosine = r->a->metric == KS_METRIC_COSINE;
   if (r->on_tensor_cores)
@@ -388,7 +405,6 @@ static sim_run sim_run_of(ks_ctx *ctx, const char *op, const ks_similarity_args 
   r.n_slab = a->n_q < SIM_SLAB ? a->n_q : (int64_t)SIM_SLAB;
   const bool is_q_pure = sim_is_pure(&r, a->q, a->q_dtype), is_k_pure = sim_is_pure(&r, a->k, a->k_dtype);
   const bool is_tile = r.shape == SIM_TILE || r.shape == SIM_WIDE, is_big = r.shape == SIM_BIG || is_tile;
-  r.has_entries = is_tile || r.shape == SIM_STREAM;
   r.copies_q = is_big && !is_q_pure;
   r.copies_k = is_tile && !is_k_pure;
   r.is_any = !is_k_pure || (!is_q_pure && !r.copies_q);
@@ -420,18 +436,13 @@ static ks_status sim_reserve(sim_run *r) {
   const size_t n = (size_t)r->n_slab, cols = (size_t)a->n_cols;
   if (r->copies_q) r->q_copy = sim_take(r, n * cols, r->on_tensor_cores ? sizeof(ks_bf16) : sizeof(float));
   if (r->copies_k) r->k_copy = sim_take(r, (size_t)a->n_k * cols, sizeof(ks_bf16));
-  if (r->has_q_factors) r->q_factors = sim_take(r, n, sizeof(double));
-  if (r->has_k_factors) r->k_factors = sim_take(r, (size_t)a->n_k, sizeof(double));
+  if (r->has_q_factors) r->q_factors = sim_take(r, n, sizeof(sim_factor));
+  if (r->has_k_factors) r->k_factors = sim_take(r, (size_t)a->n_k, sizeof(sim_factor));
   if (r->mode == SIM_TOP) {
     const size_t last = (size_t)((a->n_q - 1) % r->n_slab + 1), whole = sim_n_lists(r, n),
                  n_lists = last < n && sim_n_lists(r, last) > whole ? sim_n_lists(r, last) : whole;
-    if (r->has_entries) {
-      r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
-      r->floors = sim_take(r, r->shape == SIM_WIDE ? n_lists : 0, sizeof(uint32_t));
-    } else {
-      r->lists = sim_take(r, n_lists * (size_t)r->best_k, sizeof(float));
-      r->list_index = sim_take(r, n_lists * (size_t)r->best_k, sizeof(uint32_t));
-    }
+    r->entries = sim_take(r, n_lists * (size_t)r->best_k, sizeof(sim_entry));
+    r->floors = sim_take(r, r->shape == SIM_WIDE ? n_lists : 0, sizeof(uint32_t));
     r->scores = sim_take(r, n * (size_t)r->best_k, sizeof(float));
     r->index = sim_take(r, n * (size_t)r->best_k, sizeof(int64_t));
   }
@@ -445,7 +456,7 @@ static ks_status sim_reserve(sim_run *r) {
   r->room = (char *)room;
   if (!r->has_k_factors) return KS_OK;
   return sim_prepare(r, product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype), a->k_scales,
-                     (double *)(r->room + r->k_factors), r->copies_k ? r->room + r->k_copy : NULL);
+                     (sim_factor *)(r->room + r->k_factors), r->copies_k ? r->room + r->k_copy : NULL);
 }
 
 /* Results that a launch leaves unfinished. */
@@ -454,14 +465,12 @@ static ks_status sim_finish_apart(const sim_run *r, const sim_job *j) {
   if (r->mode == SIM_MEAN)
     return ks_launch(r->ctx, r->op, sim_mean_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_THREADS / KS_WARP)),
                      dim3(SIM_THREADS), 0, *j);
-  if (r->has_entries)
-    return ks_launch(r->ctx, r->op, sim_gather_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
-                     dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<sim_entry>(SIM_MERGE_WARPS * 2 * KS_WARP),
-                     *j);
-  const size_t n = (size_t)SIM_MERGE_WARPS * (size_t)r->best_k;
-  return ks_launch(r->ctx, r->op, sim_merge_kernel, dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)),
-                   dim3(SIM_MERGE_WARPS * KS_WARP), ks_smem_bytes<int64_t>(n) + ks_smem_bytes<float>(n), *j,
-                   (int32_t)sim_bm(r->shape));
+  const bool is_short = r->best_k <= SIM_SHORT;
+  const size_t n = SIM_MERGE_WARPS, bytes = is_short ? ks_smem_bytes<int32_t>(n * 2 * KS_WARP)
+                                                     : ks_smem_bytes<sim_entry>(n * (size_t)r->best_k);
+  return ks_launch(r->ctx, r->op, is_short ? sim_gather_kernel : sim_merge_kernel,
+                   dim3(ks_blocks_for(j->q.n_rows, SIM_MERGE_WARPS)), dim3(SIM_MERGE_WARPS * KS_WARP), bytes,
+                   *j);
 }
 
 static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s) {
@@ -470,17 +479,15 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   sim_divide(r, r->shape, &j);
   if (r->has_q_factors) {
     void *copy = r->copies_q ? r->room + r->q_copy : NULL;
-    j.q_factors = (const double *)(r->room + r->q_factors);
-    KS_TRY(sim_prepare(r, j.q, j.q_scales, (double *)(r->room + r->q_factors), copy));
+    j.q_factors = (const sim_factor *)(r->room + r->q_factors);
+    KS_TRY(sim_prepare(r, j.q, j.q_scales, (sim_factor *)(r->room + r->q_factors), copy));
     if (copy) j.q = product_rows_of(copy, n, r->a->n_cols, r->on_tensor_cores ? KS_DTYPE_BF16 : KS_DTYPE_F32);
   }
-  if (r->has_k_factors) j.k_factors = (const double *)(r->room + r->k_factors);
+  if (r->has_k_factors) j.k_factors = (const sim_factor *)(r->room + r->k_factors);
   if (r->copies_k) j.k = product_rows_of(r->room + r->k_copy, r->a->n_k, r->a->n_cols, KS_DTYPE_BF16);
   j.entries = (sim_entry *)(r->room + r->entries);
   j.floors = (uint32_t *)(r->room + r->floors);
   j.s = s ? s + q0 * r->a->n_k : NULL;
-  j.list_scores = (float *)(r->room + r->lists);
-  j.list_index = (uint32_t *)(r->room + r->list_index);
   j.scores = (float *)(r->room + r->scores);
   j.index = (int64_t *)(r->room + r->index);
   j.partial = (sim_partial *)(r->room + r->partial);
@@ -490,8 +497,8 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
     j.is_finished_here =
-        r->shape == SIM_STREAM || ((r->shape == SIM_FEW || r->shape == SIM_MID) &&
-                                   j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST);
+        sim_may_finish(r->shape) &&
+        (r->shape == SIM_STREAM || (j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST));
     KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
   }
   if (r->shape == SIM_WIDE && r->mode == SIM_TOP)
@@ -515,6 +522,9 @@ extern "C" ks_status ks_cuda_similarity_top(ks_ctx *ctx, const ks_similarity_arg
       scores[i] = -INFINITY, index[i] = -1;
     return KS_OK;
   }
+  if (a->n_k >= UINT32_MAX)
+    return KS_FAIL(KS_EUNSUPPORTED, "cuda: similarity_top: %lld keys; at most %lld, go through them in parts",
+                   (long long)a->n_k, (long long)UINT32_MAX - 1);
   sim_run r = sim_run_of(ctx, "similarity_top", a, SIM_TOP, best_k);
   KS_TRY(sim_reserve(&r));
   for (int64_t q0 = 0; q0 < a->n_q; q0 += r.n_slab) {
@@ -561,12 +571,12 @@ static ks_status sim_take_centres(const sim_run *r, int64_t *n_far) {
   j.n_q_tiles = sim_ceil(a->n_q, sim_bn(r->shape));
   sim_divide(r, r->shape, &j);
   if (r->has_k_factors) {
-    j.k_factors = (const double *)(r->room + r->k_factors);
-    KS_TRY(sim_prepare(r, j.k, j.k_scales, (double *)(r->room + r->k_factors), NULL));
+    j.k_factors = (const sim_factor *)(r->room + r->k_factors);
+    KS_TRY(sim_prepare(r, j.k, j.k_scales, (sim_factor *)(r->room + r->k_factors), NULL));
   }
   if (r->has_q_factors) {
-    j.q_factors = (const double *)(r->room + r->q_factors);
-    KS_TRY(sim_prepare(r, j.q, j.q_scales, (double *)(r->room + r->q_factors), NULL));
+    j.q_factors = (const sim_factor *)(r->room + r->q_factors);
+    KS_TRY(sim_prepare(r, j.q, j.q_scales, (sim_factor *)(r->room + r->q_factors), NULL));
   }
   j.is_fresh = 1;
   j.nearest = (float *)(r->room + r->nearest);
@@ -584,7 +594,7 @@ static ks_status sim_take_picks(const sim_run *r, int64_t n_pick, int64_t first,
     j.q.n_rows = 1;
     j.q_scales = NULL;
     j.n_q_tiles = 1;
-    j.k_factors = r->has_k_factors ? (const double *)(r->room + r->k_factors) : NULL;
+    j.k_factors = r->has_k_factors ? (const sim_factor *)(r->room + r->k_factors) : NULL;
     if (p + 1 == n_pick) j.k_rows = 0; /* only the pick itself */
     sim_divide(r, SIM_FEW, &j);
     j.pick = p == 0 && !has_centres ? SIM_PICK_FIRST : SIM_PICK_FARTHEST;
@@ -613,8 +623,8 @@ extern "C" ks_status ks_cuda_similarity_farthest_first(ks_ctx *ctx, const ks_sim
   sim_run centres = sim_run_of(ctx, op, a, SIM_NEAREST, 0),
           picks = sim_run_of(ctx, op, &self, SIM_NEAREST, 0);
   const size_t n_parts = (size_t)ks_cuda_device_of(ctx)->n_sm * 4;
-  if (picks.has_k_factors) picks.k_factors = sim_take(&picks, (size_t)a->n_k, sizeof(double));
-  if (centres.has_q_factors) picks.q_factors = sim_take(&picks, (size_t)a->n_q, sizeof(double));
+  if (picks.has_k_factors) picks.k_factors = sim_take(&picks, (size_t)a->n_k, sizeof(sim_factor));
+  if (centres.has_q_factors) picks.q_factors = sim_take(&picks, (size_t)a->n_q, sizeof(sim_factor));
   picks.nearest = sim_take(&picks, (size_t)a->n_k, sizeof(float));
   picks.far[0] = sim_take(&picks, n_parts, sizeof(sim_far));
   picks.far[1] = sim_take(&picks, n_parts, sizeof(sim_far));
@@ -629,7 +639,7 @@ extern "C" ks_status ks_cuda_similarity_farthest_first(ks_ctx *ctx, const ks_sim
   if (a->n_q > 0) KS_TRY(sim_take_centres(&centres, &n_far));
   if (picks.has_k_factors)
     KS_TRY(sim_prepare(&picks, product_rows_of(a->k, a->n_k, a->n_cols, a->k_dtype), a->k_scales,
-                       (double *)(picks.room + picks.k_factors), NULL));
+                       (sim_factor *)(picks.room + picks.k_factors), NULL));
   KS_TRY(sim_take_picks(&picks, n_pick, first, n_far));
   KS_TRY(ks_cuda_deliver(ctx, picked, picks.room + picks.picked, (size_t)n_pick * sizeof *picked));
   return ks_cuda_finish(ctx);

@@ -10,7 +10,7 @@ enum { SIM_STRETCH = 64, SIM_SLOTS = 4 }; /* keys of a partial mean; interleaved
 
 typedef enum { SIM_MATRIX, SIM_TOP, SIM_MEAN, SIM_NEAREST } sim_mode;
 typedef enum { SIM_FEW, SIM_MID, SIM_BIG, SIM_STREAM, SIM_TILE, SIM_WIDE, SIM_N_SHAPES } sim_shape;
-enum { SIM_SHORT = 32 }; /* longest list of sim_entry */
+enum { SIM_SHORT = 32 }; /* longest list that a warp holds */
 enum { SIM_TILE_KEYS = 256, SIM_TILE_QUERIES = 128, SIM_TILE_STAGES = 3 };
 enum { SIM_STREAM_KEYS = 16, SIM_STREAM_QUERIES = 8, SIM_STREAM_WARPS = 8, SIM_STREAM_STAGES = 5 };
 /* Keys and queries of a tile (SIM_STREAM: of a warp), stages of its product. */
@@ -25,6 +25,10 @@ KS_HOST_DEVICE constexpr int sim_bn(int shape) {
 }
 KS_HOST_DEVICE constexpr int sim_stages(int shape) {
   return shape == SIM_FEW ? 6 : shape == SIM_MID ? 3 : 2;
+}
+/* Whether the kernel can turn what its blocks leave into results. */
+KS_HOST_DEVICE constexpr bool sim_may_finish(int shape) {
+  return shape == SIM_FEW || shape == SIM_MID || shape == SIM_STREAM;
 }
 /* Queries of SIM_NEAREST: those of the job, row `first` of k, or the farthest that the launch before found.
  */
@@ -42,14 +46,12 @@ struct sim_far {
 
 struct sim_job {
   product_rows q, k;
-  const float *q_scales, *k_scales;    /* of I8 rows, or NULL */
-  const double *q_factors, *k_factors; /* made by sim_prepare_kernel, or NULL: made here */
-  float *s;                            /* MATRIX: [n_q, n_k] */
-  float *list_scores;                  /* TOP: [n_q, n_parts, best_k] */
-  uint32_t *list_index;                /* the same, counted from the part's first key */
-  sim_entry *entries;                  /* TOP, short lists: [n_q, n_parts, best_k] */
-  uint32_t *floors; /* SIM_WIDE: [n_q, n_parts], what parts tell each other; zeros before */
-  float *scores;    /* TOP: [n_q, best_k] */
+  const float *q_scales, *k_scales;               /* of I8 rows, or NULL */
+  const struct sim_factor *q_factors, *k_factors; /* made by sim_prepare_kernel, or NULL: made here */
+  float *s;                                       /* MATRIX: [n_q, n_k] */
+  sim_entry *entries; /* TOP: lists of parts [n_q, n_parts, best_k], ended by zeros */
+  uint32_t *floors;   /* SIM_WIDE: [n_q, n_parts], what parts tell each other; zeros before */
+  float *scores;      /* TOP: [n_q, best_k] */
   int64_t *index;
   const int32_t *groups, *query_groups; /* MEAN: or both NULL */
   sim_partial *partial;                 /* [n_q, n_stretches] */
@@ -78,21 +80,32 @@ struct sim_job {
 
 /* ---------------------------------------------------------------- scores */
 
-/* Numbers fall, NaN comes last: whether score b of a later key goes before score a of an earlier one. */
-KS_DEVICE bool sim_beats(float b, float a) {
-  return b > a || (a != a && b == b);
+/* m 2^e of a row: 1 / norm, signed by its scale, or the scale. e is 0 unless m would leave 2^-60 .. 2^60, within which
+ * products of two stay in float32's range. */
+struct sim_factor {
+  float m;
+  int32_t e;
+};
+KS_DEVICE sim_factor sim_factor_of_scale(float scale) {
+  const float size = fabsf(scale);
+  sim_factor f = {scale, 0};
+  if ((size > 0.0f && size < 0x1p-60f) || (size > 0x1p60f && size < INFINITY)) f.m = frexpf(scale, &f.e);
+  return f;
+}
+/* Of a row whose factor was prepared (NULL: was not), or is its scale. */
+KS_DEVICE sim_factor sim_known_factor(const sim_factor *prepared, const float *scales, int64_t row,
+                                      int64_t n_rows) {
+  const sim_factor none = {0.0f, 0};
+  if (row >= n_rows) return none;
+  return prepared ? prepared[row] : sim_factor_of_scale(scales ? scales[row] : 1.0f);
 }
 
-/* Factors of rows: 1 / norm, signed by the row's scale, or the scale. As float where the product of two
- * cannot leave the range; else infinity, which sends sim_score to the exact ones. */
-KS_DEVICE float sim_float_factor(double f) {
-  const double size = fabs(f);
-  return size == 0.0 || (size >= 0x1p-60 && size <= 0x1p60) ? (float)f : INFINITY;
+[[maybe_unused]] static __device__ __noinline__ float sim_far_score(float dot, float mq, float mk, int e) {
+  return (float)ldexp((double)dot * ((double)mq * (double)mk), e) + 0.0f;
 }
 /* Never -0, so that equal scores have equal bits. */
-KS_DEVICE float sim_score(float dot, float gq, float gk, double fq, double fk) {
-  const float g = gq * gk;
-  return fabsf(g) < INFINITY ? fmaf(dot, g, 0.0f) : (float)((double)dot * (fq * fk)) + 0.0f;
+KS_DEVICE float sim_score(float dot, sim_factor q, sim_factor k) {
+  return (q.e | k.e) == 0 ? fmaf(dot, q.m * k.m, 0.0f) : sim_far_score(dot, q.m, k.m, q.e + k.e);
 }
 
 /* ---------------------------------------------------------------- norms */
@@ -168,38 +181,59 @@ struct sim_squares {
   }
 };
 
-/* The squares of chunks slot, slot + 4, ... of a row in double, where float32 squares leave their range or
- * are all 0. */
-static __device__ __noinline__ double sim_squares_in_double(const void *p, int dtype, int64_t row,
-                                                            int64_t n_cols, int slot) {
+/* 1 / sqrt(hi + lo) to 1 u, without float64, which many GPUs have at a 64th of the rate: one step of Newton on the
+ * machine's approximation, the remainder in two floats. hi within 2^-90 .. 2^100. */
+KS_DEVICE float sim_inverse_root(float hi, float lo) {
+  const float y = rsqrtf(hi), p = __fmul_rn(y, y), rest = fmaf(y, y, -p);
+  const float e = fmaf(-lo, p, fmaf(-hi, rest, fmaf(-hi, p, 1.0f)));
+  return fmaf(0.5f * y, e, y);
+}
+/* Beyond that, or of a row of zeros: the squares again in double. For a warp, with lanes that ask for nothing. */
+[[maybe_unused]] static __device__ __noinline__ sim_factor sim_far_factor(const void *p, int dtype,
+                                                                          int64_t row, int64_t n_cols,
+                                                                          bool asks) {
   double sum = 0.0;
-  for (int64_t col = slot * PRODUCT_CHUNK; col < n_cols; col += SIM_SLOTS * PRODUCT_CHUNK)
-    for (int64_t i = row * n_cols + col; i < row * n_cols + n_cols && i < row * n_cols + col + PRODUCT_CHUNK;
-         i++) {
-      const double x = dtype == KS_DTYPE_F32    ? (double)((const float *)p)[i]
-                       : dtype == KS_DTYPE_BF16 ? (double)ks_to_float(((const ks_bf16 *)p)[i])
-                                                : (double)((const int8_t *)p)[i];
-      sum = fma(x, x, sum);
-    }
-  return sum;
+  for (int64_t col = (int)threadIdx.x % SIM_SLOTS; asks && col < n_cols; col += SIM_SLOTS) {
+    const int64_t i = row * n_cols + col;
+    const double x = dtype == KS_DTYPE_F32    ? (double)((const float *)p)[i]
+                     : dtype == KS_DTYPE_BF16 ? (double)ks_to_float(((const ks_bf16 *)p)[i])
+                                              : (double)((const int8_t *)p)[i];
+    sum = fma(x, x, sum);
+  }
+  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 1);
+  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 2);
+  sim_factor f = {sum == 0.0 ? 0.0f : NAN, 0};
+  if (sum > 0.0 && sum < (double)INFINITY) {
+    const double inverse = 1.0 / sqrt(sum), m = frexp(inverse, &f.e);
+    f.m = (float)m;
+    if (f.e > -60 && f.e <= 60) f.m = (float)inverse, f.e = 0;
+  }
+  return f;
 }
 
 /* The factor of a row from its sum, which the four neighbouring lanes of a row all hold, or (is_split) each a part of.
- * All lanes call. */
-KS_DEVICE double sim_factor(const product_rows &r, int64_t row, float hi, float lo, bool is_split,
-                            const float *scales) {
-  const bool is_row = row < r.n_rows, is_far = is_row && !(hi > 0x1p-90f && hi < 0x1p126f);
-  const int slot = (int)threadIdx.x % SIM_SLOTS;
-  double whole = (double)hi + (double)lo, sum = whole;
-  if (is_far) sum = sim_squares_in_double(r.p, r.dtype, row, r.n_cols, slot);
-  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 1);
-  sum += __shfl_xor_sync(KS_FULL_MASK, sum, 2);
-  if (!is_split && !is_far) sum = whole;
+ * All lanes of a warp call. */
+KS_DEVICE sim_factor sim_norm_factor(const product_rows &r, int64_t row, float hi, float lo, bool is_split,
+                                     const float *scales) {
+  const bool is_row = row < r.n_rows;
+  if (is_split)
+#pragma unroll
+    for (int d = 1; d < SIM_SLOTS; d *= 2) {
+      const float more = __shfl_xor_sync(KS_FULL_MASK, hi, d);
+      lo = __fadd_rn(lo, __shfl_xor_sync(KS_FULL_MASK, lo, d));
+      sim_add(&hi, &lo, more);
+    }
+  const bool is_far = is_row && !(hi > 0x1p-90f && hi < 0x1p100f);
+  sim_factor f = {is_row ? sim_inverse_root(hi, lo) : 0.0f, 0};
+  if (__any_sync(KS_FULL_MASK, is_far)) {
+    const sim_factor far = sim_far_factor(r.p, r.dtype, row, r.n_cols, is_far);
+    if (is_far) f = far;
+  }
   const float scale = is_row && scales ? scales[row] : 1.0f;
-  if (!(sum < (double)INFINITY) || !(fabsf(scale) < INFINITY)) return (double)NAN;
-  if (sum == 0.0 || scale == 0.0f) return 0.0;
-  const double inverse = 1.0 / sqrt(sum);
-  return scale < 0.0f ? -inverse : inverse;
+  if (!(fabsf(scale) < INFINITY)) f.m = NAN, f.e = 0;
+  if (scale == 0.0f && f.m == f.m) f.m = 0.0f, f.e = 0;
+  if (scale < 0.0f) f.m = -f.m;
+  return f;
 }
 
 /* Sums of squares of the rows of one operand, taken from the stages of a product: N of them a thread, of rows
@@ -225,8 +259,8 @@ template <class P, int ROWS> struct sim_norms<P, ROWS, float> {
     }
   }
   KS_DEVICE void end() {}
-  KS_DEVICE double factor(int i, const product_rows &r, int64_t at, const float *scales) const {
-    return sim_factor(r, at, hi[i], lo[i], true, scales);
+  KS_DEVICE sim_factor factor(int i, const product_rows &r, int64_t at, const float *scales) const {
+    return sim_norm_factor(r, at, hi[i], lo[i], true, scales);
   }
 };
 template <class P, int ROWS> struct sim_norms<P, ROWS, ks_bf16> {
@@ -257,8 +291,8 @@ template <class P, int ROWS> struct sim_norms<P, ROWS, ks_bf16> {
     for (int i = 0; i < GROUPS; i++)
       of[i].spread();
   }
-  KS_DEVICE double factor(int i, const product_rows &r, int64_t at, const float *scales) const {
-    return sim_factor(r, at, of[i / 2].hi[i % 2], of[i / 2].lo[i % 2], false, scales);
+  KS_DEVICE sim_factor factor(int i, const product_rows &r, int64_t at, const float *scales) const {
+    return sim_norm_factor(r, at, of[i / 2].hi[i % 2], of[i / 2].lo[i % 2], false, scales);
   }
 };
 /* Of both operands, as the hook of a product. */
@@ -283,14 +317,13 @@ template <class P> struct sim_both_norms {
 
 /* ---------------------------------------------------------------- lists of the best */
 
-/* Puts (score, index) into the falling list of n entries, one more than before or best_k; it beats the last
- * of a full list, and its index is above those of equal scores. For one warp. */
-template <class I>
-KS_DEVICE void sim_insert(float *scores, I *index, int n, int best_k, float score, I at, int lane) {
+/* Lists longer than a warp. Puts x into the falling list of n entries, one more than before or best_k; it goes before the
+ * last of a full list. For one warp. */
+KS_DEVICE void sim_insert(sim_entry *list, int n, int best_k, sim_entry x, int lane) {
   int place = 0;
   for (int base = 0; base < n; base += KS_WARP) {
     const int i = base + lane;
-    const unsigned before = __ballot_sync(KS_FULL_MASK, i < n && !sim_beats(score, scores[i < n ? i : 0]));
+    const unsigned before = __ballot_sync(KS_FULL_MASK, i < n && list[i < n ? i : 0] > x);
     place += __popc(before);
     if (before != KS_FULL_MASK) break;
   }
@@ -299,32 +332,26 @@ KS_DEVICE void sim_insert(float *scores, I *index, int n, int best_k, float scor
        base -= KS_WARP) {
     const int i = base + lane;
     const bool moves = i >= place && i < last;
-    const float s = moves ? scores[i] : 0.0f;
-    const I j = moves ? index[i] : 0;
+    const sim_entry moved = moves ? list[i] : 0;
     __syncwarp();
-    if (moves) scores[i + 1] = s, index[i + 1] = j;
+    if (moves) list[i + 1] = moved;
     __syncwarp();
   }
-  if (lane == 0) scores[place] = score, index[place] = at;
+  if (lane == 0) list[place] = x;
   __syncwarp();
 }
 
-/* Offers 32 scores, lane by lane, to a list of *n entries; returns whether any went in. */
-template <class I>
-KS_DEVICE bool sim_offer(float *scores, I *index, int *n, int best_k, bool is_there, float score, I at,
-                         int lane) {
-  float worst = *n == best_k ? scores[best_k - 1] : 0.0f;
-  unsigned mask = __ballot_sync(KS_FULL_MASK, is_there && (*n < best_k || sim_beats(score, worst)));
+/* Offers 32 entries (0: none), lane by lane, to a list of *n; returns whether any went in. */
+KS_DEVICE bool sim_offer(sim_entry *list, int *n, int best_k, sim_entry x, int lane) {
+  sim_entry worst = *n == best_k ? list[best_k - 1] : 0;
+  unsigned mask = __ballot_sync(KS_FULL_MASK, x > worst);
   const bool any = mask != 0;
-  while (mask) {
-    const int from = __ffs((int)mask) - 1;
-    const float s = __shfl_sync(KS_FULL_MASK, score, from);
-    const I i = __shfl_sync(KS_FULL_MASK, at, from);
-    mask &= mask - 1;
-    if (*n == best_k && !sim_beats(s, worst)) continue;
-    sim_insert(scores, index, *n, best_k, s, i, lane);
+  for (; mask; mask &= mask - 1) {
+    const sim_entry next = __shfl_sync(KS_FULL_MASK, x, __ffs((int)mask) - 1);
+    if (next < worst) continue;
+    sim_insert(list, *n, best_k, next, lane);
     *n += *n < best_k;
-    worst = scores[best_k - 1 < *n ? best_k - 1 : *n - 1];
+    worst = *n == best_k ? list[best_k - 1] : 0;
   }
   return any;
 }
@@ -336,82 +363,56 @@ KS_DEVICE void sim_put_best(const sim_job &j, int64_t q, sim_entry best, int lan
   j.index[q * j.best_k + lane] = best ? sim_entry_index(best) : -1;
 }
 
+/* The short lists of queries [q0, q0 + n), n of them of WARPS warps, N a warp at once, out. room: [64], of the warp. */
+template <int WARPS, int N>
+KS_DEVICE void sim_gather_tile(const sim_job &j, int64_t q0, int n_queries, int32_t *room, int warp,
+                               int lane) {
+  const int64_t size = j.n_parts * j.best_k; /* of a query's lists */
+  if (j.n_parts > KS_WARP) {
+    for (int n = warp; n < n_queries; n += WARPS)
+      sim_put_best(j, q0 + n, sim_gather(j.entries + (q0 + n) * size, j.n_parts, j.best_k, room, lane), lane);
+    return;
+  }
+  for (int n0 = warp; n0 < n_queries; n0 += N * WARPS) {
+    const sim_entry *from[N];
+    sim_entry best[N];
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      from[i] = j.entries + (q0 + min(n0 + i * WARPS, n_queries - 1)) * size;
+    sim_gather_few<N>(best, from, j.n_parts, j.best_k, lane);
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (n0 + i * WARPS < n_queries) sim_put_best(j, q0 + n0 + i * WARPS, best[i], lane);
+  }
+}
+
 /* Keys of a part. */
 KS_DEVICE int64_t sim_part_begin(const sim_job &j, int64_t part, int bm) {
   const int64_t at = part * j.tiles_per_part * bm;
   return at < j.k_rows ? at : j.k_rows;
 }
 
-/* Place `place` of part p's list of query q; 0: none. */
-KS_DEVICE sim_entry sim_list_entry(const sim_job &j, int64_t q, int64_t p, int bm, int place) {
-  const int64_t begin = sim_part_begin(j, p, bm), left = sim_part_begin(j, p + 1, bm) - begin,
-                from = (q * j.n_parts + p) * j.best_k + place;
-  if (p >= j.n_parts || place >= j.best_k || place >= left) return 0;
-  return sim_entry_of(__ldcg(j.list_scores + from), (uint32_t)begin + __ldcg(j.list_index + from));
-}
-/* The lists of query q's parts, out; best_k <= 32. Four go side by side, 16 are read at once. */
-[[maybe_unused]] static __device__ __noinline__ void sim_merge_short(const sim_job &j, int64_t q, int bm,
-                                                                     int lane) {
-  enum { SIDE = 4, AHEAD = 4 };
-  sim_entry best[SIDE] = {0, 0, 0, 0};
-  for (int64_t p0 = 0; p0 < j.n_parts; p0 += SIDE * AHEAD) {
-    sim_entry x[AHEAD][SIDE];
-#pragma unroll
-    for (int i = 0; i < SIDE * AHEAD; i++)
-      x[i / SIDE][i % SIDE] = sim_list_entry(j, q, p0 + i, bm, KS_WARP - 1 - lane);
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      sim_join<SIDE>(best, x[i], lane);
-  }
-  sim_entry rest[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    rest[i] = __shfl_sync(KS_FULL_MASK, best[2 + i], KS_WARP - 1 - lane);
-  sim_join<2>(best, rest, lane);
-  rest[0] = __shfl_sync(KS_FULL_MASK, best[1], KS_WARP - 1 - lane);
-  sim_join<1>(best, rest, lane);
-  sim_put_best(j, q, best[0], lane);
-}
-
-/* The lists of query q's parts, in their order, into scores and index (room for best_k; index counts all
- * keys), then out. */
-KS_DEVICE void sim_merge(const sim_job &j, int64_t q, int bm, float *scores, int64_t *index, int lane) {
+/* The long lists of query q's parts into `list` (room for best_k), then out. */
+KS_DEVICE void sim_merge(const sim_job &j, int64_t q, sim_entry *list, int lane) {
   enum { AHEAD = 4 };
   int n = 0;
-  if (j.best_k <= SIM_SHORT && j.k.n_rows < UINT32_MAX) {
-    sim_merge_short(j, q, bm, lane);
-    return;
-  }
   for (int64_t p0 = 0; p0 < j.n_parts; p0 += AHEAD) {
-    float s[AHEAD];
-    uint32_t at[AHEAD];
-    int64_t begin[AHEAD], has[AHEAD];
+    const sim_entry *from = j.entries + (q * j.n_parts + p0) * j.best_k;
+    sim_entry x[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      x[i] = p0 + i < j.n_parts ? __ldcg(from + i * j.best_k + lane) : 0;
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      begin[i] = sim_part_begin(j, p0 + i, bm);
-      has[i] = p0 + i < j.n_parts ? sim_part_begin(j, p0 + i + 1, bm) - begin[i] : 0;
-      has[i] = has[i] < j.best_k ? has[i] : j.best_k;
-      const int64_t from = (q * j.n_parts + p0 + i) * j.best_k + lane;
-      s[i] = lane < has[i] ? __ldcg(j.list_scores + from) : 0.0f;
-      at[i] = lane < has[i] ? __ldcg(j.list_index + from) : 0u;
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int64_t from = (q * j.n_parts + p0 + i) * j.best_k;
-      bool more =
-          sim_offer(scores, index, &n, j.best_k, lane < has[i], s[i], begin[i] + (int64_t)at[i], lane);
-      for (int64_t base = KS_WARP; more && base < has[i]; base += KS_WARP) {
-        const bool is_there = base + lane < has[i];
-        const float score = is_there ? __ldcg(j.list_scores + from + base + lane) : 0.0f;
-        const int64_t index_of =
-            begin[i] + (is_there ? (int64_t)__ldcg(j.list_index + from + base + lane) : 0);
-        more = sim_offer(scores, index, &n, j.best_k, is_there, score, index_of, lane);
-      }
+      bool more = sim_offer(list, &n, j.best_k, x[i], lane);
+      for (int base = KS_WARP; more && base < j.best_k; base += KS_WARP)
+        more = sim_offer(list, &n, j.best_k,
+                         base + lane < j.best_k ? __ldcg(from + i * j.best_k + base + lane) : 0, lane);
     }
   }
   for (int i = lane; i < j.best_k; i += KS_WARP) {
-    j.scores[q * j.best_k + i] = i < n ? scores[i] : -INFINITY;
-    j.index[q * j.best_k + i] = i < n ? index[i] : -1;
+    j.scores[q * j.best_k + i] = i < n ? sim_entry_score(list[i]) : -INFINITY;
+    j.index[q * j.best_k + i] = i < n ? sim_entry_index(list[i]) : -1;
   }
   __syncwarp();
 }
@@ -467,9 +468,15 @@ KS_DEVICE sim_far sim_block_farthest(sim_far x, sim_far *room) {
 static inline size_t sim_smem_bytes(sim_shape shape, int64_t n_list) {
   const size_t bm = (size_t)sim_bm(shape), bn = (size_t)sim_bn(shape), n = (size_t)n_list;
   return ks_smem_bytes<uint4>((size_t)sim_stages(shape) * (bm + bn) * PRODUCT_UNITS) +
-         ks_smem_bytes<double>(bm) + ks_smem_bytes<double>(bn) + 2 * ks_smem_bytes<float>(bm) +
-         2 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(bm) + ks_smem_bytes<sim_far>(KS_WARP) +
-         ks_smem_bytes<float>(n) + ks_smem_bytes<uint32_t>(n);
+         ks_smem_bytes<sim_factor>(bm) + ks_smem_bytes<sim_factor>(bn) + ks_smem_bytes<float>(bm) +
+         ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(bm) + ks_smem_bytes<sim_far>(KS_WARP) +
+         ks_smem_bytes<sim_entry>(n);
+}
+
+/* Entries of a block's lists in its shared memory; 0: they do not fit and lie in device memory. */
+static inline int64_t sim_n_list(const ks_cuda_device *d, sim_shape shape, int64_t best_k) {
+  const int64_t n = sim_bn(shape) * best_k;
+  return sim_smem_bytes(shape, n) <= (size_t)d->smem_per_block ? n : 0;
 }
 
 /* Of sim_best (similarity_many.cuh). */
@@ -488,11 +495,10 @@ static inline size_t sim_stream_smem_bytes(bool is_top, int64_t n_queries, int64
   const size_t warps = SIM_STREAM_WARPS, n = (size_t)n_queries,
                units = ((size_t)n_cols + 63) / 64 * PRODUCT_UNITS;
   return ks_smem_bytes<uint4>(warps * SIM_STREAM_STAGES * SIM_STREAM_KEYS * PRODUCT_UNITS) +
-         ks_smem_bytes<uint4>(n * units) + ks_smem_bytes<double>(SIM_STREAM_QUERIES) +
-         ks_smem_bytes<float>(SIM_STREAM_QUERIES) + ks_smem_bytes<float>(warps * SIM_STREAM_QUERIES) +
-         (is_top
-              ? ks_smem_bytes<sim_entry>(warps * n * KS_WARP) + ks_smem_bytes<sim_entry>(warps * 2 * KS_WARP)
-              : 0);
+         ks_smem_bytes<uint4>(n * units) + ks_smem_bytes<sim_factor>(SIM_STREAM_QUERIES) +
+         ks_smem_bytes<float>(warps * SIM_STREAM_QUERIES) +
+         (is_top ? ks_smem_bytes<sim_entry>(warps * n * KS_WARP) + ks_smem_bytes<int32_t>(warps * 2 * KS_WARP)
+                 : 0);
 }
 
 /* Up to 8 bf16 queries and bf16 rows, as they lie: the whole operation in n_parts blocks. Matrix, or short lists. */

@@ -8,8 +8,12 @@
  *   sim_sort<2>(x, lane);                    // rising over the lanes
  *   sim_join<2>(best, x, lane);              // best: falling over the lanes
  *
+ *   sim_cursor lists[2]; ...                 // falling lists, one a lane
+ *   sim_pick_best<2>(best, lists, best_k, lane);  // their best: falling over the lanes
+ *
  * Sorting is 15 exchanges of about 8 instructions, joining 5; the lists of an array go side by side, since an
- * exchange waits some 40 cycles for its shuffles. */
+ * exchange waits some 40 cycles for its shuffles. Picking is a step of some 20 instructions and 80 cycles for each of
+ * the best, however many there are to pick from: two reductions of a warp (before sm_80 ten shuffles). */
 #ifndef KS_CUDA_SIMILARITY_LIST_CUH
 #define KS_CUDA_SIMILARITY_LIST_CUH
 
@@ -61,48 +65,125 @@ KS_DEVICE sim_entry sim_push(sim_entry best, sim_entry x, int lane) {
   return lane < place ? best : lane == place ? x : left;
 }
 
-/* Entries that wait for their place: room for 64, joined by 32. */
-struct sim_waiting {
-  sim_entry *room, best, floor;
-  int n;
+/* ---------------------------------------------------------------- the best of many falling lists */
+
+/* A falling list: its next entries (0: none), and those behind them in memory. A lane of a warp has one. */
+enum { SIM_NEXT = 4 };
+struct sim_cursor {
+  sim_entry next[SIM_NEXT];
+  const sim_entry *rest;
+  int n_rest;
+
+  KS_DEVICE void load() {
+#pragma unroll
+    for (int e = 0; e < SIM_NEXT; e++)
+      next[e] = e < n_rest ? __ldcg(rest + e) : 0;
+    rest += SIM_NEXT, n_rest -= SIM_NEXT;
+  }
+  KS_DEVICE void pop(bool is_taken) {
+#pragma unroll
+    for (int e = 0; e < SIM_NEXT; e++)
+      next[e] = !is_taken ? next[e] : e + 1 < SIM_NEXT ? next[e + 1] : 0;
+    if (next[0] == 0 && n_rest > 0) load();
+  }
+  KS_DEVICE void put_pair(int a, int b) {
+    const sim_entry x = next[a], y = next[b];
+    next[a] = x > y ? x : y, next[b] = x > y ? y : x;
+  }
+  /* Entries in any order, of a list of no more than these. */
+  KS_DEVICE void sort() {
+    put_pair(0, 1), put_pair(2, 3), put_pair(0, 2), put_pair(1, 3), put_pair(1, 2);
+    rest = NULL, n_rest = 0;
+  }
 };
-/* Not inlined, here and below: what runs once at the end of a launch would else be thousands of instructions that no
- * cache holds. */
-[[maybe_unused]] static __device__ __noinline__ void sim_waiting_join(sim_waiting *w, int best_k, int lane) {
-  sim_entry x = lane < w->n ? w->room[lane] : 0;
-  const sim_entry rest = KS_WARP + lane < w->n ? w->room[KS_WARP + lane] : 0;
-  __syncwarp();
-  w->room[lane] = rest;
-  w->n = w->n > KS_WARP ? w->n - KS_WARP : 0;
-  sim_sort<1>(&x, lane);
-  sim_join<1>(&w->best, &x, lane);
-  const sim_entry last = __shfl_sync(KS_FULL_MASK, w->best, best_k - 1);
-  w->floor = last > w->floor ? last : w->floor;
-  __syncwarp();
-}
-KS_DEVICE void sim_waiting_add(sim_waiting *w, sim_entry x, int best_k, int lane) {
-  const bool passes = x != 0 && x >= w->floor;
-  const unsigned mask = __ballot_sync(KS_FULL_MASK, passes);
-  if (passes) w->room[w->n + __popc(mask & ((1u << lane) - 1u))] = x;
-  w->n += __popc(mask);
-  __syncwarp();
-  if (w->n >= KS_WARP) sim_waiting_join(w, best_k, lane);
+
+KS_DEVICE sim_entry sim_warp_max(sim_entry x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t high = __reduce_max_sync(KS_FULL_MASK, (uint32_t)(x >> 32)),
+                 low = __reduce_max_sync(KS_FULL_MASK, (uint32_t)(x >> 32) == high ? (uint32_t)x : 0u);
+  return (sim_entry)high << 32 | low;
+#else
+#pragma unroll
+  for (int d = KS_WARP / 2; d > 0; d /= 2) {
+    const sim_entry y = __shfl_xor_sync(KS_FULL_MASK, x, d);
+    x = y > x ? y : x;
+  }
+  return x;
+#endif
 }
 
-/* The best of n_lists falling lists of best_k entries, one behind the other at `from`, for one warp: lane i gets
- * the i-th. Every list's head is looked at first: the best_k-th of 32 lanes' best heads is a floor, which all but
- * a few lists lie below. room: [64], shared. */
+/* best: the n best of a warp's lists, falling over the lanes; N such at once, as a step waits for two reductions. */
+template <int N> KS_DEVICE void sim_pick_best(sim_entry best[N], sim_cursor lists[N], int n, int lane) {
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    best[i] = 0;
+#pragma unroll 1
+  for (int place = 0; place < n; place++) {
+    sim_entry x[N], any = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      x[i] = sim_warp_max(lists[i].next[0]), any |= x[i];
+    if (any == 0) break;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      best[i] = lane == place ? x[i] : best[i];
+      lists[i].pop(lists[i].next[0] == x[i]);
+    }
+  }
+}
+/* best: itself and x, both falling. */
+template <int N> KS_DEVICE void sim_join_falling(sim_entry best[N], const sim_entry x[N], int lane) {
+  sim_entry rising[N];
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    rising[i] = __shfl_sync(KS_FULL_MASK, x[i], KS_WARP - 1 - lane);
+  sim_join<N>(best, rising, lane);
+}
+
+/* best[i]: of up to 32 lists of best_k entries, ended by zeros, that lie one behind the other at from[i]. */
+template <int N>
+KS_DEVICE void sim_gather_few(sim_entry best[N], const sim_entry *const from[N], int64_t n_lists, int best_k,
+                              int lane) {
+  sim_cursor lists[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    lists[i].rest = from[i] + lane * best_k;
+    lists[i].n_rest = lane < n_lists ? best_k : 0;
+    lists[i].load();
+  }
+  sim_pick_best<N>(best, lists, best_k, lane);
+}
+
+/* Not inlined, here and below: what runs once at the end of a launch would else be thousands of instructions that no
+ * cache holds. */
+[[maybe_unused]] static __device__ __noinline__ sim_entry sim_gather_named(const sim_entry *from, int list,
+                                                                           int best_k, sim_entry best,
+                                                                           int lane) {
+  sim_cursor cursor;
+  sim_entry x;
+  cursor.rest = from + (int64_t)list * best_k;
+  cursor.n_rest = list >= 0 ? best_k : 0;
+  cursor.load();
+  sim_pick_best<1>(&x, &cursor, best_k, lane);
+  sim_join_falling<1>(&best, &x, lane);
+  return best;
+}
+
+/* Of any number of lists, for one warp. Every list's head is looked at first: the best_k-th of 32 lanes' best heads is a
+ * floor, which all but a few lists lie below. room: [64], shared. */
 [[maybe_unused]] static __device__ __noinline__ sim_entry sim_gather(const sim_entry *from, int64_t n_lists,
-                                                                     int best_k, sim_entry *room, int lane) {
-  enum { AHEAD = 8, TOGETHER = 4 };
-  sim_entry top = 0;
+                                                                     int best_k, int32_t *room, int lane) {
+  enum { AHEAD = 8 };
+  sim_entry top = 0, best = 0;
+  int n = 0; /* lists in the room */
+  if (n_lists <= KS_WARP) return sim_gather_named(from, lane < n_lists ? lane : -1, best_k, best, lane);
 #pragma unroll 8
   for (int64_t l = lane; l < n_lists; l += KS_WARP) {
     const sim_entry x = __ldcg(from + l * best_k);
     top = x > top ? x : top;
   }
   sim_sort<1>(&top, lane);
-  sim_waiting w = {room, 0, __shfl_sync(KS_FULL_MASK, top, KS_WARP - best_k), 0};
+  sim_entry floor = __shfl_sync(KS_FULL_MASK, top, KS_WARP - best_k);
   for (int64_t l0 = 0; l0 < n_lists; l0 += KS_WARP * AHEAD) {
     unsigned passing = 0; /* lane i: which of lists l0 + 32 i .. may hold something */
     sim_entry head[AHEAD];
@@ -113,29 +194,26 @@ KS_DEVICE void sim_waiting_add(sim_waiting *w, sim_entry x, int best_k, int lane
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      const unsigned mask = __ballot_sync(KS_FULL_MASK, head[i] != 0 && head[i] >= w.floor);
+      const unsigned mask = __ballot_sync(KS_FULL_MASK, head[i] != 0 && head[i] >= floor);
       passing = lane == i ? mask : passing;
     }
 #pragma unroll 1
     for (int i = 0; i < AHEAD; i++) {
-      unsigned mask = __shfl_sync(KS_FULL_MASK, passing, i);
-      while (mask) {
-        sim_entry x[TOGETHER];
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++) {
-          const int64_t l = l0 + i * KS_WARP + (mask ? __ffs((int)mask) - 1 : 0);
-          x[n] = mask && lane < best_k ? __ldcg(from + l * best_k + lane) : 0;
-          mask &= mask - 1;
-        }
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++)
-          sim_waiting_add(&w, x[n], best_k, lane);
-      }
+      const unsigned mask = __shfl_sync(KS_FULL_MASK, passing, i);
+      if (mask >> lane & 1u)
+        room[n + __popc(mask & ((1u << lane) - 1u))] = (int32_t)(l0 + i * KS_WARP + lane);
+      n += __popc(mask);
+      __syncwarp();
+      if (n < KS_WARP) continue;
+      best = sim_gather_named(from, room[lane], best_k, best, lane);
+      n -= KS_WARP;
+      const int32_t rest = lane < n ? room[KS_WARP + lane] : 0;
+      __syncwarp();
+      room[lane] = rest;
+      __syncwarp();
     }
   }
-  while (w.n > 0)
-    sim_waiting_join(&w, best_k, lane);
-  return w.best;
+  return n > 0 ? sim_gather_named(from, lane < n ? room[lane] : -1, best_k, best, lane) : best;
 }
 
 #endif

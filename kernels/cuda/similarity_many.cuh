@@ -28,26 +28,22 @@ enum { SIM_BUFFER = 32, SIM_JOIN_FROM = 16 };
 
 /* ---------------------------------------------------------------- factors */
 
-KS_DEVICE double sim_exact_factor(const double *factors, const float *scales, int64_t row, int64_t n_rows) {
-  if (row >= n_rows) return 0.0;
-  return factors ? factors[row] : scales ? (double)scales[row] : 1.0;
-}
-KS_DEVICE float sim_factor_of(const double *factors, const float *scales, int64_t row, int64_t n_rows) {
-  return row >= n_rows ? 0.0f : sim_float_factor(factors ? factors[row] : scales ? (double)scales[row] : 1.0);
+/* A factor as one float; infinity: it has an exponent, and only sim_scale_exactly will do. */
+KS_DEVICE float sim_plain_factor(const sim_factor *factors, const float *scales, int64_t row,
+                                 int64_t n_rows) {
+  const sim_factor f = sim_known_factor(factors, scales, row, n_rows);
+  return f.e == 0 ? f.m : INFINITY;
 }
 
 /* Sums become scores where some factor is no float: one after another, from local memory, as registers have room for the sums
- * only. gq, gk: float factors of the tile's queries and keys. */
-template <class L>
-KS_DEVICE void sim_scale_exactly(const sim_job &j, const L &l, const float *gq, const float *gk, int64_t q0,
-                                 int64_t k0) {
+ * only. */
+template <class L> KS_DEVICE void sim_scale_exactly(const sim_job &j, const L &l, int64_t q0, int64_t k0) {
   float x[L::N_SUMS];
   l.each([&](int at, float &v) { x[at] = v; });
 #pragma unroll 1
   for (int at = 0; at < L::N_SUMS; at++) {
-    const int m = l.key(at), n = l.query(at);
-    x[at] = sim_score(x[at], gq[n], gk[m], sim_exact_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows),
-                      sim_exact_factor(j.k_factors, j.k_scales, k0 + m, j.k.n_rows));
+    x[at] = sim_score(x[at], sim_known_factor(j.q_factors, j.q_scales, q0 + l.query(at), j.q.n_rows),
+                      sim_known_factor(j.k_factors, j.k_scales, k0 + l.key(at), j.k.n_rows));
   }
   l.each([&](int at, float &v) { v = x[at]; });
 }

@@ -31,9 +31,10 @@ enum {
 
 struct sim_stream_shared {
   uint4 *stages, *queries; /* [warps, stages], [n_q, units] */
-  double *fq;
-  float *gq, *worst;       /* [n_q], [warps, 8] */
-  sim_entry *lists, *room; /* [warps, n_q, 32], [warps, 64] */
+  sim_factor *fq;          /* [8] */
+  float *worst;            /* [warps, 8] */
+  sim_entry *lists;        /* [warps, n_q, 32] */
+  int32_t *room;           /* [warps, 64] */
   int units;
 
   KS_DEVICE sim_stream_shared(int mode, int n_queries, int64_t n_cols) {
@@ -41,12 +42,11 @@ struct sim_stream_shared {
     units = (int)((n_cols + STREAM_COLS - 1) / STREAM_COLS) * PRODUCT_UNITS;
     stages = ks_smem_take<uint4>(&smem, SIM_STREAM_WARPS * SIM_STREAM_STAGES * STREAM_STAGE);
     queries = ks_smem_take<uint4>(&smem, (size_t)n_queries * (size_t)units);
-    fq = ks_smem_take<double>(&smem, SIM_STREAM_QUERIES);
-    gq = ks_smem_take<float>(&smem, SIM_STREAM_QUERIES);
+    fq = ks_smem_take<sim_factor>(&smem, SIM_STREAM_QUERIES);
     worst = ks_smem_take<float>(&smem, SIM_STREAM_WARPS * SIM_STREAM_QUERIES);
     const size_t n = mode == SIM_TOP ? SIM_STREAM_WARPS : 0;
     lists = n ? ks_smem_take<sim_entry>(&smem, n * (size_t)n_queries * KS_WARP) : NULL;
-    room = n ? ks_smem_take<sim_entry>(&smem, n * 2 * KS_WARP) : NULL;
+    room = n ? ks_smem_take<int32_t>(&smem, n * 2 * KS_WARP) : NULL;
   }
   KS_DEVICE uint4 *query(int n, int unit) const { return queries + n * units + (unit ^ (n & 7)); }
 };
@@ -139,13 +139,12 @@ KS_DEVICE void sim_stream_scale(const sim_job &j, const sim_stream_shared &sh, s
   squares->spread();
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const double f = j.is_cosine
-                         ? sim_factor(j.k, k0 + lane / 4 + 8 * i, squares->hi[i], squares->lo[i], false, NULL)
-                         : 1.0;
-    const float g = sim_float_factor(f);
+    sim_factor f = {1.0f, 0};
+    if (j.is_cosine)
+      f = sim_norm_factor(j.k, k0 + lane / 4 + 8 * i, squares->hi[i], squares->lo[i], false, NULL);
 #pragma unroll
     for (int e = 0; e < 2; e++)
-      sum[2 * i + e] = sim_score(sum[2 * i + e], sh.gq[n + e], g, sh.fq[n + e], f);
+      sum[2 * i + e] = sim_score(sum[2 * i + e], sh.fq[n + e], f);
   }
 }
 
@@ -278,12 +277,11 @@ __global__ __launch_bounds__(SIM_STREAM_WARPS *KS_WARP, 2) void similarity_strea
     }
     if (is_first) {
       of_queries.spread();
-      const double f =
-          has_queries
-              ? sim_factor(j.q, min(lane / 4, n_queries - 1), of_queries.hi[0], of_queries.lo[0], false, NULL)
-              : 1.0; /* warps without squares would take theirs for too small and count again */
-      if (warp == SIM_STREAM_WARPS - 1 && lane % 4 == 0)
-        sh.fq[lane / 4] = f, sh.gq[lane / 4] = sim_float_factor(f);
+      sim_factor f = {1.0f, 0};
+      if (has_queries) /* other warps would take theirs for too small and count again */
+        f = sim_norm_factor(j.q, min(lane / 4, n_queries - 1), of_queries.hi[0], of_queries.lo[0], false,
+                            NULL);
+      if (warp == SIM_STREAM_WARPS - 1 && lane % 4 == 0) sh.fq[lane / 4] = f;
       __syncthreads();
     }
     if (!has_keys) continue;

@@ -165,7 +165,7 @@ KS_DEVICE void sim_tile_scale(const sim_job &j, const sim_tile_shared &sh, sim_t
     for (int h = 0; h < 2; h++)
       gk[i][h] = sh.gk[c->first_m() + 16 * i + 8 * h];
   if (sh.rare[0] || sh.rare[1] == (int32_t)(k0 / sim_tile::BM) + 1) {
-    sim_scale_exactly(j, sim_tile_sums{*c}, sh.gq, sh.gk, q0, k0);
+    sim_scale_exactly(j, sim_tile_sums{*c}, q0, k0);
     return;
   }
 #pragma unroll
@@ -279,7 +279,7 @@ template <int MODE> KS_DEVICE void sim_tile_begin(const sim_job &j, const sim_ti
   if (threadIdx.x == 0) sh.rare[0] = sh.rare[1] = 0;
   __syncthreads();
   for (int n = (int)threadIdx.x; n < sim_tile::BN; n += sim_tile::THREADS) {
-    const float g = sim_factor_of(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
+    const float g = sim_plain_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
     sh.gq[n] = g;
     if (g == INFINITY) sh.rare[0] = 1;
     sh.query_groups[n] = j.groups && q0 + n < j.q.n_rows ? j.query_groups[q0 + n] : 0;
@@ -297,7 +297,7 @@ struct sim_tile_key {
   int32_t group;
 
   KS_DEVICE void read(const sim_job &j, int64_t k) {
-    g = sim_factor_of(j.k_factors, j.k_scales, k, j.k.n_rows);
+    g = sim_plain_factor(j.k_factors, j.k_scales, k, j.k.n_rows);
     group = j.groups && k < j.k.n_rows ? j.groups[k] : 0;
   }
   KS_DEVICE void write(const sim_tile_shared &sh, int64_t k0) const {

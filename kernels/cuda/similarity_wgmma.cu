@@ -162,7 +162,7 @@ template <int MODE> struct sim_wide_work {
       ks_barrier_wait(sh.empty + set, (uint32_t)(step / SIM_WIDE_SETS % 2) ^ 1u);
       for (int m = thread; m < SIM_WIDE_KEYS; m += WG_FILLERS) {
         const int64_t k = t * SIM_WIDE_KEYS + m;
-        const float g = sim_factor_of(j.k_factors, j.k_scales, k, j.k.n_rows);
+        const float g = sim_plain_factor(j.k_factors, j.k_scales, k, j.k.n_rows);
         sh.gk[set * SIM_WIDE_KEYS + m] = g;
         if (MODE == SIM_MEAN)
           sh.groups[set * SIM_WIDE_KEYS + m] = j.groups && k < j.k.n_rows ? j.groups[k] : 0;
@@ -195,7 +195,7 @@ template <int MODE> struct sim_wide_work {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int n = wg_row(h);
-      gq[h] = sim_factor_of(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
+      gq[h] = sim_plain_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
       if (lane() % 4 == 0) sh.gq[n] = gq[h];
       if (MODE == SIM_TOP && lane() % 4 == 0) sh.best.clear(n, q0 + n < j.q.n_rows);
     }
@@ -216,7 +216,7 @@ template <int MODE> struct sim_wide_work {
       gq[0] = sh.gq[wg_row(0)], gq[1] = sh.gq[wg_row(1)];
     ks_barrier_wait(sh.full + set, (uint32_t)(t.tag / SIM_WIDE_SETS % 2));
     if (__any_sync(KS_FULL_MASK, gq[0] == INFINITY || gq[1] == INFINITY || sh.rare[set] == t.tag)) {
-      sim_scale_exactly(j, sim_wide_sums{acc}, sh.gq, gk, q0, t.col);
+      sim_scale_exactly(j, sim_wide_sums{acc}, q0, t.col);
       return;
     }
 #pragma unroll

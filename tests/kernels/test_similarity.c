@@ -14,6 +14,7 @@ typedef struct {
 /* The shim's: bytes of shared memory a block may have. */
 __attribute__((weak)) void ks_shim_set_smem(size_t bytes);
 __attribute__((weak)) void ks_shim_set_hopper(int on);
+__attribute__((weak)) void ks_shim_set_multiprocessors(int n);
 enum { SMEM_TURING = 64 << 10, SMEM_AMPERE = 163 << 10, SMEM_HOPPER = 227 << 10 };
 static void set_smem(size_t bytes) {
   if (ks_shim_set_smem) ks_shim_set_smem(bytes);
@@ -388,7 +389,8 @@ Test(similarity, shapes_agree) {
                                   {2, 800, 8, DOT, KS_FILL_INTEGER, BF16, BF16, false},
                                   {140, 150, 72, COSINE, KS_FILL_INTEGER, BF16, I8, true},
                                   {135, 140, 16, DOT, KS_FILL_INTEGER, I8, I8, true},
-                                  {129, 130, 36, COSINE, KS_FILL_SIGNED, F32, BF16, false}};
+                                  {129, 130, 36, COSINE, KS_FILL_SIGNED, F32, BF16, false},
+                                  {3, 2600, 4, DOT, KS_FILL_INTEGER, I8, BF16, false}};
   int64_t bad = 0;
   for (int64_t i = 0; ks_test_is_cuda() && i < (int64_t)(sizeof both / sizeof both[0]); i++)
     bad += check_shapes(&both[i], shapes, (int)(sizeof shapes / sizeof shapes[0]));
@@ -456,29 +458,40 @@ Test(similarity, queries_and_keys_stand_alone) {
   cr_assert(bad == 0);
 }
 
-/* Many equal scores, a list longer than a warp, more than there are keys. */
-static int64_t run_ties(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
-  enum { Q = 2, K = 150, D = 8 };
-  (void)test_case;
-  float q[Q * D] = {0}, k[K * D] = {0}, s[Q * K];
+/* Many equal scores among few numbers that are none, or scores that rise, so that the best lie side by side; lists shorter and
+ * longer than a warp, and longer than there are keys; few parts and many. */
+static int64_t run_lists(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { Q = 2, D = 4 };
+  static const int64_t n_best[] = {5, 32, 33, 97, 200, 1024};
+  const int64_t n_k = *(const int64_t *)test_case;
+  float q[Q * D] = {0}, *k = ks_floats(n_k * D, KS_FILL_SIGNED, 0),
+              *s = ks_floats(Q * n_k, KS_FILL_SIGNED, 0);
+  int64_t bad = 0;
   for (int i = 0; i < Q; i++)
     q[i * D] = 1;
-  for (int j = 0; j < K; j++)
-    k[j * D] = j % 50 == 9 ? NAN : (float)(j * 7 % 5);
-  ks_guard gq = ks_guard_make(ctx, q, Q * D), gk = ks_guard_make(ctx, k, K * D);
-  const ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = Q, .n_k = K, .n_cols = D, .metric = DOT};
-  for (int i = 0; i < Q * K; i++)
-    s[i] = k[i % K * D];
-  int64_t bad =
-      check_top(ctx, &a, s, 33, name) + check_top(ctx, &a, s, 97, name) + check_top(ctx, &a, s, 200, name);
-  if (!ks_test_is_shim()) bad += check_top(ctx, &a, s, 1024, name);
+  for (int rises = n_k > 1000; rises < 2; rises++) {
+    for (int64_t j = 0; j < n_k; j++)
+      k[j * D] = j % 50 == 9 ? NAN : rises ? (float)(j / 3) : (float)(j * 7 % 5);
+    ks_guard gq = ks_guard_make(ctx, q, Q * D), gk = ks_guard_make(ctx, k, n_k * D);
+    const ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = Q, .n_k = n_k, .n_cols = D, .metric = DOT};
+    for (int64_t i = 0; i < Q * n_k; i++)
+      s[i] = k[i % n_k * D];
+    for (int i = 0; i < (n_k > 1000 ? 3 : ks_test_is_shim() ? 5 : 6); i++)
+      bad += check_top(ctx, &a, s, n_best[i], name);
+    ks_guard_free(&gq), ks_guard_free(&gk);
+  }
   ks_results_add(out, s, 1);
-  ks_guard_free(&gq), ks_guard_free(&gk);
+  free(k), free(s);
   return bad;
 }
 
 Test(similarity, ties_and_long_lists) {
-  cr_assert(ks_test_everywhere("similarity", 200, NULL, run_ties) == 0);
+  static const int64_t n_k[] = {150, 2600}; /* on the shim 3 and 41 parts of up to 64 keys */
+  for (int64_t i = 0; i < 2; i++) {
+    if (ks_shim_set_multiprocessors) ks_shim_set_multiprocessors(n_k[i] > 1000 ? 70 : 4);
+    cr_assert(ks_test_everywhere("similarity", 203 + i, &n_k[i], run_lists) == 0);
+  }
+  if (ks_shim_set_multiprocessors) ks_shim_set_multiprocessors(4);
 }
 
 static int64_t run_not_finite(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
@@ -589,6 +602,8 @@ Test(similarity, illegal_arguments) {
   cr_assert(ks_similarity_top(ctx, &good, 0, scores, index) == KS_EINVAL);
   cr_assert(ks_similarity_top(ctx, &good, 1025, scores, index) == KS_EINVAL);
   cr_assert(ks_similarity_top(ctx, &good, 2, NULL, index) == KS_EINVAL);
+  a = good, a.n_k = UINT32_MAX, a.n_cols = 0; /* more than an entry of a list can name */
+  cr_assert(!ks_test_is_cuda() || ks_similarity_top(ctx, &a, 2, scores, index) == KS_EUNSUPPORTED);
   cr_assert(ks_similarity_mean(ctx, &good, groups, NULL, mean, count) == KS_EINVAL);
   cr_assert(ks_similarity_mean(ctx, &good, NULL, NULL, mean, NULL) == KS_EINVAL);
   cr_assert(ks_similarity_farthest_first(ctx, &good, 4, 0, index) == KS_EINVAL);
