@@ -113,10 +113,10 @@ template <int BN> struct wg_linear_work {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const bool there = wg_row(h) < t.n_rows && col < p.n_cols;
-        const int64_t at = (t.row + wg_row(h)) * p.n_cols + col;
+        const int64_t row = (t.row + wg_row(h)) * p.n_cols;
         uint32_t w[4] = {0, 0, 0, 0};
         if (p.residual) {
-          const uint4 old = there ? *(const uint4 *)(const void *)((const ks_bf16 *)p.residual + at)
+          const uint4 old = there ? *(const uint4 *)(const void *)((const ks_bf16 *)p.residual + row + col)
                                   : make_uint4(0, 0, 0, 0);
           w[0] = old.x, w[1] = old.y, w[2] = old.z, w[3] = old.w;
           tile_quad_transpose(w, lane);
@@ -128,7 +128,7 @@ template <int BN> struct wg_linear_work {
           w[i] = ks_pack_bf16(lo + ks_bf16_lo(w[i]), hi + ks_bf16_hi(w[i]));
         }
         tile_quad_transpose(w, lane);
-        if (there) *(uint4 *)(void *)((ks_bf16 *)p.y + at) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (there) *tile_vector((ks_bf16 *)p.y + row, col) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
   }

@@ -125,8 +125,8 @@ KS_DEVICE void term_store(ks_bf16 *y, const float (&sum)[4][4], int h, float fac
   for (int i = 0; i < 4; i++)
     w[i] = ks_pack_bf16(ks_bf16_lo(was[i]) + sum[i][2 * h] * factor,
                         ks_bf16_hi(was[i]) + sum[i][2 * h + 1] * factor);
-  if (at.aligned) { /* counted in vectors: as y + col the compiler makes four stores of it */
-    ((uint4 *)(void *)y)[at.col / 8] = make_uint4(w[0], w[1], w[2], w[3]);
+  if (at.aligned) {
+    *tile_vector(y, at.col) = make_uint4(w[0], w[1], w[2], w[3]);
     return;
   }
 #pragma unroll

@@ -81,6 +81,12 @@ KS_DEVICE uint32_t tile_select(uint32_t lo, uint32_t hi) {
   return (lo & 1u) * 0x0000ffffu | (hi & 1u) * 0xffff0000u;
 }
 
+/* Elements [col, col + 8) of an aligned row, to be written as one vector. Counted in vectors: of row + col the compiler made four
+ * stores where it knew bits of col. */
+KS_DEVICE uint4 *tile_vector(ks_bf16 *row, int64_t col) {
+  return (uint4 *)(void *)row + col / 8;
+}
+
 /* ---------------------------------------------------------------- straight into registers */
 
 /* Elements [col, col + 8) of a row of n; zeros beyond it. */

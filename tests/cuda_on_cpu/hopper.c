@@ -135,8 +135,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **func, un
 /* ---------------------------------------------------------------- copies */
 
 typedef struct {
-  char *tile;
-  uint32_t address; /* of tile */
+  char *tile, *async; /* as ordinary loads see it, and products */
+  uint32_t address;   /* of tile */
   uint64_t *barrier;
   uint64_t map[16];
   int64_t col, row;
@@ -164,6 +164,7 @@ static void copy_box(const bulk_copy *c) {
         memcpy(c->tile + at, from + col * 2, 2);
       else
         memset(c->tile + at, 0, 2);
+      memcpy(c->async + at, c->tile + at, 2);
     }
   }
   change(c->barrier, 0, -box_cols * box_rows * 2);
@@ -177,11 +178,13 @@ void ks_shim_tma_load(void *tile, const void *map, int col, int row, uint64_t *b
   if (c.address % ATOM) ks_shim_fail("a swizzled tile at address %u, no multiple of %d", c.address, ATOM);
   if (c.map[MAP_BOX_COLS] * 2 != LINE) ks_shim_fail("a swizzled box of lines that are not %d bytes", LINE);
   c.tile = ks_shim_smem_pointer(c.address, c.map[MAP_BOX_ROWS] * LINE);
+  c.async = ks_shim_smem_async(c.address, c.map[MAP_BOX_ROWS] * LINE);
   if (ks_shim_order() == 1) {
     copy_box(&c);
     return;
   }
   memset(c.tile, 0xff, c.map[MAP_BOX_ROWS] * LINE);
+  memset(c.async, 0xff, c.map[MAP_BOX_ROWS] * LINE);
   if (n_copies == cap_copies) {
     const size_t cap = cap_copies ? 2 * cap_copies : 32;
     bulk_copy *grown = realloc(copies, cap * sizeof *grown);
@@ -256,7 +259,7 @@ static tile tile_k(uint64_t d, uint32_t n) {
   if (l.start % ATOM + 2 * K > LINE || l.start % (2 * K))
     ks_shim_fail("a K-major tile at address %u: not in the first line of an atom", l.start);
   const uint32_t first = l.start - l.start % ATOM;
-  return (tile){ks_shim_smem_pointer(first, (n / 8 - 1) * l.stride + ATOM), first, l.start, l.leading,
+  return (tile){ks_shim_smem_async(first, (n / 8 - 1) * l.stride + ATOM), first, l.start, l.leading,
                 l.stride};
 }
 static void line_k(float *out, const tile *t, uint32_t line) {
@@ -273,7 +276,7 @@ static tile tile_mn(uint64_t d, uint32_t n) {
   if (l.start % ATOM) ks_shim_fail("an MN-major tile at address %u, no multiple of %d", l.start, ATOM);
   if (l.leading % ATOM)
     ks_shim_fail("a descriptor's leading offset of %u bytes, no multiple of %d", l.leading, ATOM);
-  return (tile){ks_shim_smem_pointer(l.start, (n / 64 - 1) * l.leading + (K / 8 - 1) * l.stride + ATOM),
+  return (tile){ks_shim_smem_async(l.start, (n / 64 - 1) * l.leading + (K / 8 - 1) * l.stride + ATOM),
                 l.start, l.start, l.leading, l.stride};
 }
 /* Columns n and n + 1 at k; n is even. */
@@ -340,8 +343,10 @@ static void remember(asynchronous *self, uint64_t what) {
   self->history ^= self->history >> 29;
 }
 
-void ks_shim_wgmma_fence(void) {
-  threads[ks_shim_thread()].is_fenced = true;
+void ks_shim_wgmma_fence(const float *acc, int n_sums) {
+  asynchronous *self = &threads[ks_shim_thread()];
+  self->is_fenced = true;
+  if (!self->acc) memcpy(self->sums, acc, (size_t)n_sums * sizeof *acc);
 }
 
 void ks_shim_wgmma(float *acc, int n_sums, uint64_t a, uint64_t b, int mn_major, int keep) {
@@ -353,9 +358,10 @@ void ks_shim_wgmma(float *acc, int n_sums, uint64_t a, uint64_t b, int mn_major,
     ks_shim_fail("products with two sets of sums under way: not known here");
   (void)layout_of(a), (void)layout_of(b);
   if (!self->acc) {
+    if (memcmp(self->sums, acc, (size_t)n_sums * sizeof *acc) != 0)
+      ks_shim_fail("sums were written between wgmma.fence and the first product");
     self->acc = acc;
     self->n_sums = n_sums;
-    memcpy(self->sums, acc, (size_t)n_sums * sizeof *acc);
     memset(acc, 0xff, (size_t)n_sums * sizeof *acc);
   }
   check_untouched(self);

@@ -50,8 +50,10 @@ static ks_tensor_map map_of(ks_bf16 *p, int64_t n_rows, int64_t n_cols, int box_
   X(OFFSETS_EXCHANGED, "")                                                                                   \
   X(STEP_OF_K_FORGOTTEN, "")                                                                                 \
   X(SUMS_READ_BEFORE_THE_WAIT, "")                                                                           \
+  X(NO_FENCE_OF_STORES, "")                                                                                  \
   /* the launch fails */                                                                                     \
   X(NO_FENCE, "wgmma.fence")                                                                                 \
+  X(SUMS_WRITTEN_BEHIND_THE_FENCE, "between wgmma.fence")                                                    \
   X(NO_COMMIT, "products under way")                                                                         \
   X(SUMS_WRITTEN_BEFORE_THE_WAIT, "sums were written")                                                       \
   X(TOO_MANY_BYTES, "nothing completes")                                                                     \
@@ -70,7 +72,7 @@ typedef enum {
       N_MISTAKES
 } mistake;
 
-/* y [64, 256] = A [64, 64] B, B [64, 256]. */
+/* y [64, 256] = A [64, 64] B, B [64, 256], after the first element of each row of A was doubled where it lies. */
 static __global__ void one_kernel(ks_tensor_map a_map, ks_tensor_map b_map, float *y, int bug) {
   ks_smem smem;
   ks_bf16 *a = ks_smem_take<ks_bf16>(&smem, 64 * 64), *b = ks_smem_take<ks_bf16>(&smem, 64 * 256);
@@ -92,7 +94,12 @@ static __global__ void one_kernel(ks_tensor_map a_map, ks_tensor_map b_map, floa
   if (bug != NO_WAIT_FOR_THE_COPY && bug != NOBODY_WAITS_FOR_THE_COPY)
     ks_barrier_wait(full, bug == WRONG_PHASE ? 1 : 0);
   if (bug == WRONG_PHASE) ks_barrier_wait(full, 0), ks_barrier_wait(full, 1);
-  if (bug == COPY_OVER_A_STAGE_IN_USE) __syncthreads();
+  if (threadIdx.x < 64) {
+    ks_bf16 *first = a + ks_swizzle_128((int)threadIdx.x, 0) / 2;
+    *first = ks_from_float<ks_bf16>(2 * ks_to_float(*first));
+    if (bug != NO_FENCE_OF_STORES) ks_async_fence();
+  }
+  __syncthreads();
   float acc[128];
   uint64_t da = ks_wgmma_desc_k(a), db = bug == OFFSETS_EXCHANGED
                                              ? ks_wgmma_desc(ks_smem_address(b), 1024, 8192)
@@ -100,6 +107,7 @@ static __global__ void one_kernel(ks_tensor_map a_map, ks_tensor_map b_map, floa
   if (bug == MISALIGNED_DESCRIPTOR) da = ks_wgmma_advance(da, 128);
   if (bug == BEYOND_THE_ARRAY) db = ks_wgmma_advance(db, 8192);
   if (bug != NO_FENCE) ks_wgmma_fence(acc);
+  if (bug == SUMS_WRITTEN_BEHIND_THE_FENCE) acc[5] = 1;
   for (int s = 0; s < 4; s++)
     ks_wgmma<1>(
         acc,
@@ -158,7 +166,7 @@ Test(hopper, mistakes_are_seen) {
         for (int j = 0; j < 256; j++) {
           float sum = 0;
           for (int k = 0; k < 64; k++)
-            sum += ks_to_float(a[i * 64 + k]) * ks_to_float(b[k * 256 + j]);
+            sum += (k == 0 ? 2.0f : 1.0f) * ks_to_float(a[i * 64 + k]) * ks_to_float(b[k * 256 + j]);
           wrong += !(y[i * 256 + j] == sum);
         }
     }

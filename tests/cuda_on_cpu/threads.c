@@ -76,7 +76,8 @@ static struct {
   int n_at_barrier; /* threads that wait for a barrier in shared memory */
   bool mixed;
   ks_shim_at at;
-  void *array[MAX_ARRAYS]; /* shared memory */
+  void *array[MAX_ARRAYS];  /* shared memory */
+  void *fenced[MAX_ARRAYS]; /* as ks_shim_smem_async sees it; NULL: nothing yet */
   size_t array_bytes[MAX_ARRAYS], array_at[MAX_ARRAYS], smem_used;
   int n_arrays;
   bool failed;
@@ -588,6 +589,7 @@ void *ks_shim_smem(int k, size_t bytes) {
   if (!p) ks_shim_fail("no memory for %zu bytes of shared memory", bytes);
   memset(p, 0xff, bytes);
   block.array[k] = p;
+  block.fenced[k] = NULL;
   block.array_at[k] = at;
   block.array_bytes[k] = bytes;
   block.n_arrays = k + 1;
@@ -603,14 +605,41 @@ uint32_t ks_shim_smem_address(const void *p) {
   ks_shim_fail("%p lies in no array of shared memory", p);
 }
 
-void *ks_shim_smem_pointer(uint32_t address, size_t bytes) {
+/* The array that holds these bytes, and where in it. */
+static int find_array(uint32_t address, size_t bytes, size_t *at) {
   for (int k = 0; k < block.n_arrays; k++) {
-    const size_t at = (size_t)address - SMEM_FIRST - block.array_at[k];
-    if (address >= SMEM_FIRST + block.array_at[k] && at < block.array_bytes[k] &&
-        bytes <= block.array_bytes[k] - at)
-      return (char *)block.array[k] + at;
+    *at = (size_t)address - SMEM_FIRST - block.array_at[k];
+    if (address >= SMEM_FIRST + block.array_at[k] && *at < block.array_bytes[k] &&
+        bytes <= block.array_bytes[k] - *at)
+      return k;
   }
   ks_shim_fail("%zu bytes at address %u of shared memory lie in no array", bytes, address);
+}
+
+static char *fenced_of(int k) {
+  if (!block.fenced[k]) {
+    block.fenced[k] = malloc(block.array_bytes[k]);
+    if (!block.fenced[k]) ks_shim_fail("no memory for %zu bytes of shared memory", block.array_bytes[k]);
+    memset(block.fenced[k], 0xff, block.array_bytes[k]);
+  }
+  return block.fenced[k];
+}
+
+void *ks_shim_smem_pointer(uint32_t address, size_t bytes) {
+  size_t at;
+  const int k = find_array(address, bytes, &at);
+  return (char *)block.array[k] + at;
+}
+
+void *ks_shim_smem_async(uint32_t address, size_t bytes) {
+  size_t at;
+  const int k = find_array(address, bytes, &at);
+  return fenced_of(k) + at;
+}
+
+void ks_shim_async_fence(void) {
+  for (int k = 0; k < block.n_arrays; k++)
+    memcpy(fenced_of(k), block.array[k], block.array_bytes[k]);
 }
 
 int ks_shim_thread(void) {
@@ -753,7 +782,7 @@ static void run_block(uint64_t number) {
     block.failed = true;
   }
   for (int i = 0; i < block.n_arrays; i++)
-    free(block.array[i]);
+    free(block.array[i]), free(block.fenced[i]);
 }
 
 bool ks_shim_run(const ks_shim_kernel *kernel) {

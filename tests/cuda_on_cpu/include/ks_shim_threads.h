@@ -58,6 +58,10 @@ void *ks_shim_smem(int k, size_t bytes);
  * array, and a range that leaves its array, fail. */
 uint32_t ks_shim_smem_address(const void *p);
 void *ks_shim_smem_pointer(uint32_t address, size_t bytes);
+/* The same place as the copy engine and products see it: what the former wrote, and of ordinary stores those before the last
+ * fence. A fence is one for the stores of all threads that ran until then, where the hardware's is for the thread's own. */
+void *ks_shim_smem_async(uint32_t address, size_t bytes);
+void ks_shim_async_fence(void);
 
 void ks_shim_cp_async(void *dst, const void *src, uint32_t bytes); /* src NULL: zeros */
 void ks_shim_cp_async_commit(void);
