@@ -32,6 +32,7 @@ void ks_cuda_activity_waited(ks_ctx *ctx) {
   cuda->activity.waits++;
   if (cuda->span != KS_CUDA_SPAN_ENDED) return;
   cuda->span = KS_CUDA_SPAN_NONE;
+  cuda->n_spans++;
   if (cudaEventElapsedTime(&ms, cuda->span_from, cuda->span_to) == cudaSuccess)
     cuda->activity.busy_seconds += 1e-3 * (double)ms;
   else

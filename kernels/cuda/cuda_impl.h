@@ -159,6 +159,7 @@ typedef struct {
   ks_cuda_counts counts;
   ks_activity activity; /* launches are in counts */
   ks_cuda_span span;
+  int64_t n_spans; /* that were read */
   cudaEvent_t span_from, span_to;
   char broken[512]; /* why no call can succeed any more */
 } ks_cuda;

@@ -12,8 +12,9 @@
  * maximum is -inf counts from 0: its exponentials are 0. A NaN anywhere in a row makes its loss and
  * gradient NaN.
  *
- * Variants; d columns, cost of a pair (row, vocabulary entry) at 801 TFLOP/s bf16, 4.25 TB/s (H200, measured):
+ * Variants; d columns, cost of a pair (row, vocabulary entry) at 796 TFLOP/s bf16, 4.25 TB/s (H200, measured):
  *
+ *   by_card  the default: chunked with gradient on cards of compute capability 9 to 11 with cuBLASLt, else fused (see below).
  *   fused    bf16, d a multiple of 8, sm_80 and later.
  *            1 a 128 x 128 tile of logits on tensor cores, reduced in registers to (m_T, S_T) and the
  *              target's logit; with gradient e is written too, in bf16 (2 B)
@@ -21,27 +22,31 @@
  *            3 gradient: e becomes g = s (p - onehot) in place (4 B)
  *            4 dx = g W by the linear layer's input gradient (2 B)
  *            Loss alone: 2 d flops, 8/128 B; no logit reaches device memory: bound by the product.
- *            With gradient: 4 d flops + 8 B: 4.99e-3 d + 1.9 ps.
+ *            With gradient: 4 d flops + 8 B: 5.03e-3 d + 1.9 ps where mma.sync has the rate of cuBLASLt.
  *   wgmma    the same with step 1 by Hopper's own products in tiles of 128 x 256 (head_loss_wgmma.cu); bf16, d a multiple
  *            of 8, sm_90 only. Not measured yet, so no default.
- *   chunked  any type and d, block weights. Logits of a block of rows in float32 by the linear layer
- *            (4 B), one kernel for maximum, sum, loss and g (4 B, or 8 B when rows leave the cache, and
- *            2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 4.99e-3 d + 2.8 to 3.8 ps.
+ *   chunked  any type and d, block weights; also what the others take where they cannot work. Logits of a block of rows in
+ *            float32 by the linear layer (4 B), one kernel for maximum, sum, loss and g (4 B, or 8 B when rows leave the
+ *            cache, and 2 B), dx = g W (2 B): 4 d flops + 12 to 16 B: 5.03e-3 d + 2.8 to 3.8 ps.
  *
  *   A third way, logits computed again once the row's sum is known, needs no e: 4 B or 0.9 ps less, one
  *   product or 2.50e-3 d ps more. It would pay below d = 380 only, and is not kept.
  *
- *   fused costs less for every d when both products run at the same rate, and is the default. Its
- *   logits come by mma.sync, which on Hopper is expected at about 60 % of the rate of wgmma: 4.2e-3 d instead
- *   of 2.50e-3 d ps. There chunked should win with gradient from d = 560 (rows in cache) or 1130 on.
- *   Both to be measured before the default depends on the card.
+ *   The rule of by_card. The loss alone is fused: no logit may reach device memory. With gradient g is there in any case, as
+ *   large as the logits, and what is left is arithmetic: fused costs less for every d when both products run at the same
+ *   rate (up to Ada, and on 12.x, whose own products are mma.sync). On 9.x to 11.x mma.sync reaches about 60 % of what cuBLASLt
+ *   has there, or less: 4.2e-3 d instead of 2.51e-3 d ps. Chunked costs less from d = 1130 on; d = 2048: 14.1 ps instead of
+ *   15.6; d = 3200: 19.9 instead of 23.4. Below 1130 it loses at most 1.9 ps. Computed; to be measured. Losses with and without
+ *   gradient may differ in their last bits there.
  *
- * Blocks of rows: as many as HEAD_BLOCK_BYTES of logits and g allow, 256 to 2048, so that dx = g W
- * [rows, d] has tiles enough to fill the card (2048 x 2048: 256 of 128 x 128). The workspace holds one.
+ * Blocks of rows: the chain dx = g W [rows, d] is not split, so its tiles must fill the card: HEAD_ROWS_PER_SM rows for each
+ * multiprocessor, that is a tile of 128 x 256 for each at d = 2048 (H200: 2048 rows, 128 tiles); 256 to 2048, and no more than
+ * 1 / HEAD_MEMORY_SHARE of the card's memory holds. The workspace holds one block (V = 32000, 2048 rows: 131 MB fused, 393 MB
+ * chunked; V = 128256: 525 MB and 1.6 GB).
  *
- * Geometry of fused: 8 warps of 64 x 32, stages of 64 columns by cp.async, three where shared memory
- * has room, else two (product.cuh). The row tiles of a block follow one another for each 128 vocabulary
- * entries: W is read from memory once a block, x stays in L2.
+ * Geometry of fused: 8 warps of 64 x 32, stages of 64 columns by cp.async (product.cuh): three where a multiprocessor has room
+ * for two such blocks (Hopper and later), or has none for two blocks of two stages either (Ada), else two. The row tiles of a
+ * block of rows follow one another for each 128 vocabulary entries: W is read from memory once a block of rows, x stays in L2.
  *
  * Determinism: fixed order everywhere; a row's bits depend on d, V and the kernel alone, not on block or
  * batch. L: d / 16 + 8 + 7 within a tile, V / 4096 + 5 between tiles. Roundings to bf16: e, g, dx.
@@ -50,8 +55,12 @@
  *   v1  chunked: the simplest, and the check of the other. Not measured yet.
  *   v2  fused; expected: the rate of mma.sync, so about 60 % of 801 TFLOP/s for the loss alone on
  *       Hopper. Measured with gradient: 2048 x 128256 x 2048 8.19 ms, 263 TFLOP/s or 31 ps a pair, twice the
- *       15.6 ps that this makes with dx = g W; which of the four steps is slow is not known yet.
+ *       15.6 ps that this makes with dx = g W. Blocks had 512 rows then (128 MB of g): 32 tiles of 128 x 256 for 132
+ *       multiprocessors, so dx alone at a quarter of its rate, 5.6 ms; with 2.25 ms for the logits and 0.4 for the passes over
+ *       e and g that makes 8.2 ms.
  *   v3  wgmma; expected: 620 TFLOP/s for the loss alone at d = 2048 (head_loss_wgmma.cu). Not measured yet.
+ *   v4  by_card, blocks by the number of multiprocessors; expected at 2048 x 128256 x 2048 with gradient: 3.7 ms (fused: 4.1),
+ *       at 2048 x 32000 x 3200 1.3 ms (fused: 1.5). Not measured yet.
  *   next, not built: tcgen05 on sm_100; exp(m_T - M) / S applied inside the product with W instead of by
  *       a pass (4 B less) */
 #include "kernels/cuda/head_loss.cuh"
@@ -59,7 +68,8 @@
 #include "kernels/cuda/tensor_map.h"
 
 enum { HEAD_TILE = 128, HEAD_THREADS = 256, HEAD_SOFTMAX_THREADS = 512 };
-static const int64_t HEAD_BLOCK_BYTES = 128 << 20, HEAD_MIN_ROWS = 256, HEAD_MAX_ROWS = 2048;
+enum { HEAD_AT_ONCE = 4 }; /* vectors that a thread of the softmax has under way */
+static const int64_t HEAD_ROWS_PER_SM = 16, HEAD_MEMORY_SHARE = 64, HEAD_MIN_ROWS = 256, HEAD_MAX_ROWS = 2048;
 
 /* head_exp with the C library's accuracy: float32 is for checking, and these kernels wait for memory anyway. */
 KS_DEVICE float head_exp_exact(float x, float max) {
@@ -186,7 +196,7 @@ KS_DEVICE void head_store_tile(const head_tile_args &p, const ks_bf16 *tile, int
 }
 
 template <int STAGES> __global__ __launch_bounds__(HEAD_THREADS, 2) void head_tile_kernel(head_tile_args p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 /* else chunked: head_is_fused */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 /* else chunked: head_tile_of */
   typedef head_product<STAGES> P;
   ks_smem smem;
   uint4 *room = ks_smem_take<uint4>(&smem, product_units<P>());
@@ -237,16 +247,17 @@ __global__ void head_combine_kernel(const float2 *partial, const float *z_target
 }
 
 /* e becomes g = scale (p - onehot) in place: a block a row. */
+template <int TILE>
 __global__ void head_rescale_kernel(ks_bf16 *e, const float2 *partial, const float2 *state,
                                     const int32_t *targets, const float *row_scale, int64_t n_vocab,
-                                    int64_t n_tiles, int tile) {
+                                    int64_t n_tiles) {
   const int64_t row = blockIdx.x, target = targets[row];
   const float2 *own = partial + row * n_tiles;
   const float max = state[row].x, factor = state[row].y, scale = row_scale ? row_scale[row] : 1.0f;
   ks_bf16 *g = e + row * n_vocab;
   if (n_vocab % 8 != 0) {
     for (int64_t j = threadIdx.x; j < n_vocab; j += HEAD_THREADS) {
-      const float p = ks_to_float(g[j]) * (head_exp(own[j / tile].x, max) * factor);
+      const float p = ks_to_float(g[j]) * (head_exp(own[j / TILE].x, max) * factor);
       g[j] = ks_from_float<ks_bf16>(j == target ? p - scale : p);
     }
     return;
@@ -255,7 +266,7 @@ __global__ void head_rescale_kernel(ks_bf16 *e, const float2 *partial, const flo
   for (int64_t j = (int64_t)threadIdx.x * 8; j < n_vocab; j += HEAD_THREADS * 8) {
     ks_vec<ks_bf16> v;
     ks_load_vec(&v, g + j);
-    const float f = head_exp(own[j / tile].x, max) * factor;
+    const float f = head_exp(own[j / TILE].x, max) * factor;
 #pragma unroll
     for (int c = 0; c < 8; c++)
       v.x[c] = v.x[c] * f - (j + c == target ? scale : 0.0f);
@@ -283,10 +294,41 @@ KS_DEVICE void head_add_4(head_running *r, float4 x) {
   r->max = max;
 }
 
+KS_DEVICE void head_put_4(float *to, float4 v) {
+  *(float4 *)to = v;
+}
+KS_DEVICE void head_put_4(ks_bf16 *to, float4 v) {
+  *(uint2 *)to = make_uint2(ks_pack_bf16(v.x, v.y), ks_pack_bf16(v.z, v.w));
+}
+
+/* A row of g, from its end to its beginning: what was read last is still in the cache. A stretch is read before it is written:
+ * g may be z itself. */
+template <class T>
+KS_DEVICE void head_gradient_row(const float *z, T *g, int64_t n_vocab, int64_t target, float scale,
+                                 float max, float factor) {
+  enum { STEP = 4 * HEAD_SOFTMAX_THREADS, STRETCH = STEP * HEAD_AT_ONCE };
+  for (int64_t at = (n_vocab - 1) / STRETCH * STRETCH + 4 * (int)threadIdx.x; at >= 0; at -= STRETCH) {
+    float4 v[HEAD_AT_ONCE];
+#pragma unroll
+    for (int k = 0; k < HEAD_AT_ONCE; k++)
+      if (at + k * STEP < n_vocab) v[k] = *(const float4 *)(z + at + k * STEP);
+#pragma unroll
+    for (int k = 0; k < HEAD_AT_ONCE; k++) {
+      const int64_t j = at + k * STEP, left = target - j;
+      if (j >= n_vocab) break;
+      const float p[4] = {head_exp_exact(v[k].x, max) * factor, head_exp_exact(v[k].y, max) * factor,
+                          head_exp_exact(v[k].z, max) * factor, head_exp_exact(v[k].w, max) * factor};
+      head_put_4(g + j, make_float4(left == 0 ? p[0] - scale : p[0], left == 1 ? p[1] - scale : p[1],
+                                    left == 2 ? p[2] - scale : p[2], left == 3 ? p[3] - scale : p[3]));
+    }
+  }
+}
+
 /* A block a row of logits: loss, and g (which may be z itself) when it is wanted. */
 template <class T>
-__global__ void head_softmax_kernel(const float *z, T *g, const int32_t *targets, const float *row_scale,
-                                    float *loss, int64_t n_vocab) {
+__global__ void __launch_bounds__(HEAD_SOFTMAX_THREADS)
+    head_softmax_kernel(const float *z, T *g, const int32_t *targets, const float *row_scale, float *loss,
+                        int64_t n_vocab) {
   ks_smem smem;
   float *room = ks_smem_take<float>(&smem, KS_WARP);
   const int64_t row = blockIdx.x, target = targets[row];
@@ -307,6 +349,10 @@ __global__ void head_softmax_kernel(const float *z, T *g, const int32_t *targets
   if (!g) return;
   const float scale = row_scale ? row_scale[row] : 1.0f, factor = scale / sum;
   T *to = g + row * n_vocab;
+  if (vectors) {
+    head_gradient_row(own, to, n_vocab, target, scale, max, factor);
+    return;
+  }
   for (int64_t j = threadIdx.x; j < n_vocab; j += HEAD_SOFTMAX_THREADS) {
     const float p = head_exp_exact(own[j], max) * factor;
     to[j] = ks_from_float<T>(j == target ? p - scale : p);
@@ -321,14 +367,16 @@ struct head_room {
   size_t z, g, partial, state, z_target, loss, bytes;
 };
 
-/* Vocabulary entries of a tile; 0: chunked. By the variant, the device and the shape of the weight alone. */
-static int head_tile_of(const ks_ctx *ctx, const ks_weight *w) {
+/* Vocabulary entries of a tile; 0: chunked. By the variant, the device, the shape of the weight and what is wanted alone. */
+static int head_tile_of(const ks_ctx *ctx, const ks_weight *w, bool gradient) {
   const ks_cuda_variant v = ks_cuda_variant_of(ctx, "head_loss");
-  if (w->dtype != KS_DTYPE_BF16 || w->n_in % 8 != 0 || ks_cuda_device_of(ctx)->major < 8) return 0;
+  const int major = ks_cuda_device_of(ctx)->major;
+  if (w->dtype != KS_DTYPE_BF16 || w->n_in % 8 != 0 || major < 8 || v == KS_CUDA_head_loss_chunked) return 0;
   if (v == KS_CUDA_head_loss_wgmma)
     return ks_tensor_map_takes(((const ks_cuda_weight *)w->impl)->values, w->n_out, w->n_in) ? HEAD_WIDE_TILE
                                                                                              : 0;
-  return v == KS_CUDA_head_loss_fused ? HEAD_TILE : 0;
+  const bool beyond_mma = major >= 9 && major <= 11 && ks_cuda_has_blas(ctx);
+  return v == KS_CUDA_head_loss_by_card && gradient && beyond_mma ? 0 : HEAD_TILE;
 }
 
 static int64_t head_tiles(const ks_weight *w, int tile) {
@@ -341,13 +389,18 @@ static size_t head_take(head_room *r, size_t bytes) {
   return at;
 }
 
-static head_room head_room_of(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows) {
-  const int tile = head_tile_of(ctx, w);
+static int64_t head_block_rows(const ks_ctx *ctx, int64_t row_bytes) {
+  const ks_cuda_device *d = ks_cuda_device_of(ctx);
+  const int64_t wanted = HEAD_ROWS_PER_SM * d->n_sm,
+                most = (int64_t)d->total_bytes / HEAD_MEMORY_SHARE / row_bytes;
+  const int64_t rows = (wanted < most ? wanted : most) / HEAD_TILE * HEAD_TILE;
+  return rows < HEAD_MIN_ROWS ? HEAD_MIN_ROWS : rows > HEAD_MAX_ROWS ? HEAD_MAX_ROWS : rows;
+}
+
+static head_room head_room_of(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows, int tile) {
   const bool fused = tile > 0, is_f32 = ks_ctx_act_dtype(ctx) == KS_DTYPE_F32;
   const size_t z_size = fused ? 0 : sizeof(float), g_size = is_f32 ? 0 : sizeof(ks_bf16);
-  const int64_t row_bytes = (w->n_out > 0 ? w->n_out : 1) * (int64_t)(z_size + g_size);
-  int64_t rows = HEAD_BLOCK_BYTES / row_bytes / HEAD_TILE * HEAD_TILE;
-  rows = rows < HEAD_MIN_ROWS ? HEAD_MIN_ROWS : rows > HEAD_MAX_ROWS ? HEAD_MAX_ROWS : rows;
+  const int64_t rows = head_block_rows(ctx, (w->n_out > 0 ? w->n_out : 1) * (int64_t)(z_size + g_size));
   head_room r = {};
   r.block = rows < n_rows ? rows : n_rows;
   const size_t n = (size_t)r.block, pairs = n * (size_t)w->n_out;
@@ -398,7 +451,10 @@ static ks_status head_narrow(ks_ctx *ctx, const head_block *b, const head_wide_a
   p.n_tiles = wide->n_tiles;
   const size_t three = product_units<head_product<3>>() * sizeof(uint4),
                two = product_units<head_product<2>>() * sizeof(uint4);
-  const bool is_large = (size_t)ks_cuda_device_of(ctx)->smem_per_block >= three;
+  const ks_cuda_device *d = ks_cuda_device_of(ctx);
+  const size_t per_sm = (size_t)d->smem_per_sm, own = 1 << 10; /* beside what a block asks for */
+  const bool is_large =
+      (size_t)d->smem_per_block >= three && (2 * (three + own) <= per_sm || 2 * (two + own) > per_sm);
   return ks_launch(ctx, "head_loss", is_large ? head_tile_kernel<3> : head_tile_kernel<2>,
                    dim3(ks_blocks_for(p.n_row_tiles * p.n_tiles, 1)), dim3(HEAD_THREADS),
                    is_large ? three : two, p);
@@ -422,8 +478,10 @@ static ks_status head_fused(ks_ctx *ctx, const head_block *b, int tile) {
                    dim3(ks_blocks_for(b->n_rows, HEAD_THREADS / KS_WARP)), dim3(HEAD_THREADS), 0, p.partial,
                    p.z_target, b->row_scale, state, b->loss, b->n_rows, p.n_tiles));
   if (!b->dx) return KS_OK;
-  KS_TRY(ks_launch(ctx, "head_loss", head_rescale_kernel, dim3((unsigned)b->n_rows), dim3(HEAD_THREADS), 0,
-                   p.e, p.partial, state, b->targets, b->row_scale, p.n_vocab, p.n_tiles, tile));
+  const auto rescale =
+      tile == HEAD_WIDE_TILE ? head_rescale_kernel<HEAD_WIDE_TILE> : head_rescale_kernel<HEAD_TILE>;
+  KS_TRY(ks_launch(ctx, "head_loss", rescale, dim3((unsigned)b->n_rows), dim3(HEAD_THREADS), 0, p.e,
+                   p.partial, state, b->targets, b->row_scale, p.n_vocab, p.n_tiles));
   return head_gradient(ctx, b);
 }
 
@@ -448,12 +506,14 @@ static ks_status head_chunked(ks_ctx *ctx, const head_block *b) {
 }
 
 extern "C" size_t ks_cuda_head_loss_workspace(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows) {
-  return head_room_of(ctx, w, n_rows).bytes;
+  const size_t alone = head_room_of(ctx, w, n_rows, head_tile_of(ctx, w, false)).bytes,
+               with_gradient = head_room_of(ctx, w, n_rows, head_tile_of(ctx, w, true)).bytes;
+  return alone > with_gradient ? alone : with_gradient;
 }
 
 extern "C" ks_status ks_cuda_head_loss(ks_ctx *ctx, const ks_head_loss_args *a) {
-  const head_room room = head_room_of(ctx, a->w, a->n_rows);
-  const int tile = head_tile_of(ctx, a->w);
+  const int tile = head_tile_of(ctx, a->w, a->dx != NULL);
+  const head_room room = head_room_of(ctx, a->w, a->n_rows, tile);
   const void *targets, *row_scale = NULL;
   float *loss = (float *)((char *)a->workspace + room.loss);
   if ((uintptr_t)a->workspace % 16 != 0 || (tile > 0 && (uintptr_t)a->x % 16 != 0))

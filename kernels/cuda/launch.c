@@ -128,19 +128,20 @@ static ks_status raise_limit(ks_ctx *ctx, const ks_cuda_launch_params *p) {
   ks_cuda_limit *limit = &cuda->limits[find_limit(cuda->limits, cuda->cap_limits, p->func)];
   if (limit->func) return KS_OK;
   KS_CUDA_TRY(ctx, p->op,
-              cudaFuncSetAttribute(p->func, cudaFuncAttributeMaxDynamicSharedMemorySize, cuda->device.smem_per_block));
+              cudaFuncSetAttribute(p->func, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   cuda->device.smem_per_block));
   cuda->n_limits++;
   limit->func = p->func;
   return KS_OK;
 }
 
 static cudaError_t launch(const ks_cuda *cuda, const ks_cuda_launch_params *p) {
+  const bool is_early = p->early && cuda->capturing && cuda->early_launches;
 #ifdef KS_CUDA_ON_CPU
   return ks_shim_launch(p->func, p->invoke, p->grid, p->block, p->args, p->arg_sizes, p->n_args,
-                        p->smem_bytes, cuda->stream, p->op);
+                        p->smem_bytes, cuda->stream, is_early, p->op);
 #else
-  if (!p->early || !cuda->capturing || !cuda->early_launches)
-    return cudaLaunchKernel(p->func, p->grid, p->block, p->args, p->smem_bytes, cuda->stream);
+  if (!is_early) return cudaLaunchKernel(p->func, p->grid, p->block, p->args, p->smem_bytes, cuda->stream);
   cudaLaunchAttribute early = {.id = cudaLaunchAttributeProgrammaticStreamSerialization,
                                .val.programmaticStreamSerializationAllowed = 1};
   const cudaLaunchConfig_t config = {.gridDim = p->grid,

@@ -70,6 +70,8 @@ static ks_status ks_launch_early(ks_ctx *ctx, const char *op, void (*kernel)(P..
 KS_DEVICE void ks_grid_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif defined(KS_CUDA_ON_CPU)
+  ks_shim_grid_wait();
 #endif
 }
 KS_DEVICE void ks_grid_start_next() {

@@ -473,6 +473,11 @@ static void make_graph(ks_ctx *ctx, step *s) {
     cudaError_t e = cudaStreamEndCapture(cuda->stream, &graph);
     if (status == KS_OK && e == cudaSuccess && cudaGraphInstantiate(&s->graph, graph, 0) != cudaSuccess)
       s->graph = NULL;
+    if (s->graph &&
+        cudaGraphUpload(s->graph, cuda->stream) != cudaSuccess) { /* no memory for it: better now */
+      cudaGraphExecDestroy(s->graph);
+      s->graph = NULL;
+    }
     if (graph) cudaGraphDestroy(graph);
     if (status != KS_OK) ks_error_clear();
   }

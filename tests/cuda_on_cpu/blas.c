@@ -314,7 +314,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   algo_config config;
   TRY(handle && handle->is_open && algo && shapes(desc, a_layout, b_layout, c_layout, d_layout, mnk),
       CUBLAS_STATUS_INVALID_VALUE);
-  TRY(!workspace_bytes || ks_shim_is_device(workspace, workspace_bytes), CUBLAS_STATUS_INVALID_VALUE);
+  TRY(!workspace_bytes || ((uintptr_t)workspace % 256 == 0 && ks_shim_is_device(workspace, workspace_bytes)),
+      CUBLAS_STATUS_INVALID_VALUE);
   memcpy(&config, algo, sizeof config);
   product p = {
       {a, *a_layout}, {b, *b_layout}, {c, *c_layout}, {d, *d_layout}, *desc, mnk[0], mnk[1], mnk[2], 0, 0,

@@ -21,7 +21,8 @@ ks_shim_counts ks_shim_counted;
 
 /* Before any context: a program over the shim may be told by its environment which device it has. */
 __attribute__((constructor)) static void choose_device(void) {
-  const char *turing = getenv("KS_SHIM_TURING");
+  const char *turing = getenv("KS_SHIM_TURING"), *hopper = getenv("KS_SHIM_HOPPER");
+  is_hopper = hopper && strcmp(hopper, "1") == 0;
   if (!turing || strcmp(turing, "1") != 0) return;
   device.smem_optin = 64 << 10;
   device.major = 7, device.minor = 5;
@@ -228,6 +229,33 @@ static void poison_all(bool on) {
     poison(&allocations[i], on);
 }
 
+/* Memory that an early kernel may not touch yet; threads.c. */
+void ks_shim_hide_changing(bool on) {
+  for (size_t i = 0; i < n_allocations; i++)
+    if (allocations[i].changes) poison(&allocations[i], on);
+}
+
+static uint64_t hash_of(const ks_shim_allocation *a) {
+  uint64_t h = a->bytes, word = 0;
+  for (size_t at = 0; at < a->bytes; at += sizeof word) {
+    memcpy(&word, a->p + at, a->bytes - at < sizeof word ? a->bytes - at : sizeof word);
+    h = (h ^ word) * 0x9e3779b97f4a7c15u;
+    h ^= h >> 32;
+  }
+  return h;
+}
+
+void ks_shim_watch_begin(void) {
+  for (size_t i = 0; i < n_allocations; i++)
+    if (!allocations[i].pinned && !allocations[i].changes) allocations[i].hash = hash_of(&allocations[i]);
+}
+
+void ks_shim_watch_end(void) {
+  for (size_t i = 0; i < n_allocations; i++)
+    if (!allocations[i].pinned && !allocations[i].changes)
+      allocations[i].changes = allocations[i].hash != hash_of(&allocations[i]);
+}
+
 void ks_shim_open_device(void) {
   if (depth++ == 0) poison_all(false);
 }
@@ -245,7 +273,8 @@ static void fill(char *p, size_t bytes) {
 
 static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
   *out = NULL;
-  if (ks_shim_sticky || bytes == 0) return ks_shim_result(cudaSuccess);
+  const cudaError_t e = ks_shim_unsafe();
+  if (ks_shim_sticky || bytes == 0 || e) return ks_shim_result(e);
   if (!pinned && bytes > device.total - (device.used < device.total ? device.used : device.total))
     return ks_shim_result(cudaErrorMemoryAllocation);
   if (n_allocations == cap_allocations) {
@@ -258,7 +287,7 @@ static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
   void *p;
   if (posix_memalign(&p, 256, bytes) != 0) return ks_shim_result(cudaErrorMemoryAllocation);
   fill(p, bytes);
-  allocations[n_allocations] = (ks_shim_allocation){p, bytes, pinned};
+  allocations[n_allocations] = (ks_shim_allocation){.p = p, .bytes = bytes, .pinned = pinned};
   poison(&allocations[n_allocations++], true);
   *(pinned ? &device.pinned : &device.used) += bytes;
   *out = p;
@@ -267,7 +296,9 @@ static cudaError_t allocate(void **out, size_t bytes, bool pinned) {
 
 static cudaError_t release(void *p, bool pinned) {
   if (!p) return ks_shim_result(cudaSuccess);
-  cudaError_t e = ks_shim_run_all();
+  cudaError_t e = ks_shim_unsafe();
+  if (e) return ks_shim_result(e);
+  e = ks_shim_run_all();
   for (size_t i = 0; i < n_allocations; i++)
     if (allocations[i].p == p && allocations[i].pinned == pinned) {
       *(pinned ? &device.pinned : &device.used) -= allocations[i].bytes;

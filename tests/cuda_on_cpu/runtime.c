@@ -15,7 +15,7 @@
 typedef enum { OP_LAUNCH, OP_COPY, OP_FILL, OP_CALL, OP_RECORD, OP_WAIT, OP_GRAPH } op_kind;
 typedef struct {
   op_kind kind;
-  void *owned; /* arguments, or the copy of pageable host memory; freed with the op */
+  void *owned; /* arguments; freed with the op */
   ks_shim_kernel kernel;
   void *dst;
   const void *src;
@@ -33,18 +33,21 @@ typedef struct {
 
 struct CUstream_st {
   op_list queue, captured;
+  bool is_blocking; /* waits for the legacy stream, and that for it */
   enum cudaStreamCaptureStatus capture;
+  enum cudaStreamCaptureMode mode;
   struct CUstream_st *next;
 };
 struct CUevent_st {
   cudaStream_t stream;
   uint64_t recorded, done; /* stamps */
+  bool has_time, is_captured;
   struct timespec at;
 };
 /* A graph and what is made of it share the work; the last frees it. */
 typedef struct {
   op_list ops;
-  int n_owners;
+  int n_owners, n_runs;
 } graph_work;
 struct CUgraph_st {
   graph_work *work;
@@ -56,7 +59,7 @@ struct CUgraphExec_st {
 static struct CUstream_st default_stream;
 static cudaStream_t streams = &default_stream;
 static uint64_t n_records;
-enum { MAX_ARG_BYTES = 4096, ARG_ALIGN = 128 /* of a tensor map */ };
+enum { MAX_ARG_BYTES = 4096, ARG_ALIGN = 128 /* of a tensor map */, N_WATCHED = 2 /* runs of a graph */ };
 
 /* ---------------------------------------------------------------- lists of work */
 
@@ -89,6 +92,28 @@ static cudaStream_t stream_of(cudaStream_t stream) {
   return !stream || stream == cudaStreamLegacy ? &default_stream : stream;
 }
 
+/* The legacy stream would wait for a blocking stream whose work is only being captured. */
+static bool is_implicit(cudaStream_t stream) {
+  for (cudaStream_t s = streams; s; s = s->next)
+    if (stream == &default_stream && s->is_blocking && s->capture) return true;
+  return false;
+}
+
+/* Ends captures by what none, or only a relaxed one, allows. */
+static cudaError_t spoil_captures(bool relaxed_too) {
+  cudaError_t e = cudaSuccess;
+  for (cudaStream_t s = streams; s; s = s->next)
+    if (s->capture && (relaxed_too || s->mode != cudaStreamCaptureModeRelaxed)) {
+      s->capture = cudaStreamCaptureStatusInvalidated;
+      e = cudaErrorStreamCaptureUnsupported;
+    }
+  return e;
+}
+
+cudaError_t ks_shim_unsafe(void) {
+  return spoil_captures(false);
+}
+
 /* Takes over o->owned, also when it fails. */
 static cudaError_t enqueue(cudaStream_t stream, const op *o) {
   stream = stream_of(stream);
@@ -97,6 +122,8 @@ static cudaError_t enqueue(cudaStream_t stream, const op *o) {
     e = ks_shim_sticky;
   else if (!is_stream(stream))
     e = cudaErrorInvalidResourceHandle;
+  else if (is_implicit(stream))
+    e = cudaErrorStreamCaptureImplicit;
   else if (stream->capture == cudaStreamCaptureStatusInvalidated)
     e = cudaErrorStreamCaptureInvalidated;
   else if (!append(stream->capture ? &stream->captured : &stream->queue, o))
@@ -106,6 +133,19 @@ static cudaError_t enqueue(cudaStream_t stream, const op *o) {
 }
 
 static cudaError_t run_until(cudaStream_t stream, const struct CUevent_st *event, uint64_t stamp);
+static void run_op(const op *o);
+
+static void run_graph(graph_work *work) {
+  const op_list *ops = &work->ops;
+  bool watches = false;
+  for (size_t i = 0; i < ops->n && work->n_runs < N_WATCHED; i++)
+    watches |= ops->items[i].kind == OP_LAUNCH && ops->items[i].kernel.early;
+  work->n_runs++;
+  if (watches) ks_shim_watch_begin();
+  for (size_t i = 0; i < ops->n && !ks_shim_sticky; i++)
+    run_op(&ops->items[i]);
+  if (watches) ks_shim_watch_end();
+}
 
 static void run_op(const op *o) {
   switch (o->kind) {
@@ -132,8 +172,7 @@ static void run_op(const op *o) {
     break;
   case OP_GRAPH:
     ks_shim_counted.graph_launches++;
-    for (size_t i = 0; i < o->exec->work->ops.n && !ks_shim_sticky; i++)
-      run_op(&o->exec->work->ops.items[i]);
+    run_graph(o->exec->work);
   }
 }
 
@@ -171,7 +210,7 @@ cudaError_t cudaMemset(void *p, int byte, size_t bytes) {
   return e ? e : cudaStreamSynchronize(NULL);
 }
 
-/* Pageable host memory is read before the call returns, and written before it returns, as on a device. */
+/* Pageable host memory is read and written when the queue runs, as a driver that reaches it may. */
 cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind,
                             cudaStream_t stream) {
   if (bytes == 0) return ks_shim_result(cudaSuccess);
@@ -186,16 +225,8 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, enum cudaM
   op o = {.kind = OP_COPY, .dst = dst, .src = src, .bytes = bytes};
   const bool pageable = (kind == cudaMemcpyHostToDevice && !from) || (kind == cudaMemcpyDeviceToHost && !to);
   if (pageable && stream_of(stream)->capture) return ks_shim_result(cudaErrorStreamCaptureUnsupported);
-  if (kind == cudaMemcpyHostToDevice && !from) {
-    if (!(o.owned = malloc(bytes))) return ks_shim_result(cudaErrorMemoryAllocation);
-    memcpy(o.owned, src, bytes);
-    o.src = o.owned;
-  }
-  if (kind == cudaMemcpyDeviceToHost && to)
-    memset(dst, 0xff, bytes); /* nothing to read before the copy is done */
-  cudaError_t e = enqueue(stream, &o);
-  if (e || kind != cudaMemcpyDeviceToHost || to) return e;
-  return cudaStreamSynchronize(stream);
+  if (kind == cudaMemcpyDeviceToHost) memset(dst, 0xff, bytes); /* nothing to read before the copy is done */
+  return enqueue(stream, &o);
 }
 
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, enum cudaMemcpyKind kind) {
@@ -221,6 +252,13 @@ static bool points_to_host(const void *arg, size_t size) {
   return false;
 }
 
+static cudaError_t lost_memory(const char *what) {
+  ks_shim_set_report(what);
+  fprintf(stderr, "CUDA on CPU: %s\n", what);
+  ks_shim_sticky = cudaErrorLaunchFailure;
+  return ks_shim_result(ks_shim_sticky);
+}
+
 static bool fits(dim3 grid, dim3 block) {
   const uint64_t threads = (uint64_t)block.x * block.y * block.z;
   return grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
@@ -234,7 +272,7 @@ static size_t round_up(size_t bytes) {
 
 cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, void **args), dim3 grid,
                            dim3 block, void **args, const size_t *arg_sizes, int n_args, size_t smem_bytes,
-                           cudaStream_t stream, const char *name) {
+                           cudaStream_t stream, int early, const char *name) {
   const size_t bytes = (size_t)n_args * sizeof(void *);
   if (!func || !invoke) return ks_shim_result(cudaErrorInvalidDeviceFunction);
   if (!fits(grid, block)) return ks_shim_result(cudaErrorInvalidConfiguration);
@@ -250,14 +288,11 @@ cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, vo
       char text[256];
       snprintf(text, sizeof text,
                "%s: argument %d of the kernel points to host memory, or to memory that was freed", name, i);
-      ks_shim_set_report(text);
-      fprintf(stderr, "CUDA on CPU: %s\n", text);
-      ks_shim_sticky = cudaErrorLaunchFailure;
-      return ks_shim_result(ks_shim_sticky);
+      return lost_memory(text);
     }
   void **copy = NULL;
-  if (posix_memalign((void **)&copy, ARG_ALIGN, room) != 0)
-    return ks_shim_result(cudaErrorMemoryAllocation);
+  if (posix_memalign((void **)&copy, ARG_ALIGN, room) != 0) return ks_shim_result(cudaErrorMemoryAllocation);
+  memset(copy, 0, room); /* between arguments too: they are looked through for addresses */
   char *at = (char *)copy + round_up(bytes);
   for (int i = 0; i < n_args; i++) {
     copy[i] = at;
@@ -270,8 +305,13 @@ cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, vo
                                  .args = copy,
                                  .grid = grid,
                                  .block = block,
-                                 .smem_bytes = smem_bytes};
-  return enqueue(stream, &(op){.kind = OP_LAUNCH, .kernel = kernel, .owned = copy});
+                                 .smem_bytes = smem_bytes,
+                                 .early = early != 0};
+  return enqueue(stream, &(op){.kind = OP_LAUNCH,
+                               .kernel = kernel,
+                               .src = (char *)copy + round_up(bytes),
+                               .bytes = room - round_up(bytes),
+                               .owned = copy});
 }
 
 cudaError_t ks_shim_call(cudaStream_t stream, void (*run)(const void *copy), const void *copy, size_t bytes) {
@@ -284,12 +324,14 @@ cudaError_t ks_shim_call(cudaStream_t stream, void (*run)(const void *copy), con
 /* ---------------------------------------------------------------- streams */
 
 cudaError_t cudaDeviceSynchronize(void) {
-  return ks_shim_result(ks_shim_run_all());
+  const cudaError_t e = spoil_captures(true);
+  return ks_shim_result(e ? e : ks_shim_run_all());
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
   if (flags & ~(unsigned)cudaStreamNonBlocking) return ks_shim_result(cudaErrorInvalidValue);
   if (!(*stream = calloc(1, sizeof **stream))) return ks_shim_result(cudaErrorMemoryAllocation);
+  (*stream)->is_blocking = !(flags & cudaStreamNonBlocking);
   (*stream)->next = default_stream.next;
   default_stream.next = *stream;
   return ks_shim_result(cudaSuccess);
@@ -313,6 +355,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 
 static cudaError_t usable(cudaStream_t stream) {
   if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
+  if (is_implicit(stream)) return cudaErrorStreamCaptureImplicit;
   if (!stream->capture) return cudaSuccess;
   stream->capture = cudaStreamCaptureStatusInvalidated;
   return cudaErrorStreamCaptureUnsupported;
@@ -342,9 +385,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 /* ---------------------------------------------------------------- events */
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-  (void)flags;
-  *event = calloc(1, sizeof **event);
-  return ks_shim_result(*event ? cudaSuccess : cudaErrorMemoryAllocation);
+  if (!(*event = calloc(1, sizeof **event))) return ks_shim_result(cudaErrorMemoryAllocation);
+  (*event)->has_time = !(flags & cudaEventDisableTiming);
+  return ks_shim_result(cudaSuccess);
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) {
   return cudaEventCreateWithFlags(event, cudaEventDefault);
@@ -359,15 +402,20 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->stream = stream_of(stream);
   event->recorded = ++n_records;
+  event->is_captured = event->stream->capture != cudaStreamCaptureStatusNone;
   return enqueue(stream, &(op){.kind = OP_RECORD, .event = event, .stamp = event->recorded});
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->is_captured) return ks_shim_result(cudaErrorCapturedEvent);
   if (event->done >= event->recorded) return ks_shim_result(cudaSuccess);
   return ks_shim_result(run_until(event->stream, event, event->recorded));
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (event->is_captured) return ks_shim_result(cudaErrorCapturedEvent);
+  const cudaError_t unsafe = ks_shim_unsafe();
+  if (unsafe) return ks_shim_result(unsafe);
   if (event->done >= event->recorded) return ks_shim_result(cudaSuccess);
   cudaError_t e = cudaStreamQuery(event->stream);
   if (e && e != cudaErrorNotReady) return e;
@@ -375,7 +423,9 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
-  if (!from->recorded || !to->recorded) return ks_shim_result(cudaErrorInvalidResourceHandle);
+  if (from->is_captured || to->is_captured) return ks_shim_result(cudaErrorCapturedEvent);
+  if (!from->recorded || !to->recorded || !from->has_time || !to->has_time)
+    return ks_shim_result(cudaErrorInvalidResourceHandle);
   if (from->done < from->recorded || to->done < to->recorded) return ks_shim_result(cudaErrorNotReady);
   *ms = (float)((double)(to->at.tv_sec - from->at.tv_sec) * 1e3 +
                 (double)(to->at.tv_nsec - from->at.tv_nsec) * 1e-6);
@@ -385,11 +435,11 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
 /* ---------------------------------------------------------------- graphs */
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-  (void)mode;
   if (!is_stream(stream) || stream == &default_stream)
     return ks_shim_result(cudaErrorStreamCaptureUnsupported);
   if (stream->capture) return ks_shim_result(cudaErrorIllegalState);
   stream->capture = cudaStreamCaptureStatusActive;
+  stream->mode = mode;
   return ks_shim_result(cudaSuccess);
 }
 
@@ -416,7 +466,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     free(made);
     return ks_shim_result(valid ? cudaErrorMemoryAllocation : cudaErrorStreamCaptureInvalidated);
   }
-  *work = (graph_work){stream->captured, 1};
+  *work = (graph_work){.ops = stream->captured, .n_owners = 1};
   stream->captured = (op_list){0};
   made->work = work;
   *graph = made;
@@ -437,8 +487,21 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
   return ks_shim_result(exec ? cudaSuccess : cudaErrorInvalidValue);
 }
 
+/* Every array of a graph is still there. */
+static bool is_whole(const op_list *ops) {
+  for (size_t i = 0; i < ops->n; i++) {
+    const op *o = &ops->items[i];
+    if (o->kind == OP_LAUNCH && points_to_host(o->src, o->bytes)) return false;
+    if (o->kind == OP_FILL && o->bytes && !ks_shim_is_device(o->dst, o->bytes)) return false;
+    if (o->kind == OP_COPY && (!ks_shim_find(o->dst, o->bytes) || !ks_shim_find(o->src, o->bytes)))
+      return false;
+  }
+  return true;
+}
+
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   if (!exec) return ks_shim_result(cudaErrorInvalidValue);
+  if (!is_whole(&exec->work->ops)) return lost_memory("a graph names memory that was freed");
   return enqueue(stream, &(op){.kind = OP_GRAPH, .exec = exec});
 }
 

@@ -86,6 +86,11 @@ Test(activity, regions_end_with_the_work) {
   MUST(ks_meter_end(m.meter));
   MUST(ks_meter_read(m.meter, &ms));
   cr_expect(isfinite(ms) && ms >= 0);
+  MUST(ks_meter_begin(m.meter)); /* one that waits for nothing: the span before it is over */
+  MUST(ks_sync(m.ctx));
+  MUST(ks_meter_end(m.meter));
+  MUST(ks_meter_read(m.meter, &ms));
+  cr_expect(isfinite(ms) && ms >= 0, "%g ms", ms);
   MUST(ks_meter_begin(m.meter)); /* one without work */
   MUST(ks_meter_end(m.meter));
   MUST(ks_meter_read(m.meter, &ms));

@@ -29,7 +29,7 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
         void *args[] = {&value..., nullptr};
         const size_t sizes[] = {sizeof(P)..., 0};
         return ks_shim_launch(reinterpret_cast<const void *>(kernel), invoke<P...>, grid, block, args, sizes,
-                              (int)sizeof...(P), smem, stream, "test");
+                              (int)sizeof...(P), smem, stream, 0, "test");
       },
       values);
 }

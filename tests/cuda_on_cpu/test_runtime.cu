@@ -1,6 +1,7 @@
 /* The host side of the shim: memory, queues that run late, graphs, events, limits, errors. */
 #include <criterion/criterion.h>
 
+#include "kernels/cuda/launch.cuh"
 #include "test_launch.h"
 
 static cudaStream_t new_stream(void) {
@@ -71,7 +72,7 @@ static __global__ void add_kernel(float *x, float v, int n) {
 
 /* Nothing happens before somebody waits; host memory that copies read or write is the device's until then. */
 Test(runtime, queues_run_late) {
-  float *pinned = pinned_floats(4), *back = pinned_floats(4), pageable[4] = {1, 2, 3, 4};
+  float *pinned = pinned_floats(4), *back = pinned_floats(4), pageable[4] = {1, 2, 3, 4}, got[4];
   float *x = device_array<float>(4, NULL), *y = device_array<float>(4, NULL);
   cudaStream_t s = new_stream();
   for (int i = 0; i < 4; i++)
@@ -80,13 +81,13 @@ Test(runtime, queues_run_late) {
   cr_assert(cudaMemcpyAsync(y, pageable, 16, cudaMemcpyHostToDevice, s) == cudaSuccess);
   cr_assert(launch(add_kernel, dim3(1), dim3(32), 0, s, x, 1.0f, 4) == cudaSuccess);
   cr_assert(cudaMemcpyAsync(back, x, 16, cudaMemcpyDeviceToHost, s) == cudaSuccess);
-  pageable[0] = 99; /* was read by the call */
-  pinned[1] = 50;   /* too early: the device sees it */
-  cr_assert(isnan(back[0]), "what a copy will fill holds nothing before");
+  cr_assert(cudaMemcpyAsync(got, y, 16, cudaMemcpyDeviceToHost, s) == cudaSuccess);
+  pinned[1] = 50; /* too early: the device sees it */
+  pageable[0] = 99;
+  cr_assert(isnan(back[0]) && isnan(got[0]), "what a copy will fill holds nothing before");
   cr_assert(cudaStreamSynchronize(s) == cudaSuccess);
   cr_assert(back[0] == 11 && back[1] == 51 && back[3] == 11);
-  fetch(pageable, y, 4);
-  cr_assert(pageable[0] == 1 && pageable[3] == 4);
+  cr_assert(got[0] == 99 && got[3] == 4);
   cr_assert(cudaStreamDestroy(s) == cudaSuccess &&
             cudaStreamSynchronize(s) == cudaErrorInvalidResourceHandle);
   cudaGetLastError();
@@ -97,9 +98,9 @@ Test(runtime, queues_run_late) {
 Test(runtime, events_order_streams) {
   float zero[1] = {0}, got, ms, *x = device_array(1, zero);
   cudaStream_t s[2] = {new_stream(), new_stream()};
-  cudaEvent_t e, begin;
-  cr_assert(cudaEventCreate(&begin) == cudaSuccess &&
-            cudaEventCreateWithFlags(&e, cudaEventDisableTiming) == cudaSuccess);
+  cudaEvent_t e, begin, timeless;
+  cr_assert(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&e) == cudaSuccess &&
+            cudaEventCreateWithFlags(&timeless, cudaEventDisableTiming) == cudaSuccess);
   cr_assert(cudaEventQuery(e) == cudaSuccess, "never recorded");
   cudaEventRecord(begin, s[0]);
   launch(add_kernel, dim3(1), dim3(1), 0, s[0], x, 1.0f, 1);
@@ -109,6 +110,8 @@ Test(runtime, events_order_streams) {
   cr_assert(cudaEventElapsedTime(&ms, begin, e) == cudaErrorNotReady);
   cr_assert(cudaStreamSynchronize(s[1]) == cudaSuccess && cudaEventQuery(e) == cudaSuccess);
   cr_assert(cudaEventElapsedTime(&ms, begin, e) == cudaSuccess && ms >= 0);
+  cr_assert(cudaEventRecord(timeless, s[0]) == cudaSuccess && cudaEventSynchronize(timeless) == cudaSuccess);
+  cr_assert(cudaEventElapsedTime(&ms, begin, timeless) == cudaErrorInvalidResourceHandle);
   fetch(&got, x, 1);
   cr_assert(got == 0);
   /* asking makes progress, one piece a time */
@@ -119,7 +122,7 @@ Test(runtime, events_order_streams) {
   while (cudaEventQuery(e) == cudaErrorNotReady)
     asked++;
   cr_assert(asked == 3 && cudaStreamQuery(s[0]) == cudaSuccess);
-  cudaEventDestroy(e), cudaEventDestroy(begin);
+  cudaEventDestroy(e), cudaEventDestroy(begin), cudaEventDestroy(timeless);
   cudaStreamDestroy(s[0]), cudaStreamDestroy(s[1]), cudaFree(x);
 }
 
@@ -163,6 +166,138 @@ Test(runtime, what_a_capture_does_not_take) {
   cr_assert(launch(add_kernel, dim3(1), dim3(4), 0, s, x, 1.0f, 4) == cudaSuccess);
   cr_assert(cudaStreamSynchronize(s) == cudaSuccess);
   cudaStreamDestroy(s), cudaFree(x);
+}
+
+/* A capture, and what spoils it. */
+static void capture(cudaStreamCaptureMode mode, cudaError_t (*what)(cudaStream_t s), cudaError_t wants,
+                    bool survives) {
+  cudaStream_t s = new_stream();
+  cudaGraph_t graph = NULL;
+  float *x = device_array<float>(4, NULL);
+  cr_assert(cudaStreamBeginCapture(s, mode) == cudaSuccess);
+  cr_expect(what(s) == wants);
+  const bool works = launch(add_kernel, dim3(1), dim3(4), 0, s, x, 1.0f, 4) == cudaSuccess;
+  cr_expect(works == survives && (cudaStreamEndCapture(s, &graph) == cudaSuccess) == survives);
+  if (graph) cudaGraphDestroy(graph);
+  cudaGetLastError();
+  cudaStreamDestroy(s), cudaFree(x);
+}
+
+Test(runtime, what_spoils_a_capture) {
+  const auto wait_for_all = [](cudaStream_t) { return cudaDeviceSynchronize(); };
+  const auto ask = [](cudaStream_t s) { return cudaStreamQuery(s); };
+  const auto allocate = [](cudaStream_t) {
+    void *p = NULL;
+    const cudaError_t e = cudaMalloc(&p, 16);
+    return e ? e : cudaFree(p);
+  };
+  const auto wait_for_captured = [](cudaStream_t s) {
+    static cudaEvent_t event; /* the graph has it: it stays */
+    cudaEventCreate(&event);
+    cudaEventRecord(event, s);
+    const cudaError_t asked = cudaEventQuery(event), waited = cudaEventSynchronize(event);
+    return asked == waited ? asked : cudaErrorUnknown;
+  };
+  const auto fill_by_legacy = [](cudaStream_t) {
+    void *p = NULL;
+    cudaMalloc(&p, 16);
+    const cudaError_t e = cudaMemset(p, 0, 16);
+    cudaFree(p);
+    return e;
+  };
+  const cudaStreamCaptureMode relaxed = cudaStreamCaptureModeRelaxed, global = cudaStreamCaptureModeGlobal;
+  capture(relaxed, wait_for_all, cudaErrorStreamCaptureUnsupported, false);
+  capture(relaxed, ask, cudaErrorStreamCaptureUnsupported, false);
+  capture(relaxed, allocate, cudaSuccess, true);
+  capture(global, allocate, cudaErrorStreamCaptureUnsupported, false);
+  capture(relaxed, wait_for_captured, cudaErrorCapturedEvent, true);
+  capture(relaxed, fill_by_legacy, cudaSuccess, true);
+  cudaStream_t blocking;
+  cudaGraph_t graph;
+  float *x = device_array<float>(4, NULL);
+  cr_assert(cudaStreamCreate(&blocking) == cudaSuccess);
+  cr_assert(cudaStreamBeginCapture(blocking, relaxed) == cudaSuccess);
+  cr_assert(cudaMemsetAsync(x, 0, 16, NULL) == cudaErrorStreamCaptureImplicit);
+  cr_assert(cudaStreamSynchronize(NULL) == cudaErrorStreamCaptureImplicit);
+  cr_assert(cudaStreamEndCapture(blocking, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+  cudaStreamDestroy(blocking), cudaFree(x);
+}
+
+/* A graph of one launch of add_kernel on x and one copy from x to y. */
+static cudaGraphExec_t small_graph(cudaStream_t s, float *x, float *y) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cr_assert(cudaStreamBeginCapture(s, cudaStreamCaptureModeRelaxed) == cudaSuccess);
+  launch(add_kernel, dim3(1), dim3(4), 0, s, x, 1.0f, 4);
+  cudaMemcpyAsync(y, x, 16, cudaMemcpyDeviceToDevice, s);
+  cr_assert(cudaStreamEndCapture(s, &graph) == cudaSuccess);
+  cr_assert(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+  return exec;
+}
+
+Test(runtime, a_graph_holds_addresses_not_memory) {
+  for (int freed = 0; freed < 2; freed++) {
+    float *x = device_array<float>(4, NULL), *y = device_array<float>(4, NULL);
+    cudaStream_t s = new_stream();
+    cudaGraphExec_t exec = small_graph(s, x, y);
+    cr_assert(cudaGraphLaunch(exec, s) == cudaSuccess && cudaStreamSynchronize(s) == cudaSuccess);
+    cudaFree(freed ? y : x);
+    cr_assert(cudaGraphLaunch(exec, s) == cudaErrorLaunchFailure);
+    cr_assert(strstr(ks_shim_report(), "freed") != NULL);
+    ks_shim_clear();
+    cudaGraphExecDestroy(exec), cudaStreamDestroy(s), cudaFree(freed ? x : y);
+  }
+}
+
+/* ---------------------------------------------------------------- launches that begin early */
+
+/* y = x + 1; where: 0 all behind the wait, 1 a constant is read above it, 2 what changes is read above it, 3 nothing. */
+static __global__ void early_kernel(float *y, const float *x, const float *constant, int where) {
+  const int i = (int)threadIdx.x;
+  float v = where == 1 ? constant[i] : where == 2 ? x[i] : 0;
+  if (where == 3) return;
+  ks_grid_wait();
+  if (where != 2) v = x[i];
+  y[i] = v + 1;
+}
+
+static cudaError_t run_early(int where, int early, float *x, float *y, float *constant) {
+  cudaStream_t s = new_stream();
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cudaError_t e = cudaSuccess;
+  cr_assert(cudaStreamBeginCapture(s, cudaStreamCaptureModeRelaxed) == cudaSuccess);
+  launch(add_kernel, dim3(1), dim3(4), 0, s, x, 1.0f, 4);
+  const void *args[] = {&y, &x, &constant, &where};
+  const size_t sizes[] = {sizeof y, sizeof x, sizeof constant, sizeof where};
+  cr_assert(ks_shim_launch(reinterpret_cast<const void *>(early_kernel),
+                           invoke<float *, const float *, const float *, int>, dim3(1), dim3(40),
+                           const_cast<void **>(args), sizes, 4, 0, s, early, "test") == cudaSuccess);
+  cr_assert(cudaStreamEndCapture(s, &graph) == cudaSuccess);
+  cr_assert(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+  for (int i = 0; i < 3 && !e; i++) {
+    cudaGraphLaunch(exec, s);
+    e = cudaStreamSynchronize(s);
+  }
+  cudaGraphDestroy(graph), cudaGraphExecDestroy(exec), cudaStreamDestroy(s);
+  return e;
+}
+
+Test(runtime, early_launches_wait) {
+  float zero[40] = {0}, got[40], *x = device_array(40, zero), *y = device_array(40, zero),
+        *c = device_array(40, zero);
+  cr_assert(run_early(0, 1, x, y, c) == cudaSuccess && run_early(1, 1, x, y, c) == cudaSuccess);
+  fetch(got, y, 40);
+  cr_assert(got[0] == 7 && got[39] == 1);
+  cr_assert(run_early(3, 1, x, y, c) == cudaErrorLaunchFailure && strstr(ks_shim_report(), "ks_grid_wait"));
+  ks_shim_clear();
+  cr_assert(run_early(3, 0, x, y, c) == cudaSuccess && run_early(2, 0, x, y, c) == cudaSuccess);
+  cudaFree(x), cudaFree(y), cudaFree(c);
+}
+
+Test(runtime, above_its_wait_an_early_launch_reads_what_stays, .exit_code = 1) {
+  float zero[40] = {0}, *x = device_array(40, zero), *y = device_array(40, zero), *c = device_array(40, zero);
+  (void)run_early(2, 1, x, y, c); /* AddressSanitizer ends the program */
 }
 
 /* ---------------------------------------------------------------- limits, errors */

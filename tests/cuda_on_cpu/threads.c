@@ -73,8 +73,9 @@ static struct {
   int turn; /* position in warp_order */
   int warp_order[WARP];
   int arrived, sum, result;
-  int n_at_barrier; /* threads that wait for a barrier in shared memory */
-  bool mixed;
+  int n_at_barrier;  /* threads that wait for a barrier in shared memory */
+  int n_grid_waits;  /* threads of an early kernel that came to ks_grid_wait */
+  bool mixed, hides; /* hides: memory that the graph of an early kernel changes */
   ks_shim_at at;
   void *array[MAX_ARRAYS];  /* shared memory */
   void *fenced[MAX_ARRAYS]; /* as ks_shim_smem_async sees it; NULL: nothing yet */
@@ -439,6 +440,19 @@ int ks_shim_block_wait(ks_shim_at at, int value) {
   return block.result;
 }
 
+static void hide_changing(bool on) {
+  if (block.hides != on) ks_shim_hide_changing(on);
+  block.hides = on;
+}
+
+/* An early kernel's threads wait for each other here too, so that memory can be given back to all of them at once. */
+void ks_shim_grid_wait(void) {
+  if (!block.kernel->early) return;
+  block.n_grid_waits++;
+  ks_shim_block_wait(KS_SHIM_GRID_WAIT, 0);
+  hide_changing(false);
+}
+
 /* ---------------------------------------------------------------- warp collectives */
 
 static unsigned existing(const warp *w) {
@@ -757,7 +771,8 @@ static void run_block(uint64_t number) {
   blockIdx.x = (unsigned)(number % gridDim.x);
   blockIdx.y = (unsigned)(number / gridDim.x % gridDim.y);
   blockIdx.z = (unsigned)(number / gridDim.x / gridDim.y);
-  block.turn = block.arrived = block.sum = block.n_arrays = block.n_at_barrier = 0;
+  block.turn = block.arrived = block.sum = block.n_arrays = block.n_at_barrier = block.n_grid_waits = 0;
+  hide_changing(block.kernel->early);
   ks_shim_hopper_begin(block.n_threads);
   block.smem_used = 0;
   const uint64_t key = mix((uint64_t)order) ^ number;
@@ -775,6 +790,9 @@ static void run_block(uint64_t number) {
   }
   go(&caller, next_warp());
   const char *wrong = block.failed ? NULL : ks_shim_hopper_end();
+  hide_changing(false);
+  if (!block.failed && block.kernel->early && block.n_grid_waits != block.n_threads)
+    wrong = "threads of an early kernel end without ks_grid_wait, or come to it twice";
   if (wrong) {
     say_launch();
     say(": %s", wrong);

@@ -13,6 +13,7 @@ typedef struct {
   void **args;
   dim3 grid, block;
   size_t smem_bytes;
+  bool early; /* above its ks_grid_wait, memory that its graph changes is out of reach */
 } ks_shim_kernel;
 
 /* Between threads.c and hopper.c: what one of them needs of the other while a block runs. */
@@ -26,6 +27,9 @@ bool ks_shim_hopper_advance(void);
 void ks_shim_hopper_begin(int n_threads);
 /* What is wrong with how a block ends, or NULL. */
 const char *ks_shim_hopper_end(void);
+
+/* device.c: poisons what the graph of an early kernel changes, or gives it back. */
+void ks_shim_hide_changing(bool on);
 
 /* False when the launch failed; ks_shim_report() then says how. */
 bool ks_shim_run(const ks_shim_kernel *kernel);

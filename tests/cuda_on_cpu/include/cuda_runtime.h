@@ -88,6 +88,9 @@ typedef struct {
   X(cudaErrorNotSupported, 801, "operation not supported")                                                   \
   X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")              \
   X(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture")       \
+  X(cudaErrorStreamCaptureImplicit, 906,                                                                     \
+    "operation would make the legacy stream depend on a capturing blocking stream")                          \
+  X(cudaErrorCapturedEvent, 907, "operation not permitted on an event last recorded in a capturing stream")  \
   X(cudaErrorIllegalState, 401, "the operation cannot be performed in the present state")                    \
   X(cudaErrorUnknown, 999, "unknown error")
 typedef enum cudaError {

@@ -24,7 +24,8 @@ void ks_shim_set_order(int order);
 
 /* The device as the backend sees it; effective for what is asked afterwards. Defaults: 1 GiB, compute
  * capability 8.9, 99 KiB of shared memory a block, the least of any device with tensor cores for bf16 (48 without
- * cudaFuncSetAttribute, as everywhere); with KS_SHIM_TURING=1 in the environment 7.5 and 64 KiB. */
+ * cudaFuncSetAttribute, as everywhere); with KS_SHIM_TURING=1 in the environment 7.5 and 64 KiB, with
+ * KS_SHIM_HOPPER=1 as by ks_shim_set_hopper. */
 void ks_shim_set_memory(size_t bytes);
 void ks_shim_set_capability(int major, int minor);
 void ks_shim_set_smem(size_t bytes_per_block);
@@ -50,10 +51,12 @@ typedef struct {
 ks_shim_counts ks_shim_count(void);
 
 /* In place of cudaLaunchKernel, which cannot call a function whose parameters it does not know: `invoke`
- * (launch.cuh) does. Copies the arguments; op is for messages and must live as long as the program. */
+ * (launch.cuh) does. Copies the arguments; op is for messages and must live as long as the program. early: as with
+ * cudaLaunchAttributeProgrammaticStreamSerialization. In a graph such a kernel may, above its ks_grid_wait, touch no memory
+ * that the graph was seen to change (from its second launch on), and all its threads must come to one. */
 cudaError_t ks_shim_launch(const void *func, void (*invoke)(const void *func, void **args), dim3 grid,
                            dim3 block, void **args, const size_t *arg_sizes, int n_args, size_t smem_bytes,
-                           cudaStream_t stream, const char *op);
+                           cudaStream_t stream, int early, const char *op);
 
 /* Queues a function on a stream (captured like everything else); `copy` of `bytes` are its argument. For the
  * shim's cuBLASLt. */

@@ -27,6 +27,7 @@ extern "C" {
   X(LDMATRIX, "ks_ldmatrix")                                                                                 \
   X(MMA, "ks_mma_bf16")                                                                                      \
   X(BARRIER, "ks_barrier_wait")                                                                              \
+  X(GRID_WAIT, "ks_grid_wait")                                                                               \
   X(SYNCTHREADS, "__syncthreads")                                                                            \
   X(SYNCTHREADS_COUNT, "__syncthreads_count")                                                                \
   X(SYNCTHREADS_OR, "__syncthreads_or")                                                                      \
@@ -40,6 +41,8 @@ typedef enum {
 
 /* All threads of the block; the sum of their values. */
 int ks_shim_block_wait(ks_shim_at at, int value);
+/* ks_grid_wait: in a launch that is not early nothing. */
+void ks_shim_grid_wait(void);
 void ks_shim_warp_sync(unsigned mask);
 unsigned ks_shim_warp_lanes(void);
 /* Bit i: the value (0 or 1) of lane i. */
