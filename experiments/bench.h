@@ -89,6 +89,7 @@ typedef struct {
                                               measured beside it without need */
   int64_t min_samples;
   int64_t n_rows_of_ops; /* rows of the operations' cases; 0: sizes of real use */
+  int64_t recompute_layers; /* of training steps, as run.recompute_layers */
   bool is_first_dtype;   /* of those asked for: what has nothing to do with it is measured now */
   const char *only;      /* measure this row alone; NULL: all */
   const ks_progress *progress;

@@ -23,7 +23,8 @@ static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int6
                                        .n_adapters = n_adapters,
                                        .rank = RANK,
                                        .targets = ALL_TARGETS,
-                                       .key = 1};
+                                       .key = 1,
+                                       .recompute_layers = b->recompute_layers};
   KS_TRY_OUT(ks_bench_step_create(&params, &s));
   KS_TRY_OUT(ks_weight_prepare_backward(b->ctx, model->head));
   KS_TRY_OUT(ks_bench_step_once(&s));
@@ -33,8 +34,11 @@ static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int6
                                   ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_tokens, seq_len)};
   KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(ks_bench_sample(b, ks_bench_step_once, &s, &samples));
-  snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, all linear", (long long)n_seqs,
-           (long long)seq_len, (long long)n_adapters, RANK);
+  char what[32] = "all linear";
+  if (b->recompute_layers > 0)
+    snprintf(what, sizeof what, "%lld layers again", (long long)b->recompute_layers);
+  snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, %s", (long long)n_seqs,
+           (long long)seq_len, (long long)n_adapters, RANK, what);
   KS_TRY_OUT(ks_bench_add(b, name, shape, &samples, &load, &before, row));
   if (!ks_bench_step_learns(&s)) snprintf((*row)->verdict, sizeof(*row)->verdict, "incorrect");
   snprintf((*row)->note, sizeof(*row)->note,

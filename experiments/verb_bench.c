@@ -15,6 +15,7 @@ static const ks_option options[] = {
     {"seconds", "S", "time for the samples of a case (2); 0: one call to warm up, no batches, no ceilings"},
     {"samples", "N", "at least so many (5; on a GPU 30)"},
     {"rows", "N", "rows of the operations' cases (sizes of real use)"},
+    {"recompute-layers", "N", "lora_step: as run.recompute_layers (0)"},
     {"only", "NAME",
      "measure only the row of this name (lora_step.15m); goals: groups too, beginnings with *, several with "
      "commas"},
@@ -161,6 +162,7 @@ static ks_status read_settings(const ks_args *args, ks_bench *b) {
   KS_TRY(ks_args_int(args, "threads", 1, 4096, &threads));
   KS_TRY(ks_args_float(args, "seconds", 0, 1e6, &b->seconds));
   KS_TRY(ks_args_int(args, "rows", 1, 1 << 20, &b->n_rows_of_ops));
+  KS_TRY(ks_args_int(args, "recompute-layers", 0, 1000000, &b->recompute_layers));
   KS_TRY(ks_args_int(args, "samples", 1, 4096, &b->min_samples));
   b->n_threads = (int)threads;
   return KS_OK;
