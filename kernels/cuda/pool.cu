@@ -6,9 +6,8 @@
  * n_rows n_cols (a compensated sum), 2 to 4 a byte: bound by memory.
  *
  * The mean is exact to float32's rounding, as the CPU's sum in double is, without double's rate of 1 : 64 on
- * small cards: every sum is a pair hi + lo, where hi + x = s + e exactly (Knuth's two-sum) and lo gathers e.
- * Elements are scaled by the power of two below 1 / rows first, which is exact, so that no sum overflows; the
- * pair is divided in double, once an output.
+ * small cards: every sum is a pair of floats (pair.cuh). Elements are scaled by the power of two below 1 / rows first,
+ * which is exact, so that no sum overflows; the pair is divided in double, once an output.
  *
  * Geometry: a block of 256 threads takes one sequence and 8 pieces of 16 bytes of its columns: 128 bytes of a
  * row, a whole line. Its threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 2
@@ -23,6 +22,7 @@
  *               turns. Mean 12.8 us, hot in a recorded step 6.0 us; last 8.2 and 3.1 us
  *   v2          this: 512 blocks, half of the 8.4 MB asked for at once. Computed: 9 us, hot 4 us; not measured yet */
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/pair.cuh"
 #include "kernels/cuda/row.cuh"
 
 enum {
@@ -33,20 +33,8 @@ enum {
   POOL_UNROLL = 2
 };
 
-typedef struct {
-  float hi, lo;
-} pool_pair;
-
-/* The compiler must not reorder these: float32 is not associative, and nothing here asks for fast arithmetic.
- */
-KS_DEVICE void pool_add(pool_pair *sum, float x) {
-  const float s = sum->hi + x, x_part = s - sum->hi;
-  sum->lo += (sum->hi - (s - x_part)) + (x - x_part);
-  sum->hi = s;
-}
-
 template <class T>
-KS_DEVICE void pool_rows(pool_pair *sum, const T *x, int64_t n_rows, int64_t n_cols, int64_t n_left,
+KS_DEVICE void pool_rows(ks_pair *sum, const T *x, int64_t n_rows, int64_t n_cols, int64_t n_left,
                          float scale, bool aligned) {
   enum { N = ks_piece<T>::N };
   for (int64_t i = (int)threadIdx.x / POOL_LANES; i < n_rows; i += POOL_GROUPS * POOL_UNROLL) {
@@ -62,19 +50,14 @@ KS_DEVICE void pool_rows(pool_pair *sum, const T *x, int64_t n_rows, int64_t n_c
       ks_piece_unpack(v, held[k]);
 #pragma unroll
       for (int j = 0; j < N; j++)
-        pool_add(&sum[j], v[j] * scale);
+        ks_pair_add(&sum[j], v[j] * scale);
     }
   }
 }
 
-KS_DEVICE float pool_quotient(pool_pair sum, double scaled_rows) {
+KS_DEVICE float pool_quotient(ks_pair sum, double scaled_rows) {
   const float infinite = sum.hi - sum.hi; /* 0, or NaN: then lo is one too, and hi alone says what came */
   return infinite == 0.0f ? (float)(((double)sum.hi + (double)sum.lo) / scaled_rows) : sum.hi;
-}
-
-KS_DEVICE void pool_merge(pool_pair *sum, pool_pair other) {
-  pool_add(sum, other.hi);
-  sum->lo += other.lo;
 }
 
 /* n_chunks: stretches of POOL_LANES pieces that cover the columns. */
@@ -84,12 +67,12 @@ __global__ void __launch_bounds__(POOL_THREADS, 4)
                 bool x_aligned) {
   enum { N = ks_piece<T>::N, STRETCH = POOL_LANES * N };
   ks_smem smem;
-  pool_pair *room = ks_smem_take<pool_pair>(&smem, POOL_WARPS * STRETCH);
+  ks_pair *room = ks_smem_take<ks_pair>(&smem, POOL_WARPS * STRETCH);
   const int warp = (int)threadIdx.x / KS_WARP, lane = (int)threadIdx.x % KS_WARP, piece = lane % POOL_LANES;
   const int64_t seq = blockIdx.x / n_chunks, column = (blockIdx.x % n_chunks * POOL_LANES + piece) * N,
                 n_left = n_cols - column, end = offsets[seq + 1], begin = last ? end - 1 : offsets[seq];
   const int exponent = 64 - __clzll((long long)(end - begin - 1)); /* 2^exponent >= rows; one row: 0 */
-  pool_pair sum[N];
+  ks_pair sum[N];
 #pragma unroll
   for (int j = 0; j < N; j++)
     sum[j].hi = -0.0f, sum[j].lo = -0.0f; /* so that the sum of one row is that row */
@@ -100,18 +83,18 @@ __global__ void __launch_bounds__(POOL_THREADS, 4)
   for (int j = 0; j < N; j++) {
 #pragma unroll
     for (int d = POOL_LANES; d < KS_WARP; d *= 2) {
-      const pool_pair other = {__shfl_xor_sync(KS_FULL_MASK, sum[j].hi, d),
-                               __shfl_xor_sync(KS_FULL_MASK, sum[j].lo, d)};
-      pool_merge(&sum[j], other);
+      const ks_pair other = {__shfl_xor_sync(KS_FULL_MASK, sum[j].hi, d),
+                             __shfl_xor_sync(KS_FULL_MASK, sum[j].lo, d)};
+      ks_pair_merge(&sum[j], other);
     }
     if (lane < POOL_LANES) room[warp * STRETCH + piece * N + j] = sum[j];
   }
   __syncthreads();
   const int64_t out = blockIdx.x % n_chunks * STRETCH + threadIdx.x;
   if (threadIdx.x >= STRETCH || out >= n_cols) return;
-  pool_pair total = room[threadIdx.x];
+  ks_pair total = room[threadIdx.x];
   for (int w = 1; w < POOL_WARPS; w++)
-    pool_merge(&total, room[w * STRETCH + (int)threadIdx.x]);
+    ks_pair_merge(&total, room[w * STRETCH + (int)threadIdx.x]);
   y[seq * n_cols + out] = pool_quotient(total, ldexp((double)(end - begin), -exponent));
 }
 
@@ -121,7 +104,7 @@ template <class T> static ks_status pool(ks_ctx *ctx, const ks_pool_args *a) {
   KS_TRY(
       ks_cuda_stage(ctx, a->seq_offsets, (size_t)(a->n_seqs + 1) * sizeof *offsets, (const void **)&offsets));
   return ks_launch(ctx, "pool", pool_kernel<T>, dim3(ks_blocks_for(a->n_seqs * n_chunks, 1)),
-                   dim3(POOL_THREADS), ks_smem_bytes<pool_pair>(POOL_WARPS * POOL_LANES * ks_piece<T>::N),
+                   dim3(POOL_THREADS), ks_smem_bytes<ks_pair>(POOL_WARPS * POOL_LANES * ks_piece<T>::N),
                    (const T *)a->x, offsets, a->y, a->n_cols, n_chunks, last, x_aligned);
 }
 
