@@ -175,6 +175,12 @@ KS_DEVICE float ks_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+/* log2 x of a normal x > 0, to 2^-22, and where |log2 x| > 1 to 2^-22 of it. */
+KS_DEVICE float ks_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 /* Four 8x8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8; register i
  * of lane l then holds elements (2 (l % 4), 2 (l % 4) + 1) of row l / 4 of matrix i. _trans: of the transposed matrices. */
@@ -293,9 +299,15 @@ KS_DEVICE float ks_quad_sum(float x) {
   x += __shfl_xor_sync(KS_FULL_MASK, x, 1);
   return x + __shfl_xor_sync(KS_FULL_MASK, x, 2);
 }
-/* A NaN among the lanes gives NaN. */
+/* A NaN among them gives NaN. */
 KS_DEVICE float ks_max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
   return a > b || a != a ? a : b;
+#endif
 }
 KS_DEVICE float ks_warp_max(float x) {
 #pragma unroll

@@ -2,396 +2,531 @@
  *
  *   HISTOGRAM, CLIPPED   p: mass of n_bins equal bins over [min, max], as numpy.histogram of the float64 row;
  *                        with counts c of n: H = log2 n - sum c log2 c / n
- *   SOFTMAX              e = exp(x - max), S = sum e:  H = (log S - sum e (x - max) / S) / log 2
- *   ABS                  p = |row| / sum |row|
+ *   SOFTMAX, ABS         masses e = 2^v, v = (x - max) log2 e, or e = |x|, v = log2 e; with S = sum e:
+ *                        H = log2 S - sum e v / S
  *
  * Bytes: 4 n, read once: the row stays in shared memory where it fits (9216 columns), else it comes from L2
- * again. Histograms: 24 instructions a component (sm_90), 7 of them for the ends; of 37 that its bytes leave
- * time for: bound by memory and nearly by issue. CLIPPED takes 6 double operations more, SOFTMAX and ABS 50
- * in all: bound by double.
+ * again. Instructions a component (sm_90; the loops from the machine code, 100 bins and 3200 columns): copy 3,
+ * ends 3; SOFTMAX and ABS 9 and 8 for the masses and 6 for what a row takes once (sums over the block, the
+ * logarithm): 20. HISTOGRAM 15 to count, and once a row 16: counters cleared and added up, 7 for the bins'
+ * logarithms in double, a rare bin decided in double: 37. CLIPPED 11 more for the moments and 3 once a row: 51.
+ * 85 % of a copy's 4.25 TB/s leaves time for 37: SOFTMAX and ABS are bound by memory, the others by issue.
  *
- * Bins are found in float32 with its errors counted: where the place lies too near to an edge for them (2 n_bins 2^-20 of all
- * components: 2 in 10^4 for 100 bins), float64 decides as numpy does.
+ * Double, slow on small cards (1 : 64), is left where a row needs it once, by one warp, and in the logarithms
+ * of the bins: these alone are 4 warps of 45 for 100 bins, 3000 clocks a row on such a card.
  *
- * Geometry: a block a row. Histograms: a warp for each 512 columns, at most 8; the row comes by asynchronous
- * copies, each thread reads its own pieces again; up to 32 counters a bin, one a lane, so that no two lanes
- * meet in a bank. 48 registers, 26 KB of shared memory for 3200 columns: 5 blocks, up to 64 KB under way a
- * multiprocessor. The others, and histograms of longer rows: 256 threads, a copy of the counters a warp.
+ * Accuracy: SOFTMAX and ABS have float32 masses and logarithms to 2^-22 by one instruction each, sums of 20 in
+ * float32 and pairs of floats behind that: every part of an error is some 2^-22 (1 + H), and ops.h says what
+ * they may come to. The moments of CLIPPED are whole numbers on a grid of 2^-21 of the row's reach, summed
+ * exactly, and what is left of each. Bins are found in float32 with its errors counted: where the place lies too
+ * near to an edge for them (n_bins 2^-20 of all components: 1 in 10^4 for 100 bins), float64 decides as numpy
+ * does.
  *
- * Determinism: double throughout, as ops.h defines it, but for the sure bins. Sums run a block's threads apart in rising order,
- * then through a tree; counts are integers. A row depends on nothing else.
+ * Geometry: a block a row, a warp for each 640 columns (5 pieces of 16 bytes a thread), at most 6. The row comes
+ * by asynchronous copies, each thread reads its own pieces again; up to 32 counters a bin, one a lane, so that
+ * no two lanes meet in a bank. 3200 columns: masses 36 registers, 15 KB of shared memory, 10 blocks a
+ * multiprocessor with 128 KB under way; histograms 60 registers, 28 KB, 6 blocks, 77 KB.
+ *
+ * Determinism: a thread's sum over its pieces of 640 columns in rising order, then over the warps, then a tree
+ * over the lanes, by n alone; counts and the moments' whole parts are integers. A row depends on nothing else.
  *
  * Ladder (H200; 2048 x 2048 with the wait for the results; a copy moves 4.25 TB/s)
  *   v1  a division in float64 for each component. Histogram 57 us, clipped 66, softmax 39, abs 48: 0.3 to 0.45 TB/s
- *   v2  this, for histograms. Computed: 1 M rows of 3200, histogram: 3.5 ms, 80 to 90 % of a copy (a row's
- *       chain, some 3700 clocks of 5 blocks at a time, is as long as its bytes take); clipped 75 %. 2048 x
- *       2048: 20 us, most of it the wait. Not measured yet
- *   next  softmax and abs in pairs of float32 */
+ *   v2  histograms in float32 from shared memory. Predicted 80 to 90 % of a copy for 3200 columns, by the loops'
+ *       24 instructions; what a row takes once was left out and as much again. Not measured
+ *   v3  this: masses in float32, moments in whole numbers, once-a-row work by one warp. Computed, at 80 % of all
+ *       issue slots: 1 M rows of 3200 softmax and abs 3.3 ms (90 % of a copy), histogram 4.4 ms (69 %), clipped
+ *       6.1 ms (49 %). 2048 x 2048: 15 to 20 us, most of it the wait. Not measured yet
+ *   considered  exponentials and logarithms by polynomials, 2^-26, the same bits on every card: 12 instructions more;
+ *       what they gain is lost in the rounding of v
+ *   considered  logarithms of counts from a table: 3 instructions less, and a table to make and to send */
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/pair.cuh"
 
 enum {
-  ENTROPY_THREADS = 256,
-  ENTROPY_WARPS = ENTROPY_THREADS / KS_WARP,
+  ENTROPY_WARPS = 6, /* at most */
+  ENTROPY_BLOCKS =
+      5, /* that a multiprocessor holds then, of 64 registers a thread: Turing's has 1024 threads */
+  ENTROPY_PIECES = 5,                             /* of 16 bytes, a thread's in a stretch */
+  ENTROPY_STRETCH = ENTROPY_PIECES * KS_WARP * 4, /* columns of a warp */
   ENTROPY_COUNTERS = 4096,
-  ENTROPY_HELD = 9216,
-  ENTROPY_PIECES = 4 /* of 16 bytes, a thread */
+  ENTROPY_HELD = 9216, /* columns */
+  ENTROPY_MAX_COLS = 1 << 20
 };
 
+/* Where a row is read: in shared memory, copied by 16 bytes or by columns, or where it was, for want of room. */
+enum { ENTROPY_WHOLE, ENTROPY_PARTS, ENTROPY_FAR, ENTROPY_PLACES };
+
 typedef struct {
-  const float *x; /* shared or not */
-  int64_t n;
-  double *room;    /* [KS_WARP] */
-  int32_t *counts; /* [copies, n_bins] */
-  int n_bins, copies;
+  const float *x;
+  int n;
 } entropy_row;
-
-/* The sum of f(column) over a row, or of f(bin) over n bins, in every thread. */
-template <class F> KS_DEVICE double entropy_sum(int64_t n, double *room, F f) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += ENTROPY_THREADS)
-    sum += f(i);
-  return ks_block_sum(sum, room);
-}
-
-/* The largest f(column). */
-template <class F> KS_DEVICE double entropy_max(int64_t n, double *room, F f) {
-  double most = -INFINITY;
-  for (int64_t i = threadIdx.x; i < n; i += ENTROPY_THREADS)
-    most = fmax(most, f(i));
-#pragma unroll
-  for (int d = KS_WARP / 2; d > 0; d /= 2)
-    most = fmax(most, __shfl_xor_sync(KS_FULL_MASK, most, d));
-  if (threadIdx.x % KS_WARP == 0) room[threadIdx.x / KS_WARP] = most;
-  __syncthreads();
-  for (int w = 0; w < ENTROPY_WARPS; w++)
-    most = fmax(most, room[w]);
-  __syncthreads();
-  return most;
-}
-
-/* Bin of v as numpy assigns it: by division, then moved by one where the edges min + i * width say so. */
-KS_DEVICE int entropy_bin(double v, double low, double high, double width, int n_bins) {
-  int b = (int)__dmul_rn((v - low) / (high - low), (double)n_bins);
-  if (b > n_bins - 1) b = n_bins - 1;
-  const double left = __dadd_rn(__dmul_rn((double)b, width), low),
-               right = b == n_bins - 1 ? high : __dadd_rn(__dmul_rn((double)(b + 1), width), low);
-  if (v < left) return b > 0 ? b - 1 : 0;
-  return v >= right && b != n_bins - 1 ? b + 1 : b;
-}
-
-/* Histogram of the row with its values held in [least, most]. */
-KS_DEVICE double entropy_histogram(const entropy_row &r, double least, double most) {
-  const auto value = [&](int64_t j) { return fmin(fmax((double)r.x[j], least), most); };
-  const double high = entropy_max(r.n, r.room, value),
-               low = -entropy_max(r.n, r.room, [&](int64_t j) { return -value(j); });
-  if (!(high > low)) return 0;
-  const double width = (high - low) / (double)r.n_bins;
-  for (int b = (int)threadIdx.x; b < r.copies * r.n_bins; b += ENTROPY_THREADS)
-    r.counts[b] = 0;
-  __syncthreads();
-  int32_t *mine = r.counts + (int)threadIdx.x / KS_WARP % r.copies * r.n_bins;
-  for (int64_t j = threadIdx.x; j < r.n; j += ENTROPY_THREADS)
-    atomicAdd(&mine[entropy_bin(value(j), low, high, width, r.n_bins)], 1);
-  __syncthreads();
-  int all = 0;
-  const double sum = entropy_sum(r.n_bins, r.room, [&](int64_t b) {
-    int64_t count = 0;
-    for (int c = 0; c < r.copies; c++)
-      count += r.counts[c * r.n_bins + b];
-    all |= count == r.n;
-    return count > 1 ? (double)count * log2((double)count) : 0.0;
-  });
-  if (__syncthreads_or(all)) return 0;
-  return log2((double)r.n) - sum / (double)r.n;
-}
-
-KS_DEVICE double entropy_clipped(const entropy_row &r, double clip) {
-  const double mean = entropy_sum(r.n, r.room, [&](int64_t j) { return (double)r.x[j]; }) / (double)r.n;
-  const double squares = entropy_sum(r.n, r.room, [&](int64_t j) {
-    const double off = (double)r.x[j] - mean;
-    return __dmul_rn(off, off);
-  });
-  const double reach = __dmul_rn(clip, sqrt(squares / (double)r.n));
-  return entropy_histogram(r, mean - reach, mean + reach);
-}
-
-KS_DEVICE double entropy_softmax(const entropy_row &r) {
-  const double max = entropy_max(r.n, r.room, [&](int64_t j) { return (double)r.x[j]; });
-  double sum = 0, weighted = 0;
-  for (int64_t j = threadIdx.x; j < r.n; j += ENTROPY_THREADS) {
-    const double t = (double)r.x[j] - max, e = exp(t);
-    sum += e;
-    weighted += e * t;
-  }
-  sum = ks_block_sum(sum, r.room);
-  weighted = ks_block_sum(weighted, r.room);
-  return (log(sum) - weighted / sum) * 1.4426950408889634074;
-}
-
-KS_DEVICE double entropy_abs(const entropy_row &r) {
-  const double sum = entropy_sum(r.n, r.room, [&](int64_t j) { return fabs((double)r.x[j]); });
-  if (sum == 0) return 0;
-  return -entropy_sum(r.n, r.room, [&](int64_t j) {
-    const double p = fabs((double)r.x[j]) / sum;
-    return p > 0 ? p * log2(p) : 0.0;
-  });
-}
 
 typedef struct {
   int64_t n_cols;
-  double clip;
-  int32_t kind, n_bins, copies, held; /* held: the row's copy in shared memory */
+  double clip, log2_n;
+  int32_t n_bins, copies; /* copies: of the counters, a power of two */
 } entropy_shape;
 
-KS_DEVICE double entropy_of(const entropy_row &r, const entropy_shape &a) {
-  switch (a.kind) {
-  case KS_ENTROPY_HISTOGRAM:
-    return entropy_histogram(r, -INFINITY, INFINITY);
-  case KS_ENTROPY_CLIPPED:
-    return entropy_clipped(r, a.clip);
-  case KS_ENTROPY_SOFTMAX:
-    return entropy_softmax(r);
-  default:
-    return entropy_abs(r);
+/* ---------------------------------------------------------------- rows */
+
+KS_DEVICE int entropy_warp() {
+  return (int)threadIdx.x / KS_WARP;
+}
+KS_DEVICE int entropy_lane() {
+  return (int)threadIdx.x % KS_WARP;
+}
+
+/* f(j, n) for each 16 bytes of this thread, of columns j to j + n - 1; end() behind those of a stretch. */
+template <int PLACE, class F, class E> KS_DEVICE void entropy_walk(int n_cols, F f, E end) {
+  const int step = (int)blockDim.x / KS_WARP * ENTROPY_STRETCH;
+#pragma unroll 1
+  for (int at = entropy_warp() * ENTROPY_STRETCH + entropy_lane() * 4; at < n_cols; at += step) {
+#pragma unroll
+    for (int k = 0; k < ENTROPY_PIECES; k++) {
+      const int j = at + k * KS_WARP * 4;
+      if (j >= n_cols) break;
+      f(j, PLACE == ENTROPY_WHOLE ? 4 : min(4, n_cols - j));
+    }
+    end();
   }
 }
 
-__global__ void entropy_kernel(const float *x, double *h, entropy_shape a) {
-  ks_smem smem;
-  double *room = ks_smem_take<double>(&smem, KS_WARP);
-  int32_t *counts = ks_smem_take<int32_t>(&smem, (size_t)(a.copies * a.n_bins));
-  float *row = ks_smem_take<float>(&smem, a.held ? (size_t)a.n_cols : 0);
-  x += (int64_t)blockIdx.x * a.n_cols;
-  int wrong = 0;
-  for (int64_t j = threadIdx.x; j < a.n_cols; j += ENTROPY_THREADS) {
-    const float v = x[j];
-    wrong |= !(fabsf(v) < INFINITY);
-    if (a.held) row[j] = v;
+/* f(x, n): their values, of which the first n count. */
+template <int PLACE, class F, class E> KS_DEVICE void entropy_each(const entropy_row &row, F f, E end) {
+  entropy_walk<PLACE>(
+      row.n,
+      [&](int j, int n) {
+        float x[4];
+        if (PLACE == ENTROPY_FAR) {
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            x[i] = i < n ? row.x[j + i] : 0.0f;
+        } else {
+          const float4 v = *(const float4 *)(row.x + j);
+          x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+        }
+        f(x, n);
+      },
+      end);
+}
+template <int PLACE, class F> KS_DEVICE void entropy_each(const entropy_row &row, F f) {
+  entropy_each<PLACE>(row, f, [] {});
+}
+
+/* Asks for the row. Once ks_cp_async_wait<0> is behind it, each thread may read what it asked for. */
+template <int PLACE> KS_DEVICE entropy_row entropy_take(ks_smem *smem, const float *x, int n_cols) {
+  if (PLACE == ENTROPY_FAR) return {x, n_cols};
+  float *to = ks_smem_take<float>(smem, (size_t)(n_cols + 3) / 4 * 4);
+  entropy_walk<PLACE>(
+      n_cols,
+      [&](int j, int n) {
+        if (PLACE == ENTROPY_WHOLE)
+          ks_cp_async_16(to + j, x + j, true);
+        else
+          for (int i = 0; i < n; i++)
+            ks_cp_async_4(to + j + i, x + j + i, true);
+      },
+      [] {});
+  ks_cp_async_commit();
+  return {to, n_cols};
+}
+static size_t entropy_row_bytes(int place, int64_t n_cols) {
+  return place == ENTROPY_FAR ? 0 : ks_smem_bytes<float>((size_t)(n_cols + 3) / 4 * 4);
+}
+
+/* The block's largest of each of N, NaN if any is. `room`: N floats a warp. */
+template <int N> KS_DEVICE void entropy_block_max(float (&x)[N], float *room) {
+  const int lane = entropy_lane(), n_warps = (int)blockDim.x / KS_WARP;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+#pragma unroll
+    for (int d = KS_WARP / 2; d > 0; d /= 2)
+      x[i] = ks_max_nan(x[i], __shfl_xor_sync(KS_FULL_MASK, x[i], d));
+    if (lane == 0) room[entropy_warp() * N + i] = x[i];
   }
-  wrong = __syncthreads_or(wrong);
-  const entropy_row r = {a.held ? row : x, a.n_cols, room, counts, a.n_bins, a.copies};
-  double result = 0;
-  if (wrong)
-    result = NAN;
-  else if (a.n_cols > 0)
-    result = entropy_of(r, a);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x[i] = room[(lane % 8 < n_warps ? lane % 8 : 0) * N + i];
+#pragma unroll
+    for (int d = 4; d > 0; d /= 2)
+      x[i] = ks_max_nan(x[i], __shfl_xor_sync(KS_FULL_MASK, x[i], d));
+  }
+}
+static_assert((int)ENTROPY_WARPS <= 8, "three steps over the warps");
+
+/* Ends of the row; false: it holds a NaN or infinity. `room`: 2 floats a warp. */
+template <int PLACE>
+KS_DEVICE bool entropy_ends(const entropy_row &row, float *room, float *least, float *most) {
+  float ends[2] = {-INFINITY, -INFINITY}; /* the largest of -x and x */
+  entropy_each<PLACE>(row, [&](const float x[4], int n) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < n) ends[0] = ks_max_nan(ends[0], -x[i]), ends[1] = ks_max_nan(ends[1], x[i]);
+  });
+  entropy_block_max(ends, room);
+  *least = -ends[0], *most = ends[1];
+  return ends[0] < INFINITY && ends[1] < INFINITY;
+}
+
+template <class T> KS_DEVICE T entropy_of_lane(T x, int mask) {
+  union {
+    T value;
+    uint32_t words[sizeof(T) / 4];
+  } u = {x};
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(T) / 4); i++)
+    u.words[i] = __shfl_xor_sync(KS_FULL_MASK, u.words[i], mask);
+  return u.value;
+}
+/* The sum over the block, in all lanes of its first warp, by one warp: double is dear on small cards. `room`: [threads]. */
+template <class T> KS_DEVICE T entropy_gather(T x, T *room) {
+  room[threadIdx.x] = x;
+  __syncthreads();
+  if (threadIdx.x >= KS_WARP) return x;
+  for (int t = (int)threadIdx.x + KS_WARP; t < (int)blockDim.x; t += KS_WARP)
+    x.add(room[t]);
+#pragma unroll
+  for (int d = KS_WARP / 2; d > 0; d /= 2)
+    x.add(entropy_of_lane(x, d));
+  return x;
+}
+
+/* ---------------------------------------------------------------- masses: softmax and abs */
+
+/* A component's mass and its logarithm. */
+typedef struct {
+  float e, v;
+} entropy_term;
+
+/* |x| times a power of two that brings the largest to 1, which is exact. */
+struct entropy_abs {
+  float scale;
+
+  KS_DEVICE entropy_abs(float least, float most) {
+    const uint32_t exponent = ks_float_to_bits(fmaxf(-least, most)) & 0x7f800000u, one = 1u << 23;
+    scale = ks_bits_to_float(max(254 * one - exponent, one));
+  }
+  KS_DEVICE entropy_term term(float x) const {
+    const float e = fabsf(x) * scale;
+    return {e, ks_log2(fmaxf(e, 0x1p-126f))};
+  }
+};
+
+/* 2^v, v = (x - max) log2 e. What rounding does to v it does to both, so that only its own size counts. */
+struct entropy_softmax {
+  float most;
+
+  KS_DEVICE entropy_softmax(float, float largest) : most(largest) {}
+  KS_DEVICE entropy_term term(float x) const {
+    const float v = fmaxf((x - most) * 0x1.715476p+0f, -126.0f);
+    return {ks_exp2(v), v};
+  }
+};
+
+struct entropy_masses {
+  ks_pair mass, bits; /* sum e, sum e v */
+
+  KS_DEVICE void add(const entropy_masses &other) {
+    ks_pair_merge(&mass, other.mass);
+    ks_pair_merge(&bits, other.bits);
+  }
+};
+template <int PLACE, class A> KS_DEVICE entropy_masses entropy_sum(const entropy_row &row, const A &a) {
+  entropy_masses s = {{0, 0}, {0, 0}};
+  float mass = 0, bits = 0; /* of a stretch */
+  entropy_each<PLACE>(
+      row,
+      [&](const float x[4], int n) {
+        float e[4], v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const entropy_term t = a.term(x[i]);
+          e[i] = i < n ? t.e : 0.0f;
+          v[i] = i < n ? t.v : 0.0f;
+        }
+        mass += (e[0] + e[1]) + (e[2] + e[3]);
+        bits += fmaf(e[0], v[0], e[1] * v[1]) + fmaf(e[2], v[2], e[3] * v[3]);
+      },
+      [&] {
+        ks_pair_add(&s.mass, mass);
+        ks_pair_add(&s.bits, bits);
+        mass = bits = 0;
+      });
+  return s;
+}
+KS_DEVICE double entropy_of_masses(const entropy_masses &s) {
+  const double mass = (double)s.mass.hi + (double)s.mass.lo, bits = (double)s.bits.hi + (double)s.bits.lo;
+  if (!(mass > 0)) return 0;
+  int exponent;
+  const float part = frexpf((float)mass, &exponent);
+  return fmax((double)exponent + (double)log2f(part) - bits / mass, 0.0);
+}
+
+template <int PLACE, class A>
+__global__ void __launch_bounds__(ENTROPY_WARPS *KS_WARP, ENTROPY_BLOCKS)
+    entropy_mass_kernel(const float *rows, double *h, entropy_shape a) {
+  ks_smem smem;
+  float *room = ks_smem_take<float>(&smem, 2 * ENTROPY_WARPS);
+  entropy_masses *parts = ks_smem_take<entropy_masses>(&smem, blockDim.x);
+  const entropy_row row = entropy_take<PLACE>(&smem, rows + blockIdx.x * a.n_cols, (int)a.n_cols);
+  ks_cp_async_wait<0>();
+  float least, most;
+  double result = NAN;
+  if (entropy_ends<PLACE>(row, room, &least, &most)) {
+    const entropy_masses s = entropy_gather(entropy_sum<PLACE>(row, A(least, most)), parts);
+    if (threadIdx.x == 0) result = entropy_of_masses(s);
+  }
   if (threadIdx.x == 0) h[blockIdx.x] = result;
 }
 
-/* ---------------------------------------------------------------- histograms of rows in shared memory */
-
-/* Bins as float32 finds them: rint(place) of place = (v - low) * n_bins / (high - low) - 1/2. Where that is nearer to the middle
- * between two whole numbers than `sure` allows, and where float32 cannot hold the range (sure < 0), float64 decides. Errors, as
- * parts of n_bins: 2^-24 each of v - low (two floats), of the factor, of the product, of the offset: sure =
- * 1/2 - n_bins 2^-20. */
-typedef struct {
-  float low, factor, offset, most, sure;
-} entropy_quick;
+/* ---------------------------------------------------------------- histograms */
 
 typedef struct {
   double low, high, width;
   int n_bins;
 } entropy_range;
 
-KS_DEVICE entropy_quick entropy_quick_of(const entropy_range &r) {
-  const double range = r.high - r.low, factor = (double)r.n_bins / range;
-  entropy_quick q;
-  q.low = (float)r.low;
-  q.factor = (float)factor;
-  q.offset = (float)((q.low - r.low) * factor - 0.5);
-  q.most = (float)r.n_bins - 0.75f;
-  q.sure = range > 0x1p-100 && range < 0x1p100 ? 0.5f - (float)r.n_bins * 0x1p-20f : -1.0f;
-  return q;
-}
-
-/* Rare, so not inlined; `r` is shared. */
-static __device__ __noinline__ int entropy_exact_bin(const entropy_range *r, float x) {
-  return entropy_bin(fmin(fmax((double)x, r->low), r->high), r->low, r->high, r->width, r->n_bins);
-}
-
-/* A row in shared memory; every thread has its own 16-byte pieces of it. */
+/* Bins as float32 finds them: rint(place) of place = (v - low) * n_bins / (high - low) - 1/2. Where that is nearer to the middle
+ * between two whole numbers than `sure` allows, and where float32 cannot hold the range (sure < 0), float64 decides. Errors, as
+ * parts of n_bins: 2^-24 each of v - low, of the factor, of the offset, of the sum; twice that: sure = 1/2 - n_bins 2^-21. */
 typedef struct {
-  float *x;
-  int64_t n;
-} entropy_copied;
-/* f of each value of this thread; WHOLE: n is a multiple of 4. */
-template <bool WHOLE, class F> KS_DEVICE void entropy_each(const entropy_copied &row, F f) {
-#pragma unroll 1
-  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4) {
-    const float4 v = *(const float4 *)(row.x + j);
-    const float x[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (WHOLE || j + i < row.n) f(x[i]);
-  }
-}
-template <bool WHOLE> KS_DEVICE void entropy_copy(const entropy_copied &row, const float *x) {
-  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4)
-    if (WHOLE)
-      ks_cp_async_16(row.x + j, x + j, true);
-    else
-      for (int i = j; i < j + 4 && i < row.n; i++)
-        ks_cp_async_4(row.x + i, x + i, true);
-  ks_cp_async_commit();
+  float low, factor, offset, most, sure;
+} entropy_quick;
+
+/* A row's bins, for all threads of its block. */
+typedef struct {
+  entropy_range range;
+  entropy_quick quick;
+} entropy_bins;
+
+/* By one thread; apart, so that its registers are not the kernel's. `bins` is shared. */
+static __device__ __noinline__ void entropy_put_bins(entropy_bins *bins, double low, double high,
+                                                     int n_bins) {
+  const double range = high - low, factor = (double)n_bins / range;
+  const float from = (float)low;
+  bins->range = {low, high, range / (double)n_bins, n_bins};
+  bins->quick = {from, (float)factor, (float)((from - low) * factor - 0.5), (float)n_bins - 0.75f,
+                 range > 0x1p-100 && range < 0x1p100 ? 0.5f - (float)n_bins * 0x1p-21f : -1.0f};
 }
 
-/* Ends of the row; false: it holds a NaN or infinity. `room`: 2 floats a warp. */
-template <bool WHOLE>
-KS_DEVICE bool entropy_ends(const entropy_copied &row, float *room, float *least, float *most) {
-  const int warp = (int)threadIdx.x / KS_WARP, n_warps = (int)blockDim.x / KS_WARP;
-  float low = INFINITY, high = -INFINITY, wrong = 0; /* x * 0 is 0 or NaN */
-  entropy_each<WHOLE>(
-      row, [&](float x) { low = fminf(low, x), high = fmaxf(high, x), wrong = fmaf(x, 0.0f, wrong); });
+/* Bin of a value as numpy assigns it: by division, then moved by one where the edges low + i * width say so. */
+KS_DEVICE int entropy_exact_bin(const entropy_range &r, double v) {
+  int b = (int)__dmul_rn((v - r.low) / (r.high - r.low), (double)r.n_bins);
+  if (b > r.n_bins - 1) b = r.n_bins - 1;
+  const double left = __dadd_rn(__dmul_rn((double)b, r.width), r.low),
+               right = b == r.n_bins - 1 ? r.high : __dadd_rn(__dmul_rn((double)(b + 1), r.width), r.low);
+  if (v < left) return b > 0 ? b - 1 : 0;
+  return v >= right && b != r.n_bins - 1 ? b + 1 : b;
+}
+/* Counts the first n of four. Rare, so not inlined; counts: this lane's, of its first bin. */
+static __device__ __noinline__ void entropy_count_exactly(const entropy_range *r, float4 four, int n,
+                                                          int32_t *counts, int copies) {
+  const float x[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-  for (int d = KS_WARP / 2; d > 0; d /= 2) {
-    low = fminf(low, __shfl_xor_sync(KS_FULL_MASK, low, d));
-    high = fmaxf(high, __shfl_xor_sync(KS_FULL_MASK, high, d));
-  }
-  if (threadIdx.x % KS_WARP == 0) room[2 * warp] = low, room[2 * warp + 1] = high;
-  if (__syncthreads_or(!(wrong == 0.0f))) return false;
-  for (int w = 0; w < n_warps; w++)
-    low = fminf(low, room[2 * w]), high = fmaxf(high, room[2 * w + 1]);
-  *least = low, *most = high;
-  return true;
+  for (int i = 0; i < 4; i++)
+    if (i < n)
+      atomicAdd(&counts[entropy_exact_bin(*r, fmin(fmax((double)x[i], r->low), r->high)) * copies], 1);
 }
 
-/* The row's range after clipping to mean +- clip standard deviations. */
-template <bool WHOLE>
-KS_DEVICE void entropy_clip(const entropy_copied &row, double clip, double *room, entropy_range *r) {
-  double sum = 0, squares = 0;
-  entropy_each<WHOLE>(row, [&](float x) { sum += (double)x; });
-  const double mean = ks_block_sum(sum, room) / (double)row.n;
-  entropy_each<WHOLE>(row, [&](float x) {
-    const double off = (double)x - mean;
-    squares += __dmul_rn(off, off);
+/* Sums of d = (x - from) * scale and of its squares: d = q + r, q the nearest whole number, |q| <= 2^21, so that sums of q and of
+ * q^2 are exact; those of r and of d^2 - q^2 = r (2 q + r) are 2^-22 of them and float32's rounding 2^-46. */
+struct entropy_moments {
+  int64_t sum, squares;
+  float rest, rest_squares;
+
+  KS_DEVICE void add(const entropy_moments &other) {
+    sum += other.sum, squares += other.squares;
+    rest += other.rest, rest_squares += other.rest_squares;
+  }
+};
+
+/* from: 0, or, where all values lie within a factor of two, one among them: no difference is rounded, and the mean is no larger
+ * than the ends' distance. scale: a power of two. */
+typedef struct {
+  float from, scale;
+} entropy_grid;
+KS_DEVICE entropy_grid entropy_grid_of(float least, float most) {
+  const bool near = least > 0 ? most <= 2 * least : most < 0 && least >= 2 * most;
+  const float from = near ? least + (most - least) / 2 : 0.0f,
+              reach = fmaxf(fabsf(least - from), fabsf(most - from));
+  const int exponent = (int)(ks_float_to_bits(reach) >> 23); /* above 127 */
+  return {from, ks_bits_to_float((uint32_t)min(274 - exponent, 254) << 23)};
+}
+
+template <int PLACE>
+KS_DEVICE entropy_moments entropy_moments_of(const entropy_row &row, const entropy_grid &g) {
+  entropy_moments m = {0, 0, 0, 0};
+  entropy_each<PLACE>(row, [&](const float x[4], int n) {
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i >= n) continue;
+      const float d = x[i] - g.from, shifted = fmaf(d, g.scale, 0x1.8p23f), q = shifted - 0x1.8p23f,
+                  r = fmaf(d, g.scale, -q);
+      const int32_t whole = (int32_t)(ks_float_to_bits(shifted) - ks_float_to_bits(0x1.8p23f));
+      sum += whole;
+      m.squares += (int64_t)whole * whole;
+      m.rest += r;
+      m.rest_squares = fmaf(r, fmaf(2.0f, q, r), m.rest_squares);
+    }
+    m.sum += sum;
   });
-  const double reach = __dmul_rn(clip, sqrt(ks_block_sum(squares, room) / (double)row.n));
-  r->low = fmin(fmax(r->low, mean - reach), mean + reach);
-  r->high = fmin(fmax(r->high, mean - reach), mean + reach);
+  return m;
+}
+
+/* Bins between the ends of a row that is clipped to mean +- clip standard deviations. */
+KS_DEVICE void entropy_put_clipped(entropy_bins *bins, const entropy_moments &m, const entropy_grid &g,
+                                   float least, float most, const entropy_shape &a) {
+  const double n = (double)a.n_cols, unit = 1.0 / (double)g.scale, sum = (double)m.sum + (double)m.rest,
+               mean = sum / n, squares = fma(-sum, mean, (double)m.squares + (double)m.rest_squares),
+               middle = fma(mean, unit, (double)g.from),
+               reach = __dmul_rn(a.clip, sqrt(fmax(squares, 0.0) / n) * unit), low = middle - reach,
+               high = middle + reach;
+  entropy_put_bins(bins, fmin(fmax((double)least, low), high), fmin(fmax((double)most, low), high), a.n_bins);
 }
 
 /* Counts this thread's values in its copy of the histogram, counts[bin, copy]; those beyond the ends go to the first and the last
  * bin. */
-template <bool WHOLE>
-KS_DEVICE void entropy_count(const entropy_copied &row, int32_t *counts, int copies, const entropy_quick &q,
-                             const entropy_range *r) {
+template <int PLACE>
+KS_DEVICE void entropy_count(const entropy_row &row, int32_t *counts, int copies, const entropy_bins *bins) {
   const float round = 0x1.8p23f; /* adding it leaves the whole number in the low bits of the mantissa */
-  const uint32_t copy = threadIdx.x & (unsigned)(copies - 1),
-                 first = copy - ks_float_to_bits(round) * (uint32_t)copies;
-#pragma unroll 1
-  for (int j = (int)threadIdx.x * 4; j < row.n; j += (int)blockDim.x * 4) {
-    const float4 v = *(const float4 *)(row.x + j);
-    const float x[4] = {v.x, v.y, v.z, v.w};
-    uint32_t at[4];
-    float off = 0;
+  const entropy_quick q = bins->quick;
+  int32_t *first = counts + ((int)threadIdx.x & (copies - 1));
+  entropy_each<PLACE>(row, [&](const float x[4], int n) {
+    float shifted[4], off = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float place = fminf(fmaxf(fmaf(x[i] - q.low, q.factor, q.offset), -0.25f), q.most),
-                  shifted = place + round;
-      off = fmaxf(off, fabsf(place - (shifted - round)));
-      at[i] = ks_float_to_bits(shifted) * (uint32_t)copies + first;
+      const float place = fminf(fmaxf(fmaf(x[i] - q.low, q.factor, q.offset), -0.25f), q.most);
+      shifted[i] = place + round;
+      off = fmaxf(off, fabsf(place - (shifted[i] - round)));
     }
-    if (!(off < q.sure)) {
+    if (off < q.sure) {
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        if (WHOLE || j + i < row.n) at[i] = (uint32_t)(entropy_exact_bin(r, x[i]) * copies) + copy;
+        if (i < n) {
+          const int bin = (int)(ks_float_to_bits(shifted[i]) - ks_float_to_bits(round));
+          atomicAdd(&first[bin * copies], 1);
+        }
+    } else {
+      entropy_count_exactly(&bins->range, make_float4(x[0], x[1], x[2], x[3]), n, first, copies);
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (WHOLE || j + i < row.n) atomicAdd(&counts[at[i]], 1);
-  }
+  });
 }
 
-/* Bits of n values counted in `copies` histograms, side by side: counts[bin, copy]. */
-KS_DEVICE double entropy_of_counts(const int32_t *counts, int n_bins, int copies, int64_t n, double *room) {
-  double sum = 0;
-  int all = 0;
+/* Of a histogram: sum of count log2 count, and whether a bin has all. */
+struct entropy_logs {
+  double sum;
+  int32_t all, none;
+
+  KS_DEVICE void add(const entropy_logs &other) {
+    sum += other.sum;
+    all |= other.all;
+  }
+};
+
+/* This thread's bins, each from `copies` histograms, side by side: counts[bin, copy]. */
+KS_DEVICE entropy_logs entropy_logs_of(const int32_t *counts, int n_bins, int copies, int n) {
+  entropy_logs logs = {0, 0, 0};
   for (int b = (int)threadIdx.x; b < n_bins; b += (int)blockDim.x) {
     int count = 0;
-    for (int c = 0; c < copies; c++) /* each lane begins in a bank of its own */
-      count += counts[b * copies + ((b + c) & (copies - 1))];
-    all |= count == n;
-    if (count > 1) sum += (double)count * log2((double)count);
+    if (copies < 4)
+      for (int c = 0; c < copies; c++)
+        count += counts[b * copies + c];
+    else
+      for (int c = 0; c < copies; c += 4) { /* each lane begins in banks of its own */
+        const int4 four = *(const int4 *)(counts + b * copies + ((4 * b + c) & (copies - 1)));
+        count += four.x + four.y + (four.z + four.w);
+      }
+    logs.all |= count == n;
+    if (count > 1) logs.sum += (double)count * log2((double)count);
   }
-  all = __syncthreads_or(all);
-  sum = ks_block_sum(sum, room);
-  return all ? 0.0 : log2((double)n) - sum / (double)n;
+  return logs;
 }
 
-/* Blocks that a multiprocessor holds: Turing's has 1024 threads at most, newer ones' code more registers. */
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
-#define ENTROPY_BLOCKS 4
-#else
-#define ENTROPY_BLOCKS 5
-#endif
+/* Counters, in whole pieces of 16 bytes. */
+KS_HOST_DEVICE size_t entropy_counters(const entropy_shape &a) {
+  return (size_t)(a.copies * a.n_bins + 3) / 4 * 4;
+}
 
-/* copies: a power of two. */
-template <bool WHOLE>
-__global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
-    entropy_rows_kernel(const float *x, double *h, entropy_shape a) {
+template <int PLACE, bool CLIPS>
+__global__ void __launch_bounds__(ENTROPY_WARPS *KS_WARP, ENTROPY_BLOCKS)
+    entropy_histogram_kernel(const float *rows, double *h, entropy_shape a) {
   ks_smem smem;
-  double *room = ks_smem_take<double>(&smem, KS_WARP);
-  float *ends = ks_smem_take<float>(&smem, 2 * KS_WARP);
-  entropy_range *range = ks_smem_take<entropy_range>(&smem, 1);
-  int32_t *counts = ks_smem_take<int32_t>(&smem, (size_t)(a.copies * a.n_bins));
-  const entropy_copied row = {ks_smem_take<float>(&smem, (size_t)(a.n_cols + 3) / 4 * 4), a.n_cols};
-  entropy_copy<WHOLE>(row, x + blockIdx.x * a.n_cols);
-  for (int b = (int)threadIdx.x; b < a.copies * a.n_bins; b += (int)blockDim.x)
-    counts[b] = 0;
+  float *room = ks_smem_take<float>(&smem, 2 * ENTROPY_WARPS);
+  entropy_bins *bins = ks_smem_take<entropy_bins>(&smem, 1);
+  entropy_moments *parts = ks_smem_take<entropy_moments>(&smem, CLIPS ? blockDim.x : 0);
+  entropy_logs *logs = ks_smem_take<entropy_logs>(&smem, blockDim.x);
+  int32_t *counts = ks_smem_take<int32_t>(&smem, entropy_counters(a));
+  const entropy_row row = entropy_take<PLACE>(&smem, rows + blockIdx.x * a.n_cols, (int)a.n_cols);
+  for (int c = (int)threadIdx.x * 4; c < a.copies * a.n_bins; c += (int)blockDim.x * 4)
+    *(int4 *)(counts + c) = make_int4(0, 0, 0, 0);
   ks_cp_async_wait<0>();
   float least, most;
   double result = NAN;
-  if (entropy_ends<WHOLE>(row, ends, &least, &most)) {
-    entropy_range r = {(double)least, (double)most, 0, a.n_bins};
-    if (a.kind == KS_ENTROPY_CLIPPED) entropy_clip<WHOLE>(row, a.clip, room, &r);
+  if (entropy_ends<PLACE>(row, room, &least, &most)) {
+    if constexpr (CLIPS) {
+      const entropy_grid g = entropy_grid_of(least, most);
+      const entropy_moments m = entropy_gather(entropy_moments_of<PLACE>(row, g), parts);
+      if (threadIdx.x == 0) entropy_put_clipped(bins, m, g, least, most, a);
+    } else if (threadIdx.x == 0) {
+      entropy_put_bins(bins, (double)least, (double)most, a.n_bins);
+    }
+    __syncthreads();
     result = 0;
-    if (r.high > r.low) {
-      const entropy_quick q = entropy_quick_of(r);
-      r.width = (r.high - r.low) / (double)r.n_bins;
-      if (threadIdx.x == 0) *range = r;
+    if (bins->range.high > bins->range.low) {
+      entropy_count<PLACE>(row, counts, a.copies, bins);
       __syncthreads();
-      entropy_count<WHOLE>(row, counts, a.copies, q, range);
-      __syncthreads();
-      result = entropy_of_counts(counts, a.n_bins, a.copies, a.n_cols, room);
+      const entropy_logs l = entropy_gather(entropy_logs_of(counts, a.n_bins, a.copies, row.n), logs);
+      result = l.all ? 0.0 : a.log2_n - l.sum / (double)a.n_cols;
     }
   }
   if (threadIdx.x == 0) h[blockIdx.x] = result;
 }
 
-/* Blocks of as many warps as a row needs, and up to 32 histograms side by side. */
-static ks_status entropy_launch_rows(ks_ctx *ctx, const ks_entropy_args *a, double *h, entropy_shape shape) {
-  const int64_t per_warp = KS_WARP * ENTROPY_PIECES * 4,
-                threads = ks_min_i64((a->n_cols + per_warp - 1) / per_warp * KS_WARP, ENTROPY_THREADS);
-  const bool whole = ks_is_vector_aligned(a->x, a->n_cols);
-  shape.copies = KS_WARP;
-  while (shape.copies * shape.n_bins > ENTROPY_COUNTERS)
-    shape.copies /= 2;
-  return ks_launch(ctx, "entropy", whole ? entropy_rows_kernel<true> : entropy_rows_kernel<false>,
-                   dim3(ks_blocks_for(a->n_rows, 1)), dim3((unsigned)threads),
-                   ks_smem_bytes<double>(KS_WARP) + ks_smem_bytes<float>(2 * KS_WARP) +
-                       ks_smem_bytes<entropy_range>(1) +
-                       ks_smem_bytes<int32_t>((size_t)(shape.copies * shape.n_bins)) +
-                       ks_smem_bytes<float>((size_t)(a->n_cols + 3) / 4 * 4),
-                   a->x, h, shape);
+/* ---------------------------------------------------------------- launch */
+
+/* By kind, then place. */
+#define ENTROPY_KERNELS(name, of)                                                                            \
+  { name<ENTROPY_WHOLE, of>, name<ENTROPY_PARTS, of>, name<ENTROPY_FAR, of> }
+static void (*const entropy_kernels[KS_ENTROPY_ABS + 1][ENTROPY_PLACES])(const float *, double *,
+                                                                         entropy_shape) = {
+    ENTROPY_KERNELS(entropy_histogram_kernel, false), ENTROPY_KERNELS(entropy_histogram_kernel, true),
+    ENTROPY_KERNELS(entropy_mass_kernel, entropy_softmax), ENTROPY_KERNELS(entropy_mass_kernel, entropy_abs)};
+#undef ENTROPY_KERNELS
+
+static size_t entropy_other_bytes(ks_entropy_kind kind, const entropy_shape *a, size_t threads) {
+  if (kind == KS_ENTROPY_SOFTMAX || kind == KS_ENTROPY_ABS)
+    return ks_smem_bytes<float>(2 * ENTROPY_WARPS) + ks_smem_bytes<entropy_masses>(threads);
+  return ks_smem_bytes<float>(2 * ENTROPY_WARPS) + ks_smem_bytes<entropy_logs>(threads) +
+         ks_smem_bytes<entropy_bins>(1) +
+         ks_smem_bytes<entropy_moments>(kind == KS_ENTROPY_CLIPPED ? threads : 0) +
+         ks_smem_bytes<int32_t>(entropy_counters(*a));
 }
 
 extern "C" ks_status ks_cuda_entropy(ks_ctx *ctx, const ks_entropy_args *a) {
-  const bool bins = a->kind == KS_ENTROPY_HISTOGRAM || a->kind == KS_ENTROPY_CLIPPED;
+  if (a->n_cols > ENTROPY_MAX_COLS)
+    return KS_FAIL(KS_EUNSUPPORTED, "entropy: rows of %lld; at most %d", (long long)a->n_cols,
+                   (int)ENTROPY_MAX_COLS);
+  const int place = a->n_cols > ENTROPY_HELD                ? ENTROPY_FAR
+                    : ks_is_vector_aligned(a->x, a->n_cols) ? ENTROPY_WHOLE
+                                                            : ENTROPY_PARTS;
+  const int64_t stretches = (a->n_cols + ENTROPY_STRETCH - 1) / ENTROPY_STRETCH,
+                threads = KS_WARP * ks_min_i64(stretches > 1 ? stretches : 1, ENTROPY_WARPS);
   const size_t bytes = (size_t)a->n_rows * sizeof(double);
-  const int32_t n_bins = bins ? (int32_t)a->n_bins : 0;
-  const int32_t copies = bins ? (int32_t)ks_min_i64(ENTROPY_WARPS, ENTROPY_COUNTERS / n_bins) : 0;
-  const entropy_shape shape = {a->n_cols, a->clip, (int32_t)a->kind,
-                               n_bins,    copies,  a->n_cols <= ENTROPY_HELD};
+  const bool counts = a->kind == KS_ENTROPY_HISTOGRAM || a->kind == KS_ENTROPY_CLIPPED;
+  entropy_shape shape = {a->n_cols, a->clip, log2((double)a->n_cols), counts ? (int32_t)a->n_bins : 0,
+                         KS_WARP};
+  while (shape.copies * shape.n_bins > ENTROPY_COUNTERS)
+    shape.copies /= 2;
   double *h;
   KS_TRY(ks_cuda_workspace(ctx, bytes, (void **)&h));
-  if (bins && a->n_cols > 0 && a->n_cols <= ENTROPY_HELD)
-    KS_TRY(entropy_launch_rows(ctx, a, h, shape));
-  else
-    KS_TRY(ks_launch(ctx, "entropy", entropy_kernel, dim3(ks_blocks_for(a->n_rows, 1)), dim3(ENTROPY_THREADS),
-                     ks_smem_bytes<double>(KS_WARP) +
-                         ks_smem_bytes<int32_t>((size_t)copies * (size_t)n_bins) +
-                         ks_smem_bytes<float>(shape.held ? (size_t)a->n_cols : 0),
-                     a->x, h, shape));
+  KS_TRY(
+      ks_launch(ctx, "entropy", entropy_kernels[a->kind][place], dim3(ks_blocks_for(a->n_rows, 1)),
+                dim3((unsigned)threads),
+                entropy_other_bytes(a->kind, &shape, (size_t)threads) + entropy_row_bytes(place, a->n_cols),
+                a->x, h, shape));
   KS_TRY(ks_cuda_deliver(ctx, a->h, h, bytes));
   return ks_cuda_finish(ctx);
 }

@@ -26,6 +26,13 @@ inline float ks_exp2(float x) {
   const unsigned side = __popc(ks_float_to_bits(x) * 2654435761u) & 1u;
   return y * (side ? 1.0f + 0x1p-22f : 1.0f - 0x1p-22f);
 }
+/* lg2.approx.ftz, as far off likewise. */
+inline float ks_log2(float x) {
+  if (fabsf(x) < 0x1p-126f) return -INFINITY;
+  const float y = log2f(x), off = 0x1p-22f * fmaxf(fabsf(y), 1.0f);
+  const unsigned side = __popc(ks_float_to_bits(x) * 2654435761u) & 1u;
+  return side ? y + off : y - off;
+}
 
 /* Each lane reads its own row at once: what another lane wrote without a barrier between is seen in one order
  * only. */
