@@ -240,7 +240,7 @@ template <class T> struct simt_expand {
     m0 = tile.row + blockIdx.x % SIMT_PIECES * BM;
     m_end = tile.seg < 0 ? 0 : tile.row + tile.n_rows;
     n0 = (int64_t)blockIdx.y * BN;
-    n_end = p.n_cols;
+    n_end = seg.rank > 0 ? p.n_cols : 0;
     k_end = seg.rank;
     r = lora_writes(seg, p.backward);
     mask = p.backward ? p.batch.mask : NULL;

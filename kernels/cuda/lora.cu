@@ -19,8 +19,8 @@
  * Determinism: fixed order; integers otherwise.
  *
  * Ladder
- *   masks in a launch of their own, four bytes a thread. Not measured yet on its own. 83 instructions a byte (59) until 32-bit
- *       products were told to be such (ks_rng_product).
+ *   v1  masks in a launch of their own, four bytes a thread: 83 instructions a byte, 59 of them for logic and compares.
+ *   v2  32-bit products said as such (ks_rng_product). Neither measured yet on its own.
  *   Next, not built: drawn inside shrink (forward): saves a launch and 1/8 byte an element. */
 #include "kernels/cuda/lora.cuh"
 
