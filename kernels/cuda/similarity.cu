@@ -30,7 +30,7 @@
  *                       adds as mma.sync does on that hardware, which the test shapes_agree tells; not run
  *                       yet
  *
- * Launches: stream, few and mid 1 (few and mid another with more than 64 parts); big and tile 4: factors of keys, of
+ * Launches: stream, few and mid 1 (sim_finishes says when another); big and tile 4: factors of keys, of
  * queries, the kernel, the lists; wgmma the same and, of the best, a fill. No other fills: ks_cuda_counters.
  *
  * Bytes: n_k d e (e: bytes of an element), once for every 8, 32 or 128 queries and then from L2 where it
@@ -38,8 +38,9 @@
  * times computed, none measured yet:
  *   1 x 1 M x 3200 bf16      6.4 GB: 1.42 ms at 4.5 TB/s; goal, 85 %: 1.67 ms. A warp needs 185 instructions for
  *                            2 KiB (12 mma), an SM gets 2 KiB in 118 cycles: 1.6 of 4 a cycle
- *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 2 us lists; goal 10 us
- *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 10 us
+ *   1 x 2048 x 768 bf16      128 warps on 128 SMs, 12 stages: 2.5 us launch, 2 us stream, 1 us to be the last,
+ *                            2.5 us 128 lists (heads and entries, 0.6 each, a sort 0.3, 10 picks 0.5); goal 10 us
+ *   1 x 2048 x 3200 bf16     a chain of 200 mma, 3.3 us at 33 cycles, 5 with waits; in all about 11 us
  *   256 x 2048 x 768 bf16    128 blocks of mid, each 160 rows of 1.5 KB: 31 MB from L2, 6 us where L2 gives
  *                            5.5 TB/s (assumed): 950 cycles a stage, under which a warp's 24 to 32 mma (8 or 16 of
  *                            them norms) lie; 2.5 us launch. Matrix and mean: 9 to 10 us, the goal. Best 16: a block's
@@ -143,9 +144,10 @@ __global__ void sim_prepare_kernel(product_rows r, const float *scales, int32_t 
   if (slot == 0 && row < r.n_rows) factors[row] = f;
 }
 
-/* The same of what tensor cores multiply: a warp 16 rows, 64 columns at a time. */
-__global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int32_t is_cosine,
-                                       sim_factor *factors, ks_bf16 *copy) {
+/* The same of what tensor cores multiply: a warp 16 rows, 64 columns at a time. Rows that are copied are of whole chunks. */
+__global__ __launch_bounds__(SIM_THREADS, 2) void sim_prepare_mma_kernel(product_rows r, const float *scales,
+                                                                         int32_t is_cosine,
+                                                                         sim_factor *factors, ks_bf16 *copy) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   typedef product_element<ks_bf16> element;
   ks_smem smem;
@@ -168,17 +170,15 @@ __global__ void sim_prepare_mma_kernel(product_rows r, const float *scales, int3
     for (int i = 0; i < 4; i++) {
       const int chunk = lane / 16 + 2 * i;
       const int64_t col = col0 + chunk * PRODUCT_CHUNK;
-      float x[PRODUCT_CHUNK];
-      product_unpack(x, raw[i], r.dtype);
-      element::put(stage, row, chunk, x);
-      if (!copy || row0 + row >= r.n_rows) continue;
-      ks_bf16 *to = copy + (row0 + row) * r.n_cols + col;
-      if (r.n_cols % PRODUCT_CHUNK == 0) {
-        if (col < r.n_cols) *(uint4 *)(void *)to = stage[product_unit(row, chunk)];
+      if (r.dtype == KS_DTYPE_BF16) {
+        stage[product_unit(row, chunk)] = raw[i].v[0];
       } else {
-        for (int e = 0; e < PRODUCT_CHUNK && col + e < r.n_cols; e++)
-          to[e] = ks_from_float<ks_bf16>(x[e]);
+        float x[PRODUCT_CHUNK];
+        product_unpack(x, raw[i], r.dtype);
+        element::put(stage, row, chunk, x);
       }
+      if (copy && row0 + row < r.n_rows && col < r.n_cols)
+        *(uint4 *)(void *)(copy + (row0 + row) * r.n_cols + col) = stage[product_unit(row, chunk)];
     }
     load(col0 + element::COLS); /* under way while the squares are made */
     __syncwarp();
@@ -473,6 +473,14 @@ static ks_status sim_finish_apart(const sim_run *r, const sim_job *j) {
                    *j);
 }
 
+/* Whether the last block of a tile of queries makes its results: not where a warp would merge several queries' lists one
+ * after another, which costs more than a launch of as many warps as queries. */
+static bool sim_finishes(const sim_run *r, int64_t n_parts) {
+  if (r->shape == SIM_STREAM) return true;
+  if (!sim_may_finish(r->shape) || n_parts > SIM_FINISH_PARTS || r->best_k > SIM_FINISH_BEST) return false;
+  return r->mode != SIM_TOP || r->shape == SIM_FEW || (r->best_k <= SIM_SHORT && n_parts <= KS_WARP);
+}
+
 static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s) {
   sim_job j = sim_job_of(r, q0, n);
   j.n_q_tiles = sim_ceil(n, sim_bn(r->shape));
@@ -496,9 +504,7 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.groups = r->groups;
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
-    j.is_finished_here =
-        sim_may_finish(r->shape) &&
-        (r->shape == SIM_STREAM || (j.n_parts <= SIM_FINISH_PARTS && r->best_k <= SIM_FINISH_BEST));
+    j.is_finished_here = sim_finishes(r, j.n_parts);
     KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
   }
   if (r->shape == SIM_WIDE && r->mode == SIM_TOP)

@@ -126,7 +126,7 @@ SIM_APART sim_take_short(const sim_job &j, int64_t k0, int n_queries) {
     bool any = false;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const int n = n0 + i * WARPS < n_queries ? n0 + i * WARPS : n_queries - 1;
+      const int n = n0 + i * WARPS < n_queries ? n0 + i * WARPS : n0; /* a list of this warp in any case */
       list[i] = sh.list(j, q_tile, part, n);
       const sim_entry last = has == j.best_k ? list[i][has - 1] : 0;
       const float4 s = m < P::BM ? *(const float4 *)(const void *)sh.score(n, m) : make_float4(0, 0, 0, 0);
@@ -145,6 +145,7 @@ SIM_APART sim_take_short(const sim_job &j, int64_t k0, int n_queries) {
     for (int i = 0; i < N; i++)
       best[i] = lane < has ? list[i][lane] : 0;
     sim_join_falling<N>(best, x, lane);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < N; i++) {
       if (n0 + i * WARPS >= n_queries || lane >= j.best_k) continue;

@@ -174,24 +174,27 @@ KS_DEVICE void sim_gather_few(sim_entry best[N], const sim_entry *const from[N],
 [[maybe_unused]] static __device__ __noinline__ sim_entry sim_gather(const sim_entry *from, int64_t n_lists,
                                                                      int best_k, int32_t *room, int lane) {
   enum { AHEAD = 8 };
-  sim_entry top = 0, best = 0;
+  sim_entry head[AHEAD], top = 0, best = 0;
   int n = 0; /* lists in the room */
   if (n_lists <= KS_WARP) return sim_gather_named(from, lane < n_lists ? lane : -1, best_k, best, lane);
-#pragma unroll 8
-  for (int64_t l = lane; l < n_lists; l += KS_WARP) {
-    const sim_entry x = __ldcg(from + l * best_k);
-    top = x > top ? x : top;
-  }
-  sim_sort<1>(&top, lane);
-  sim_entry floor = __shfl_sync(KS_FULL_MASK, top, KS_WARP - best_k);
-  for (int64_t l0 = 0; l0 < n_lists; l0 += KS_WARP * AHEAD) {
-    unsigned passing = 0; /* lane i: which of lists l0 + 32 i .. may hold something */
-    sim_entry head[AHEAD];
+  const auto read = [&](int64_t l0) {
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       const int64_t l = l0 + i * KS_WARP + lane;
       head[i] = l < n_lists ? __ldcg(from + l * best_k) : 0;
     }
+  };
+  for (int64_t l0 = (n_lists - 1) / (KS_WARP * AHEAD) * (KS_WARP * AHEAD); l0 >= 0; l0 -= KS_WARP * AHEAD) {
+    read(l0); /* the first ones last, as they come next */
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      top = head[i] > top ? head[i] : top;
+  }
+  sim_sort<1>(&top, lane);
+  const sim_entry floor = __shfl_sync(KS_FULL_MASK, top, KS_WARP - best_k);
+  for (int64_t l0 = 0; l0 < n_lists; l0 += KS_WARP * AHEAD) {
+    unsigned passing = 0; /* lane i: which of lists l0 + 32 i .. may hold something */
+    if (l0 > 0) read(l0);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
       const unsigned mask = __ballot_sync(KS_FULL_MASK, head[i] != 0 && head[i] >= floor);

@@ -9,7 +9,7 @@
  * At 4.5 TB/s an SM of 132 gets 2 KiB in 118 cycles, in which it could issue 470.
  * Under way an SM: 2 blocks x 8 warps x 4 stages = 128 KiB; 4.5 TB/s x 0.7 us wants 24.
  * Predicted (H200, computed in similarity.cu, not measured yet): 1 x 1 M x 3200 1.42 ms, all of the read rate (goal
- * 1.67); 1 x 2048 x 768 6.5 us, 1 x 2048 x 3200 about 10 us; the ladder is there, too.
+ * 1.67); 1 x 2048 x 768 8 us, 1 x 2048 x 3200 about 11 us; the ladder is there, too.
  *
  * The best: a warp keeps a list a query in shared memory. Scores of 16 keys that are not below its last go in: one
  * by one, or sorted when many do (as at first). The block joins its warps' lists; the last block of all (an integer
