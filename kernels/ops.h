@@ -248,24 +248,6 @@ typedef struct {
 ks_status ks_swiglu_forward(ks_ctx *ctx, const ks_swiglu_args *a);
 ks_status ks_swiglu_backward(ks_ctx *ctx, const ks_swiglu_args *a);
 
-/* Linear maps that read the same x, in one call, so that a backend may share what they have in common: one pass over x for the
- * adapters of all, one launch where each is small. Same results as, one after another,
- *   ks_rmsnorm_forward(norm), ks_linear_forward of each part, ks_swiglu_forward(swiglu).
- * parts: host [n_parts], of the same x, n_rows and generation, and where they have segments of the same
- * segments and dropout; each its own weight, loras, y, u (and v).
- * norm: NULL, or what makes x: norm->y is x.   swiglu: NULL, or of two parts: gate and up are their y.
- * In generation, norm->y and, with swiglu, the parts' y are left undefined: they are scratch.
- * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm and swiglu NULL. */
-enum { KS_LINEARS_MAX = 4 };
-typedef struct {
-  const ks_linear_args *parts;
-  int64_t n_parts; /* 1..KS_LINEARS_MAX */
-  const ks_rmsnorm_args *norm;
-  const ks_swiglu_args *swiglu;
-} ks_linears_args;
-ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a);
-ks_status ks_linears_backward(ks_ctx *ctx, const ks_linears_args *a);
-
 /* y[i, :] = x[index[i], :];  index host [n_rows] in [0, n_x_rows). */
 typedef struct {
   const void *x;
@@ -286,6 +268,26 @@ typedef struct {
   int64_t n_store;           /* 0..2; x may be the x of a rope */
 } ks_rope_store_args;
 ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a);
+
+/* Linear maps that read the same x, in one call, so that a backend may share what they have in common: one pass over x for the
+ * adapters of all, one launch where each is small. Same results as, one after another,
+ *   ks_rmsnorm_forward(norm), ks_linear_forward of each part, ks_swiglu_forward(swiglu), ks_rope_store(rope).
+ * parts: host [n_parts], of the same x, n_rows and generation, and where they have segments of the same
+ * segments and dropout; each its own weight, loras, y, u (and v).
+ * norm: NULL, or what makes x: norm->y is x.   swiglu: NULL, or of two parts: gate and up are their y.
+ * rope: NULL, or without swiglu: every x that it rotates or stores is the y of a part.
+ * In generation, norm->y, with swiglu the parts' y, and what rope stores are left undefined where they were: scratch.
+ * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm, swiglu and rope NULL. */
+enum { KS_LINEARS_MAX = 4 };
+typedef struct {
+  const ks_linear_args *parts;
+  int64_t n_parts; /* 1..KS_LINEARS_MAX */
+  const ks_rmsnorm_args *norm;
+  const ks_swiglu_args *swiglu;
+  const ks_rope_store_args *rope;
+} ks_linears_args;
+ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a);
+ks_status ks_linears_backward(ks_ctx *ctx, const ks_linears_args *a);
 
 /* ---------------------------------------------------------------- attention */
 

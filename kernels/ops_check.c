@@ -352,6 +352,46 @@ static bool same_input(const ks_linear_args *a, const ks_linear_args *b) {
 }
 
 /* Parts beside each other; *empty: one of them has nothing to do. */
+static bool same_angles(const ks_rope_args *a, const ks_rope_args *b) {
+  return a->n_rows == b->n_rows && a->head_dim == b->head_dim && a->inverse == b->inverse &&
+         a->positions == b->positions && a->inv_freq == b->inv_freq;
+}
+
+static ks_status check_rope_store(const char *op, ks_ctx *ctx, const ks_rope_store_args *a, bool *empty) {
+  *empty = false;
+  if (a->n_rope < 0 || a->n_rope > 2 || a->n_store < 0 || a->n_store > 2 || (a->n_rope && !a->rope) ||
+      (a->n_store && !a->store))
+    return KS_FAIL(KS_EINVAL, "%s: %lld arrays to rotate, %lld to store; give 0 to 2 of each", op,
+                   (long long)a->n_rope, (long long)a->n_store);
+  for (int64_t i = 0; i < a->n_rope; i++) {
+    KS_TRY(check_rope(ctx, &a->rope[i]));
+    if (!same_angles(&a->rope[0], &a->rope[i]))
+      return KS_FAIL(KS_EINVAL, "%s: the arrays differ in rows, positions or head size", op);
+    *empty |= a->rope[i].n_rows == 0 || a->rope[i].n_heads == 0 || a->rope[i].head_dim == 0;
+  }
+  for (int64_t i = 0; i < a->n_store; i++) {
+    const ks_rows_args *store = &a->store[i];
+    if (store->index != a->store[0].index || store->n_rows != a->store[0].n_rows)
+      return KS_FAIL(KS_EINVAL, "%s: the stored arrays differ in their index", op);
+    KS_TRY(check_rows_scatter(ctx, store, i > 0 && store->n_x_rows == a->store[0].n_x_rows));
+    *empty |= a->store[i].n_rows == 0 || a->store[i].n_cols == 0;
+  }
+  return KS_OK;
+}
+
+ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
+  const char *op = "rope_store";
+  bool empty;
+  KS_TRY(check_ctx(op, ctx, a, true));
+  KS_TRY(check_rope_store(op, ctx, a, &empty));
+  if (ctx->backend->rope_store && !empty) return ctx->backend->rope_store(ctx, a);
+  for (int64_t i = 0; i < a->n_rope; i++)
+    KS_TRY(ks_rope(ctx, &a->rope[i]));
+  for (int64_t i = 0; i < a->n_store; i++)
+    KS_TRY(ks_rows_scatter(ctx, &a->store[i]));
+  return KS_OK;
+}
+
 static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool backward,
                              bool *empty) {
   span spans[2 * KS_LINEARS_MAX + 1];
@@ -385,9 +425,33 @@ static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args 
   return check_spans(op, spans, n);
 }
 
+static const ks_linear_args *part_of(const ks_linears_args *a, const void *y) {
+  for (int64_t i = 0; i < a->n_parts; i++)
+    if (a->parts[i].y == y) return &a->parts[i];
+  return NULL;
+}
+
+/* Whether what is rotated and stored is what the parts make. */
+static ks_status check_rope_of_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool *empty) {
+  const ks_rope_store_args *rope = a->rope;
+  bool ok = !a->swiglu;
+  KS_TRY(check_rope_store(op, ctx, rope, empty));
+  for (int64_t i = 0; i < rope->n_rope; i++) {
+    const ks_linear_args *p = part_of(a, rope->rope[i].x);
+    ok = ok && p && !p->y_is_f32 && rope->rope[i].n_rows == p->n_rows &&
+         rope->rope[i].n_heads * rope->rope[i].head_dim == p->w->n_out;
+  }
+  for (int64_t i = 0; i < rope->n_store; i++) {
+    const ks_linear_args *p = part_of(a, rope->store[i].x);
+    ok =
+        ok && p && !p->y_is_f32 && rope->store[i].n_rows == p->n_rows && rope->store[i].n_cols == p->w->n_out;
+  }
+  return ok ? KS_OK : KS_FAIL(KS_EINVAL, "%s: rope needs the y of parts, whole, and no SwiGLU", op);
+}
+
 ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
   const char *op = "linears_forward";
-  bool empty;
+  bool empty, no_rope = false;
   KS_TRY(check_ctx(op, ctx, a, true));
   KS_TRY(check_parts(op, ctx, a, false, &empty));
   if (a->norm) {
@@ -403,56 +467,25 @@ ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
         gate->w->n_out != up->w->n_out || a->swiglu->n != gate->n_rows * gate->w->n_out)
       return KS_FAIL(KS_EINVAL, "%s: SwiGLU needs two parts, whose y are its gate and up", op);
   }
-  if (ctx->backend->linears_forward && !empty) return ctx->backend->linears_forward(ctx, a);
+  if (a->rope) KS_TRY(check_rope_of_parts(op, ctx, a, &no_rope));
+  if (ctx->backend->linears_forward && !empty && !no_rope) return ctx->backend->linears_forward(ctx, a);
   if (a->norm) KS_TRY(ks_rmsnorm_forward(ctx, a->norm));
   for (int64_t i = 0; i < a->n_parts; i++)
     KS_TRY(ks_linear_forward(ctx, &a->parts[i]));
-  return a->swiglu ? ks_swiglu_forward(ctx, a->swiglu) : KS_OK;
+  if (a->swiglu) KS_TRY(ks_swiglu_forward(ctx, a->swiglu));
+  return a->rope ? ks_rope_store(ctx, a->rope) : KS_OK;
 }
 
 ks_status ks_linears_backward(ks_ctx *ctx, const ks_linears_args *a) {
   const char *op = "linears_backward";
   bool empty;
   KS_TRY(check_ctx(op, ctx, a, true));
-  if (a->norm || a->swiglu) return KS_FAIL(KS_EINVAL, "%s: norm and swiglu are for the forward pass", op);
+  if (a->norm || a->swiglu || a->rope)
+    return KS_FAIL(KS_EINVAL, "%s: norm, swiglu and rope are for the forward pass", op);
   KS_TRY(check_parts(op, ctx, a, true, &empty));
   if (ctx->backend->linears_backward && !empty) return ctx->backend->linears_backward(ctx, a);
   for (int64_t i = 0; i < a->n_parts; i++)
     KS_TRY(ks_linear_backward(ctx, &a->parts[i]));
-  return KS_OK;
-}
-
-static bool same_angles(const ks_rope_args *a, const ks_rope_args *b) {
-  return a->n_rows == b->n_rows && a->head_dim == b->head_dim && a->inverse == b->inverse &&
-         a->positions == b->positions && a->inv_freq == b->inv_freq;
-}
-
-ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
-  const char *op = "rope_store";
-  bool empty = false;
-  KS_TRY(check_ctx(op, ctx, a, true));
-  if (a->n_rope < 0 || a->n_rope > 2 || a->n_store < 0 || a->n_store > 2 || (a->n_rope && !a->rope) ||
-      (a->n_store && !a->store))
-    return KS_FAIL(KS_EINVAL, "%s: %lld arrays to rotate, %lld to store; give 0 to 2 of each", op,
-                   (long long)a->n_rope, (long long)a->n_store);
-  for (int64_t i = 0; i < a->n_rope; i++) {
-    KS_TRY(check_rope(ctx, &a->rope[i]));
-    if (!same_angles(&a->rope[0], &a->rope[i]))
-      return KS_FAIL(KS_EINVAL, "%s: the arrays differ in rows, positions or head size", op);
-    empty |= a->rope[i].n_rows == 0 || a->rope[i].n_heads == 0 || a->rope[i].head_dim == 0;
-  }
-  for (int64_t i = 0; i < a->n_store; i++) {
-    const ks_rows_args *store = &a->store[i];
-    if (store->index != a->store[0].index || store->n_rows != a->store[0].n_rows)
-      return KS_FAIL(KS_EINVAL, "%s: the stored arrays differ in their index", op);
-    KS_TRY(check_rows_scatter(ctx, store, i > 0 && store->n_x_rows == a->store[0].n_x_rows));
-    empty |= a->store[i].n_rows == 0 || a->store[i].n_cols == 0;
-  }
-  if (ctx->backend->rope_store && !empty) return ctx->backend->rope_store(ctx, a);
-  for (int64_t i = 0; i < a->n_rope; i++)
-    KS_TRY(ks_rope(ctx, &a->rope[i]));
-  for (int64_t i = 0; i < a->n_store; i++)
-    KS_TRY(ks_rows_scatter(ctx, &a->store[i]));
   return KS_OK;
 }
 

@@ -53,65 +53,68 @@ static ks_status gather_out_rows(const layer_state *s, const void *x, void *y) {
 }
 
 /* Rotary, and into the cache where the pass has one. */
-static ks_status rope_and_store(const ks_run *run, const ks_pass *pass, int64_t layer,
-                                const ks_layer_acts *acts, const ks_rope_args *rope, int64_t n_rope) {
+typedef struct {
+  ks_rope_args rope[2]; /* of queries and keys */
+  ks_rows_args store[2];
+  ks_rope_store_args both; /* keys alone where queries have other rows */
+} rotation;
+
+static void describe_rotation(const ks_run *run, const ks_pass *pass, int64_t layer,
+                              const ks_layer_acts *acts, rotation *r) {
   const ks_model_config *m = &run->model->config;
   const ks_kv_cache *cache = pass->cache;
-  ks_rope_store_args a = {.rope = rope, .n_rope = n_rope};
-  ks_rows_args store[2];
-  if (cache) {
-    const int64_t kv = m->n_kv_heads * m->head_dim, begin = layer * cache->n_rows * kv;
-    const void *from[2] = {acts->k, acts->v};
-    void *const to[2] = {cache->k, cache->v};
-    for (int i = 0; i < 2; i++)
-      store[i] = (ks_rows_args){.x = from[i],
-                                .y = ks_act_at(run->model->ctx, to[i], begin),
-                                .index = pass->cache_rows,
-                                .n_rows = pass->all.n_rows,
-                                .n_x_rows = cache->n_rows,
-                                .n_cols = kv};
-    a.store = store;
-    a.n_store = 2;
-  }
-  return ks_rope_store(run->model->ctx, &a);
+  const ks_row_set *rows = pass->cut && layer == m->n_layers - 1 ? &pass->out : &pass->all;
+  const ks_row_set *sides[2] = {rows, &pass->all};
+  void *const x[2] = {acts->q, acts->k};
+  const int64_t n_heads[2] = {m->n_heads, m->n_kv_heads};
+  for (int i = 0; i < 2; i++)
+    r->rope[i] = (ks_rope_args){.x = x[i],
+                                .positions = sides[i]->positions,
+                                .inv_freq = run->model->inv_freq,
+                                .n_rows = sides[i]->n_rows,
+                                .n_heads = n_heads[i],
+                                .head_dim = m->head_dim};
+  const bool alike = sides[0] == sides[1];
+  r->both = (ks_rope_store_args){.rope = r->rope + !alike, .n_rope = 1 + alike};
+  if (!cache) return;
+  const int64_t kv = m->n_kv_heads * m->head_dim, begin = layer * cache->n_rows * kv;
+  const void *from[2] = {acts->k, acts->v};
+  void *const to[2] = {cache->k, cache->v};
+  for (int i = 0; i < 2; i++)
+    r->store[i] = (ks_rows_args){.x = from[i],
+                                 .y = ks_act_at(run->model->ctx, to[i], begin),
+                                 .index = pass->cache_rows,
+                                 .n_rows = pass->all.n_rows,
+                                 .n_x_rows = cache->n_rows,
+                                 .n_cols = kv};
+  r->both.store = r->store;
+  r->both.n_store = 2;
 }
 
 ks_status ks_run_qk(ks_run *run, const ks_pass *pass, int64_t layer, const ks_layer_acts *acts) {
   const ks_model_config *m = &run->model->config;
   const ks_model_layer *w = &run->model->layers[layer];
-  const ks_row_set *rows = pass->cut && layer == m->n_layers - 1 ? &pass->out : &pass->all;
+  rotation r;
+  describe_rotation(run, pass, layer, acts, &r);
   const struct {
-    const ks_row_set *rows;
     const void *pre;
     const float *w;
-    void *x;
     float *rstd;
-    int64_t n_heads;
-  } sides[2] = {{rows, acts->q_pre, w->q_norm, acts->q, acts->rstd_q, m->n_heads},
-                {&pass->all, acts->k_pre, w->k_norm, acts->k, acts->rstd_k, m->n_kv_heads}};
-  ks_rope_args rope[2];
-  for (int i = 0; i < 2; i++) {
-    if (m->qk_norm)
-      KS_TRY(ks_rmsnorm_forward(run->model->ctx,
-                                &(ks_rmsnorm_args){.x = sides[i].pre,
-                                                   .w = sides[i].w,
-                                                   .y = sides[i].x,
-                                                   .rstd = sides[i].rstd,
-                                                   .n_rows = sides[i].rows->n_rows * sides[i].n_heads,
-                                                   .n_cols = m->head_dim,
-                                                   .eps = m->rms_eps}));
-    rope[i] = (ks_rope_args){.x = sides[i].x,
-                             .positions = sides[i].rows->positions,
-                             .inv_freq = run->model->inv_freq,
-                             .n_rows = sides[i].rows->n_rows,
-                             .n_heads = sides[i].n_heads,
-                             .head_dim = m->head_dim};
-  }
-  if (sides[0].rows == sides[1].rows) return rope_and_store(run, pass, layer, acts, rope, 2);
-  KS_TRY(ks_rope(run->model->ctx, &rope[0]));
-  return rope_and_store(run, pass, layer, acts, rope + 1, 1);
+  } sides[2] = {{acts->q_pre, w->q_norm, acts->rstd_q}, {acts->k_pre, w->k_norm, acts->rstd_k}};
+  for (int i = 0; i < 2 && m->qk_norm; i++)
+    KS_TRY(
+        ks_rmsnorm_forward(run->model->ctx, &(ks_rmsnorm_args){.x = sides[i].pre,
+                                                               .w = sides[i].w,
+                                                               .y = r.rope[i].x,
+                                                               .rstd = sides[i].rstd,
+                                                               .n_rows = r.rope[i].n_rows * r.rope[i].n_heads,
+                                                               .n_cols = m->head_dim,
+                                                               .eps = m->rms_eps}));
+  if (r.both.n_rope == 1) KS_TRY(ks_rope(run->model->ctx, &r.rope[0]));
+  return ks_rope_store(run->model->ctx, &r.both);
 }
 
+/* Queries, keys and values, rotated and stored. */
 static ks_status project_qkv(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
@@ -122,20 +125,25 @@ static ks_status project_qkv(layer_state *s) {
   if (!s->cut) parts[n++] = linear_args(s, KS_TARGET_q, all, run->xn, acts->q_pre, NULL);
   parts[n++] = linear_args(s, KS_TARGET_k, all, run->xn, acts->k_pre, NULL);
   parts[n++] = linear_args(s, KS_TARGET_v, all, run->xn, acts->v, NULL);
-  if (!s->cut)
-    return ks_linears_forward(run->model->ctx,
-                              &(ks_linears_args){.parts = parts, .n_parts = n, .norm = &norm});
-  KS_TRY(ks_rmsnorm_forward(run->model->ctx, &norm));
-  KS_TRY(gather_out_rows(s, run->xn, run->xt));
-  KS_TRY(linear(s, KS_TARGET_q, s->rows, run->xt, acts->q_pre, NULL));
-  return ks_linears_forward(run->model->ctx, &(ks_linears_args){.parts = parts, .n_parts = n});
+  if (s->cut) {
+    KS_TRY(ks_rmsnorm_forward(run->model->ctx, &norm));
+    KS_TRY(gather_out_rows(s, run->xn, run->xt));
+    KS_TRY(linear(s, KS_TARGET_q, s->rows, run->xt, acts->q_pre, NULL));
+    KS_TRY(ks_linears_forward(run->model->ctx, &(ks_linears_args){.parts = parts, .n_parts = n}));
+    return ks_run_qk(run, s->pass, s->layer, acts);
+  }
+  ks_linears_args qkv = {.parts = parts, .n_parts = n, .norm = &norm};
+  rotation r;
+  describe_rotation(run, s->pass, s->layer, acts, &r);
+  if (!s->m->qk_norm) qkv.rope = &r.both;
+  KS_TRY(ks_linears_forward(run->model->ctx, &qkv));
+  return s->m->qk_norm ? ks_run_qk(run, s->pass, s->layer, acts) : KS_OK;
 }
 
 static ks_status attention(layer_state *s) {
   ks_run *run = s->run;
   ks_layer_acts *acts = &s->acts;
   KS_TRY(project_qkv(s));
-  KS_TRY(ks_run_qk(run, s->pass, s->layer, acts));
   ks_attention_args a = ks_run_attention_args(run, s->pass, s->layer, acts);
   KS_TRY(ks_attention_forward(run->model->ctx, &a));
   if (s->cut) KS_TRY(gather_out_rows(s, acts->h_in, acts->h_mid));

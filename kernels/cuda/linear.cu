@@ -235,11 +235,12 @@ extern "C" ks_status ks_cuda_linears_forward(ks_ctx *ctx, const ks_linears_args 
   if (taken) return KS_OK;
   if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
   KS_TRY(run_pass(ctx, a->parts, a->n_parts, false));
-  return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
+  if (a->swiglu) KS_TRY(ks_cuda_swiglu_forward(ctx, a->swiglu));
+  return a->rope ? ks_cuda_rope_store(ctx, a->rope) : KS_OK;
 }
 
 extern "C" ks_status ks_cuda_linear_forward(ks_ctx *ctx, const ks_linear_args *a) {
-  const ks_linears_args alone = {a, 1, NULL, NULL};
+  const ks_linears_args alone = {a, 1, NULL, NULL, NULL};
   return ks_cuda_linears_forward(ctx, &alone);
 }
 

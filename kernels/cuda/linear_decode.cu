@@ -1,14 +1,15 @@
 /* Generation passes: which kernels a call of linear layers is made of, and their adapters (see linear_decode.cuh).
  *
- *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU
- *   up to 64 rows                                  [norm] -> [u of all parts] -> products, adapters, bias, residual, SwiGLU
- *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU]
+ *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU or rope
+ *   up to 64 rows                                  [norm] -> [u of all parts] -> products, adapters, bias, residual, SwiGLU -> [rope]
+ *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU or rope]
  *
  * Each arrow is a launch; brackets: where there is one. Adapters are staged once a call; for more than 64 rows a
  * second time, as linear_mma.cu sees them. No kernel is here: bytes, FLOPs, predicted times and ladders are those
  * of linear_decode_few.cu, linear_decode_wide.cu and linear_decode_shrink.cu (more rows: linear_mma.cu), the
  * sums' order that of linear_decode.cuh. */
 #include "kernels/cuda/linear_decode.cuh"
+#include "kernels/cuda/rope.cuh"
 
 #include "kernels/base/size.h"
 #include <stdlib.h>
@@ -83,11 +84,49 @@ static void describe_parts(const ks_linears_args *a, int tile, decode_args *p) {
                    from->residual,
                    ((const ks_cuda_weight *)from->w->impl)->bias,
                    (ks_bf16 *)from->u,
+                   NULL,
                    from->u_stride,
-                   p->n_tiles};
+                   p->n_tiles,
+                   0};
     const int64_t outputs = a->swiglu ? tile / 2 : tile;
     if (i == 0 || !a->swiglu) p->n_tiles += (int32_t)((from->w->n_out + outputs - 1) / outputs);
   }
+}
+
+/* Whether the kernel for few rows may rotate and store what it makes. */
+static bool rope_fits(const ks_linears_args *a) {
+  const ks_rope_store_args *rope = a->rope;
+  if (!rope || rope->n_rope == 0 || rope->rope[0].inverse) return false;
+  for (int64_t i = 0; i < rope->n_rope + rope->n_store; i++) {
+    const bool first = i < rope->n_rope;
+    const void *x = first ? rope->rope[i].x : rope->store[i - rope->n_rope].x;
+    for (int64_t j = first ? 0 : rope->n_rope; j < i; j++)
+      if (x == (first ? rope->rope[j].x : rope->store[j - rope->n_rope].x)) return false;
+  }
+  return true;
+}
+
+static ks_status describe_rope(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
+  const ks_rope_store_args *rope = a->rope;
+  const ks_rope_args *turn = &rope->rope[0];
+  p->has_rope = 1;
+  p->head_dim = turn->head_dim;
+  p->n_tiles = 0;
+  for (int64_t i = 0; i < a->n_parts; i++) {
+    decode_part *part = &p->parts[i];
+    for (int64_t j = 0; j < rope->n_rope; j++)
+      if (rope->rope[j].x == part->y) part->turns = 1;
+    for (int64_t j = 0; j < rope->n_store; j++)
+      if (rope->store[j].x == part->y) part->to = rope->store[j].y;
+    part->first_tile = p->n_tiles;
+    p->n_tiles +=
+        (int32_t)(part->turns ? part->w.n_out / p->head_dim * decode_tiles_of_head(p->head_dim, DECODE_TILE)
+                              : (part->w.n_out + DECODE_TILE - 1) / DECODE_TILE);
+  }
+  KS_TRY(ks_rope_stage(ctx, turn->inv_freq, turn->head_dim, turn->positions, p->n_rows, &p->inv_freq,
+                       &p->positions));
+  const size_t bytes = rope->n_store ? (size_t)p->n_rows * sizeof *p->index : 0;
+  return ks_cuda_stage(ctx, bytes ? rope->store[0].index : NULL, bytes, (const void **)&p->index);
 }
 
 static void describe_call(const ks_linears_args *a, decode_args *p) {
@@ -130,7 +169,10 @@ static ks_status run_few(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) 
   KS_TRY(describe_adapters(ctx, a, p->rows_at_once, &p->adapters));
   if (a->norm) describe_norm(a->norm, p);
   if (p->adapters.max_rank > 0) KS_TRY(ks_decode_shrink(ctx, p));
-  return ks_decode_few(ctx, p);
+  const bool turns = rope_fits(a);
+  if (turns) KS_TRY(describe_rope(ctx, a, p));
+  KS_TRY(ks_decode_few(ctx, p));
+  return a->rope && !turns ? ks_cuda_rope_store(ctx, a->rope) : KS_OK;
 }
 
 static ks_status run_wide(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
@@ -179,16 +221,22 @@ static bool applies(const ks_ctx *ctx, const ks_linears_args *a) {
   return true;
 }
 
+/* What linear_decode_few.cu does not take: norm, products and SwiGLU. */
+static ks_status run_rest(ks_ctx *ctx, const ks_linears_args *a, bool together, decode_args *p) {
+  const ks_linears_args products = {a->parts, a->n_parts, NULL, NULL, NULL};
+  if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
+  if (p->n_rows <= LINEAR_FEW_ROWS && together) return run_wide(ctx, a, p);
+  KS_TRY(run_many(ctx, &products, p));
+  return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
+}
+
 ks_status ks_decode_linears(ks_ctx *ctx, const ks_linears_args *a, bool *taken) {
-  const ks_linears_args products = {a->parts, a->n_parts, NULL, NULL};
   decode_args p = {};
   *taken = applies(ctx, a);
   if (!*taken) return KS_OK;
   const bool together = alike(a);
   describe_call(a, &p);
   if (together && ks_decode_few_takes(ctx, a, &p)) return run_few(ctx, a, &p);
-  if (a->norm) KS_TRY(ks_cuda_rmsnorm_forward(ctx, a->norm));
-  if (p.n_rows <= LINEAR_FEW_ROWS && together) return run_wide(ctx, a, &p);
-  KS_TRY(run_many(ctx, &products, &p));
-  return a->swiglu ? ks_cuda_swiglu_forward(ctx, a->swiglu) : KS_OK;
+  KS_TRY(run_rest(ctx, a, together, &p));
+  return a->rope ? ks_cuda_rope_store(ctx, a->rope) : KS_OK;
 }

@@ -53,7 +53,10 @@ struct decode_part {
   const void *residual;
   const float *bias;
   ks_bf16 *u;
+  void *to; /* NULL, or in place of y: row i goes to row index[i] here */
   int64_t u_stride, first_tile;
+  int64_t
+      turns; /* 1: heads are rotated; a tile is then 8 columns of a head and those half a head behind them */
 };
 
 /* What the kernels are told. */
@@ -61,16 +64,19 @@ struct decode_args {
   decode_part parts[KS_LINEARS_MAX];
   decode_adapters adapters;
   const ks_bf16 *x;
-  const float *norm_w; /* NULL: x is what the parts read */
-  ks_bf16 *h;          /* of SwiGLU, or NULL */
-  int64_t n_in, n_rows;
+  const float *norm_w;      /* NULL: x is what the parts read */
+  ks_bf16 *h;               /* of SwiGLU, or NULL */
+  const int32_t *positions; /* [n_rows] */
+  const double *inv_freq;   /* [head_dim / 2] */
+  const int64_t *index;     /* [n_rows] */
+  int64_t n_in, n_rows, head_dim;
   int32_t n_parts, n_tiles;
   int32_t rows_at_once; /* of a block with x in shared memory; 0: none takes it there */
   int32_t run;          /* length of one, in k */
   int32_t norm_threads; /* that share a row's sum of squares: see decode_load_x */
   int32_t y_is_f32;
   int32_t aligned; /* rows of x, and of weights that are not in blocks: to 16 bytes */
-  int32_t no_padding;
+  int32_t has_rope;
   float eps, inverse; /* 1 / n_in */
 };
 
@@ -136,17 +142,26 @@ KS_DEVICE void decode_load_x(ks_bf16 *xs, float *room, const decode_args &p, int
   __syncthreads();
 }
 
-/* First outputs of a tile's halves, and their parts: of one part, or with SwiGLU of gate and up. */
+/* A tile's halves, outputs [n0, end) of a part: of one part, or with SwiGLU of gate and up. */
 struct decode_halves {
   int part[2];
-  int64_t n0[2];
+  int64_t n0[2], end[2];
 };
+KS_HOST_DEVICE int64_t decode_tiles_of_head(int64_t head_dim, int64_t outputs) {
+  return (head_dim + outputs - 1) / outputs;
+}
 KS_DEVICE decode_halves decode_halves_of(const decode_args &p, int64_t tile, int outputs, bool swiglu) {
   int part = 0;
   while (!swiglu && part + 1 < p.n_parts && tile >= p.parts[part + 1].first_tile)
     part++;
-  const int64_t n0 = (tile - p.parts[part].first_tile) * (swiglu ? outputs / 2 : outputs);
-  return {{part, swiglu ? 1 : part}, {n0, swiglu ? n0 : n0 + outputs / 2}};
+  const int64_t number = tile - p.parts[part].first_tile, n_out = p.parts[part].w.n_out;
+  if (p.parts[part].turns) {
+    const int64_t of_head = decode_tiles_of_head(p.head_dim, outputs), half = p.head_dim / 2,
+                  head = number / of_head * p.head_dim, n0 = head + number % of_head * (outputs / 2);
+    return {{part, part}, {n0, n0 + half}, {head + half, head + p.head_dim}};
+  }
+  const int64_t n0 = number * (swiglu ? outputs / 2 : outputs);
+  return {{part, swiglu ? 1 : part}, {n0, swiglu ? n0 : n0 + outputs / 2}, {n_out, n_out}};
 }
 
 /* ---------------------------------------------------------------- parts of a call */

@@ -1,25 +1,25 @@
 /* Linear layers of up to 8 rows that read one x, bf16, in one launch: the norm before them, their products, adapters, bias and
- * residual, SwiGLU behind them.
+ * residual, and behind them SwiGLU, or queries and keys rotated, keys and values stored in a cache.
  *
  *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] + residual[i, o]
- *   with a norm x is norm(x'), x' in memory;   with SwiGLU h[i, o] = silu(y_gate[i, o]) y_up[i, o] is stored instead
+ *   with a norm x is norm(x'), x' in memory;   with SwiGLU h[i, o] = silu(y_gate[i, o]) y_up[i, o] is stored instead;   rotated: the formulas of rope.cu
  *
  * Bytes: W once (2 an element). x, u and B come from the L2. FLOPs: 2 rows a weight, on tensor cores: 8 columns of an mma whether
  * there are 8 rows or one. Bound by memory as long as it is busy from the first instruction to the last: 4.5
  * TB/s (read, measured) times some 800 ns of latency are 3.6 MB under way, 27 KB an SM of an H200.
  *
- * Geometry: a tile is 16 outputs (SwiGLU: 8 of gate and the same 8 of up, so that a lane pair holds both), its 8 warps one run of
- * k each. A warp streams its 16 rows of W, 64 k (2 KB) a stage, through a ring of its own in shared memory by cp.async: no
+ * Geometry: a tile is 16 outputs (SwiGLU: 8 of gate and the same 8 of up; rotated: 8 columns of a head and those half a head
+ * behind them, 7 tiles for a head of 100; so that a lane pair holds both), its 8 warps one run of k each. A warp streams its 16 rows of W, 64 k (2 KB) a stage, through a ring of its own in shared memory by cp.async: no
  * barrier but its own, STAGES * 16 KB a block under way without a register. Blocks stay (two an SM where shared memory
  * allows, as many as have equally many tiles), and the ring runs on into the next tile, so memory sees no end of a tile. x, with
  * its norm applied, lies in shared memory, made once a block while the first stages are under way. Sums of the runs meet in
- * shared memory, two tiles in turn: one barrier a tile. Bias, residual and the first 16 ranks of B are loaded before a tile's
- * products and added behind them. A warp makes the adapters' terms of one segment (there are at most 8).
+ * shared memory, two tiles in turn: one barrier a tile. Bias, residual, a rotation's angle and the first 16 ranks of B are made before a tile's
+ * products and used behind them. A warp makes the adapters' terms of one segment (there are at most 8).
  *   H200, one row of 2048 or 3200: 6 stages, 108 to 113 KB, two blocks an SM: 192 KB under way an SM. One row
  *   of 8192 or 8640, or 8 rows of 2048: two blocks of 4 stages (down of 1B, 128 tiles, one of 6). 8 rows of
  *   8640: one block of 4 stages, 212 KB.
  *
- * Resources (sm_90): 110 registers (SwiGLU 113), 256 threads, no spills. A stage in the disassembly: 107
+ * Resources (sm_90): 109 registers (SwiGLU 118, rotation 112), 256 threads, no spills. A stage in the disassembly: 107
  * instructions for 4 mma, 6 ldmatrix and 4 copies of 512 bytes; at 17 bytes a clock and SM (4.5 TB/s) a stage
  * is due every 120 clocks, which issue 480. A turn of the first loads is 70, with the next tile's addresses
  * 130: in a loop, not unrolled, since an H200 would have fetched the 900 instructions of six of them, cold,
@@ -39,17 +39,21 @@
  *     gate, up 16384x2048   67.1   14.9 + 2.5   17280x3200           110.6    24.6 + 2.5
  *     down     2048x8192    33.6    7.5 + 2.5   3200x8640             55.3    12.3 + 2.5
  *     head     128256x2048 525.3  116.7 + 2.5   32000x3200           204.8    45.5 + 2.5
- * A token of 1B: 16 (27.1 + 10 + 2.5 for rotary + 4.5 for attention) + 119 + 10 = 835 us, 1200 tokens/s, 66 %
- * of the read rate; with PDL (1 us a product, 1.5 and 3 for the others) 16 * 35.6 + 127 = 697 us, 1435
- * tokens/s, 79 %. 3B: 26 (55.2 + 10 + 7) + 58 = 1935 us, 517 tokens/s, 79 %; with PDL 26 * 63.7 + 55 = 1711
- * us, 584 tokens/s.
+ * Launches of a token: 5 a layer (these four and attention), embedding, head, and one to four of sampling: 83 at 1B. What is left
+ * cannot go without blocks that wait for each other: each reads all of what the one before wrote.
+ * A token of 1B: 16 (27.1 + 10 + 4.5 for attention) + 119 + 10 = 795 us, 1258 tokens/s, 69 % of the read rate;
+ * with PDL (1 us a product, 3 for attention) 16 * 34.1 + 127 = 673 us, 1487 tokens/s, 82 %. 3B: 26 (55.2 + 10 +
+ * 4.5) + 58 = 1870 us, 535 tokens/s, 82 %; with PDL 26 * 62.2 + 55 = 1672 us, 598 tokens/s. With rotation and
+ * cache in a launch of their own (2.5 us, with PDL 1.5, a layer) 1200, 1435, 517 and 584.
  *
  * Ladder (H200, bf16; f74fb33)
  *   v1  operands through registers, 32 KB a block under way, k in 8 runs, a launch for each part, norms and SwiGLU by themselves
  *       (linear_decode_wide.cu): 2048 x 2048 in 11 us of which about 3 are the measurement, 2048 x 8192 in 36; 441 tokens/s at
  *       1B, 273 with an adapter of rank 8.
- *   v2  this. Not measured yet. */
+ *   v2  all in one launch but the rotation. Not measured.
+ *   v3  this. Not measured yet. */
 #include "kernels/cuda/linear_decode.cuh"
+#include "kernels/cuda/rope.cuh"
 #include "kernels/cuda/swiglu.cuh"
 #include "kernels/cuda/tile.cuh"
 
@@ -62,6 +66,9 @@ enum {
   FEW_MAX_RANK = 256,
   FEW_RANKS = 16 /* of an adapter's first step */
 };
+
+/* What comes behind the products. */
+typedef enum { FEW_PLAIN, FEW_SWIGLU, FEW_ROPE } few_tail;
 
 /* What a warp loads next. */
 struct few_cursor {
@@ -90,8 +97,8 @@ template <bool SWIGLU> KS_DEVICE void few_aim(few_cursor &c, const decode_args &
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const decode_part &part = p.parts[of.part[h]];
-    const int row = (int)of.n0[h] + lane / FEW_PIECES;
-    c.rows |= (row < (int)part.w.n_out ? 1 << 2 * h : 0) | (row + 4 < (int)part.w.n_out ? 2 << 2 * h : 0);
+    const int row = (int)of.n0[h] + lane / FEW_PIECES, end = (int)of.end[h];
+    c.rows |= (row < end ? 1 << 2 * h : 0) | (row + 4 < end ? 2 << 2 * h : 0);
     c.w[h] = (const ks_bf16 *)(const void *)part.w.values + row * p.n_in + col;
   }
 }
@@ -173,8 +180,7 @@ KS_DEVICE void few_load_ranks(few_ranks<1 + SWIGLU> *r, const decode_args &p, co
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int rank = k + 2 * at.t + i / 2 * 8 + i % 2;
-      r->b[h][i] =
-          rank < one.rank && out < part.w.n_out ? one.b_t[rank * part.w.n_out + out] * one.scale : 0.0f;
+      r->b[h][i] = rank < one.rank && out < of.end[h] ? one.b_t[rank * part.w.n_out + out] * one.scale : 0.0f;
     }
     if (h == 1 && !SWIGLU) continue;
     const ks_bf16 *u = part.u + (at.row0 + at.g) * part.u_stride;
@@ -221,32 +227,40 @@ KS_DEVICE void few_terms(float *term, const decode_args &p, const few_segment &s
 /* An element of a tile, its thread's, and what is added to it; of threads beyond the rows or outputs: part -1. */
 struct few_element {
   int part, rank; /* rank of its adapter */
-  int64_t at;     /* in y */
+  int64_t at, to; /* in y, and where it goes */
   float bias, residual;
+  float cos_of, sin_of;
 };
 
-template <bool SWIGLU>
+template <few_tail TAIL>
 KS_DEVICE few_element few_element_of(const decode_args &p, const decode_halves &of, const few_place &at,
                                      const int *ranks) {
   const int row = (int)threadIdx.x / FEW_N, half = (int)threadIdx.x % FEW_N / (FEW_N / 2);
-  few_element e = {-1, 0, 0, 0, 0};
+  few_element e = {-1, 0, 0, 0, 0, 0, 1, 0};
   if (row >= at.n_rows) return e;
   const int number = half ? of.part[1] : of.part[0];
   const decode_part &part = p.parts[number];
-  const int64_t out = (half ? of.n0[1] : of.n0[0]) + (int)threadIdx.x % (FEW_N / 2);
-  if (out >= part.w.n_out) return e;
+  const int64_t out = (half ? of.n0[1] : of.n0[0]) + (int)threadIdx.x % (FEW_N / 2), place = at.row0 + row;
+  if (out >= (half ? of.end[1] : of.end[0])) return e;
   e.part = number;
   e.rank = ranks[e.part * DECODE_FEW_ROWS + row];
-  e.at = (at.row0 + row) * part.w.n_out + out;
+  e.at = e.to = place * part.w.n_out + out;
   if (part.bias) e.bias = part.bias[out];
   if (part.residual)
     e.residual = p.y_is_f32 ? ((const float *)part.residual)[e.at]
                             : ks_to_float(((const ks_bf16 *)part.residual)[e.at]);
+  if constexpr (TAIL == FEW_ROPE) {
+    if (part.to) e.to = p.index[place] * part.w.n_out + out;
+    if (part.turns)
+      rope_cos_sin((double)p.positions[place] * p.inv_freq[(int)out % (int)p.head_dim % (int)(p.head_dim / 2)], &e.cos_of,
+                   &e.sin_of);
+  }
   return e;
 }
 
-/* Adds the runs and what belongs to them, and stores; for whole warps, as many as have elements. */
-template <bool SWIGLU>
+/* Adds the runs and what belongs to them, and stores; for whole warps, as many as have elements. The other half of a pair lies half
+ * a tile away. */
+template <few_tail TAIL>
 KS_DEVICE void few_finish(const few_element &e, const decode_args &p, const float *sums, const float *terms) {
   const int i = (int)threadIdx.x;
   float total = 0;
@@ -258,15 +272,24 @@ KS_DEVICE void few_finish(const few_element &e, const decode_args &p, const floa
     if (p.parts[e.part].bias) total += e.bias;
     if (p.parts[e.part].residual) total += e.residual;
   }
-  if constexpr (SWIGLU) {
-    const float mine = ks_to_float(ks_from_float<ks_bf16>(total)),
-                up = __shfl_xor_sync(KS_FULL_MASK, mine, FEW_N / 2);
-    if (e.part == 0) p.h[e.at] = ks_from_float<ks_bf16>(mine * swiglu_sigmoid_of<ks_bf16>(mine).s * up);
-  } else if (e.part >= 0) {
+  if constexpr (TAIL == FEW_PLAIN) {
+    if (e.part < 0) return;
     if (p.y_is_f32)
       ((float *)p.parts[e.part].y)[e.at] = total;
     else
       ((ks_bf16 *)p.parts[e.part].y)[e.at] = ks_from_float<ks_bf16>(total);
+    return;
+  }
+  const float mine = ks_to_float(ks_from_float<ks_bf16>(total)),
+              other = __shfl_xor_sync(KS_FULL_MASK, mine, FEW_N / 2);
+  if constexpr (TAIL == FEW_SWIGLU)
+    if (e.part == 0) p.h[e.at] = ks_from_float<ks_bf16>(mine * swiglu_sigmoid_of<ks_bf16>(mine).s * other);
+  if constexpr (TAIL == FEW_ROPE) {
+    if (e.part < 0) return;
+    const decode_part &part = p.parts[e.part];
+    const float product = other * e.sin_of,
+                turned = fmaf(mine, e.cos_of, i % FEW_N < FEW_N / 2 ? -product : product);
+    ((ks_bf16 *)(part.to ? part.to : part.y))[e.to] = ks_from_float<ks_bf16>(part.turns ? turned : mine);
   }
 }
 
@@ -302,9 +325,10 @@ KS_DEVICE void few_ranks_of(int *ranks, const decode_args &p, const few_place &a
       ranks[i] = p.adapters.of[i / DECODE_FEW_ROWS * p.adapters.n_segs + s].rank;
 }
 
-template <bool SWIGLU, int STAGES>
+template <few_tail TAIL, int STAGES>
 __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid_constant__ decode_args p) {
   enum { STAGE = FEW_N * FEW_K };
+  constexpr bool SWIGLU = TAIL == FEW_SWIGLU;
   ks_smem smem;
   few_room room;
   room.ring = ks_smem_take<ks_bf16>(&smem, LINEAR_RUNS * STAGES * STAGE);
@@ -343,7 +367,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
           *terms = room.terms + turn * few_groups(p) * FEW_TILE;
     few_ranks<1 + SWIGLU> ranks;
     if (seg.seg >= 0) few_load_ranks<SWIGLU>(&ranks, p, seg, of, at, 0);
-    const few_element e = few_element_of<SWIGLU>(p, of, at, room.ranks);
+    const few_element e = few_element_of<TAIL>(p, of, at, room.ranks);
     float acc[4] = {};
     for (int k = at.begin; k < at.end; k += FEW_K) {
       ks_cp_async_wait<STAGES - 1>();
@@ -359,7 +383,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
         sums[warp * FEW_TILE + (2 * at.t + i % 2) * FEW_N + at.g + i / 2 * 8] = acc[i];
     if (seg.seg >= 0) few_terms<SWIGLU>(terms, p, seg, of, at, ranks);
     __syncthreads();
-    if (warp < (at.n_rows * FEW_N + KS_WARP - 1) / KS_WARP) few_finish<SWIGLU>(e, p, sums, terms);
+    if (warp < (at.n_rows * FEW_N + KS_WARP - 1) / KS_WARP) few_finish<TAIL>(e, p, sums, terms);
   }
 }
 
@@ -368,25 +392,25 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) linear_few_kernel(const __grid
 /* Stages of a ring, the deepest first, that leave room for two blocks an SM, or for one. */
 enum { FEW_DEEP = 6, FEW_MIDDLE = 4, FEW_SHALLOW = 2 };
 
-template <bool SWIGLU, int STAGES> static ks_status launch(ks_ctx *ctx, const decode_args *p) {
+template <few_tail TAIL, int STAGES> static ks_status launch(ks_ctx *ctx, const decode_args *p) {
   const ks_cuda_device *d = ks_cuda_device_of(ctx);
   const size_t bytes = few_bytes<STAGES>(p);
   const int64_t at_once = d->n_sm * (2 * (bytes + 1024) <= (size_t)d->smem_per_sm ? 2 : 1),
                 turns = (p->n_tiles + at_once - 1) / at_once;
   const dim3 grid(ks_blocks_for(p->n_tiles, turns), ks_blocks_for(p->n_rows, p->rows_at_once));
-  return ks_launch_early(ctx, "linear: few rows", linear_few_kernel<SWIGLU, STAGES>, grid, dim3(FEW_THREADS),
+  return ks_launch_early(ctx, "linear: few rows", linear_few_kernel<TAIL, STAGES>, grid, dim3(FEW_THREADS),
                          bytes, *p);
 }
 
-template <bool SWIGLU> static ks_status launch_any(ks_ctx *ctx, const decode_args *p) {
+template <few_tail TAIL> static ks_status launch_any(ks_ctx *ctx, const decode_args *p) {
   const ks_cuda_device *d = ks_cuda_device_of(ctx);
   const size_t deep = few_bytes<FEW_DEEP>(p), middle = few_bytes<FEW_MIDDLE>(p),
                block = (size_t)d->smem_per_block, half = (size_t)d->smem_per_sm / 2 - 1024;
-  if (deep <= block && (deep <= half || p->n_tiles <= d->n_sm)) return launch<SWIGLU, FEW_DEEP>(ctx, p);
-  if (middle <= half && middle <= block) return launch<SWIGLU, FEW_MIDDLE>(ctx, p);
-  if (deep <= block) return launch<SWIGLU, FEW_DEEP>(ctx, p);
-  if (middle <= block) return launch<SWIGLU, FEW_MIDDLE>(ctx, p);
-  return launch<SWIGLU, FEW_SHALLOW>(ctx, p);
+  if (deep <= block && (deep <= half || p->n_tiles <= d->n_sm)) return launch<TAIL, FEW_DEEP>(ctx, p);
+  if (middle <= half && middle <= block) return launch<TAIL, FEW_MIDDLE>(ctx, p);
+  if (deep <= block) return launch<TAIL, FEW_DEEP>(ctx, p);
+  if (middle <= block) return launch<TAIL, FEW_MIDDLE>(ctx, p);
+  return launch<TAIL, FEW_SHALLOW>(ctx, p);
 }
 
 bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) {
@@ -401,5 +425,6 @@ bool ks_decode_few_takes(ks_ctx *ctx, const ks_linears_args *a, decode_args *p) 
 }
 
 ks_status ks_decode_few(ks_ctx *ctx, const decode_args *p) {
-  return p->h ? launch_any<true>(ctx, p) : launch_any<false>(ctx, p);
+  if (p->h) return launch_any<FEW_SWIGLU>(ctx, p);
+  return p->has_rope ? launch_any<FEW_ROPE>(ctx, p) : launch_any<FEW_PLAIN>(ctx, p);
 }

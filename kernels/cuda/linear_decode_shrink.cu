@@ -19,8 +19,8 @@
  * L = n_in / 256 mma + 16.
  *
  * Time, computed, H200: 0.5 us to 64 KB through one SM + 1 latency + the norm's 0.5 + 0.3 for sums: 2 us, and 2.5 around it; four
- * launches a layer: 1B with one adapter 835 + 16 * 4 * 4 = 1090 us, 915 tokens/s (with PDL, which lets the product's ring fill
- * meanwhile, 697 + 16 * 4 * 2 = 825 us, 1210 tokens/s).   64 rows, q, k and v of 3B, rank 8: one adapter 48 blocks of 51 KB of A
+ * launches a layer: 1B with one adapter 795 + 16 * 4 * 4 = 1051 us, 951 tokens/s (with PDL, which lets the product's ring fill
+ * meanwhile, 673 + 16 * 4 * 2 = 801 us, 1249 tokens/s).   64 rows, q, k and v of 3B, rank 8: one adapter 48 blocks of 51 KB of A
  * and 51 of x, sixteen 96 blocks of 51 and 26: 1.2 us through an SM, two latencies and the sums, 3.5 us for either (A of sixteen is
  * 4.9 MB, 1.1 us of the memory's time).
  *

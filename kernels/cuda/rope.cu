@@ -130,15 +130,15 @@ typedef struct {
   bool inverse;
 } rope_rows;
 
-/* Frequencies and positions on the device: one array, so one copy. */
-static ks_status rope_stage(ks_ctx *ctx, const rope_rows *r, const double **inv_freq,
-                            const int32_t **positions) {
-  const size_t front = (size_t)(r->head_dim / 2) * sizeof(double), back = (size_t)r->n_rows * sizeof(int32_t);
+ks_status ks_rope_stage(ks_ctx *ctx, const double *host_inv_freq, int64_t head_dim,
+                        const int32_t *host_positions, int64_t n_rows, const double **inv_freq,
+                        const int32_t **positions) {
+  const size_t front = (size_t)(head_dim / 2) * sizeof(double), back = (size_t)n_rows * sizeof(int32_t);
   char *both;
   const void *device;
   KS_TRY(ks_alloc_array(&both, front + back, 1, "rope: positions"));
-  memcpy(both, r->inv_freq, front);
-  memcpy(both + front, r->positions, back);
+  memcpy(both, host_inv_freq, front);
+  memcpy(both + front, host_positions, back);
   const ks_status status = ks_cuda_stage(ctx, both, front + back, &device);
   free(both);
   *inv_freq = (const double *)device;
@@ -167,7 +167,7 @@ static ks_status rope_launch(ks_ctx *ctx, const char *op, const rope_rows *r, ro
   const int32_t *positions;
   const double *inv_freq;
   const int64_t *index;
-  KS_TRY(rope_stage(ctx, r, &inv_freq, &positions));
+  KS_TRY(ks_rope_stage(ctx, r->inv_freq, r->head_dim, r->positions, r->n_rows, &inv_freq, &positions));
   KS_TRY(
       ks_cuda_stage(ctx, r->index, r->index ? (size_t)r->n_rows * sizeof *index : 0, (const void **)&index));
   shape.n_rows = r->n_rows;

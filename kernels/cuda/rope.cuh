@@ -7,9 +7,15 @@
 #ifndef KS_CUDA_ROPE_CUH
 #define KS_CUDA_ROPE_CUH
 
+#include "kernels/cuda/cuda.h"
 #include "kernels/cuda/row.cuh"
 
 #define ROPE_MAX_ANGLE 0x1p40
+
+/* Frequencies and positions of n_rows rows on the device, as one array. */
+ks_status ks_rope_stage(ks_ctx *ctx, const double *host_inv_freq, int64_t head_dim,
+                        const int32_t *host_positions, int64_t n_rows, const double **inv_freq,
+                        const int32_t **positions);
 
 /* E elements of T in one access. */
 template <int BYTES> struct rope_word;

@@ -15,6 +15,8 @@ typedef struct {
   int n_loras;    /* adapters: of rows 0 and 1, of row 2, none of row 3, and so on in turn */
   int32_t ranks[KS_LINEARS_MAX][MAX_LORAS]; /* of a part's */
   int64_t skip;                             /* elements between an aligned address and x */
+  int64_t
+      head_dim; /* not 0: parts are queries, keys and values; the first two are rotated, the last two stored */
 } generation_case;
 
 /* clang-format off */
@@ -37,6 +39,12 @@ static const generation_case cases[] = {
     {.n_rows = 3, .n_in = 48, .n_parts = 2, .n_out = {20, 9}, .n_loras = 1, .ranks = {{5}, {6}}, .skip = 3},
     {.n_rows = 10, .n_in = 96, .n_parts = 2, .n_out = {40, 40}, .norm = true, .swiglu = true, .dtype = KS_DTYPE_Q4_0,
      .n_loras = 2, .ranks = {{8, 4}, {3, 9}}},
+    /* rotated and stored */
+    {.n_rows = 8, .n_in = 136, .n_parts = 3, .n_out = {128, 64, 64}, .norm = true, .head_dim = 64},
+    {.n_rows = 7, .n_in = 72, .n_parts = 3, .n_out = {200, 100, 100}, .norm = true, .bias = true, .head_dim = 100, .n_loras = 2,
+     .ranks = {{8, 3}, {8, 70}, {8, 0}}},
+    {.n_rows = 3, .n_in = 40, .n_parts = 3, .n_out = {18, 6, 6}, .head_dim = 6},
+    {.n_rows = 12, .n_in = 64, .n_parts = 3, .n_out = {40, 20, 20}, .norm = true, .head_dim = 20},
     /* tiles of 64 and of 32 outputs for 32 and 64 rows, longer than the rings */
     {.n_rows = 64, .n_in = 840, .n_parts = 2, .n_out = {70, 70}, .norm = true, .swiglu = true, .n_loras = 12,
      .ranks = {{8, 8, 3, 8, 8, 16, 8, 8, 0, 8, 8, 8}, {4, 0, 4, 4, 66, 4, 4, 4, 4, 4, 4, 4}}},
@@ -120,8 +128,44 @@ static int64_t segments_of(const generation_case *c, int64_t first, int64_t n, k
 
 /* Outputs of a call: those of the parts, or SwiGLU's at [0]. */
 typedef struct {
-  ks_guard y[KS_LINEARS_MAX], u[KS_LINEARS_MAX], xn, h;
+  ks_guard y[KS_LINEARS_MAX], u[KS_LINEARS_MAX], xn, h, cache[2];
 } outputs;
+
+enum { MAX_HEAD = 100 };
+typedef struct {
+  double inv_freq[MAX_HEAD / 2];
+  int32_t positions[MAX_ROWS];
+  int64_t index[MAX_ROWS];
+  ks_rope_args rope[2];
+  ks_rows_args store[2];
+  ks_rope_store_args all;
+} rotation;
+
+/* Row i of a call goes to row n - i of caches of n + 2 rows. */
+static void rotate(const generation_case *c, const ks_linear_args *parts, int64_t first, int64_t n,
+                   outputs *out, rotation *r) {
+  for (int64_t j = 0; j < c->head_dim / 2; j++)
+    r->inv_freq[j] = 1.0 / (double)(1 + j * j);
+  for (int64_t i = 0; i < n; i++) {
+    r->positions[i] = (int32_t)((first + i) * 37 % 101);
+    r->index[i] = n - i;
+  }
+  for (int i = 0; i < 2; i++) {
+    r->rope[i] = (ks_rope_args){.x = parts[i].y,
+                                .positions = r->positions,
+                                .inv_freq = r->inv_freq,
+                                .n_rows = n,
+                                .n_heads = c->n_out[i] / c->head_dim,
+                                .head_dim = c->head_dim};
+    r->store[i] = (ks_rows_args){.x = parts[1 + i].y,
+                                 .y = out->cache[i].p,
+                                 .index = r->index,
+                                 .n_rows = n,
+                                 .n_x_rows = n + 2,
+                                 .n_cols = c->n_out[1 + i]};
+  }
+  r->all = (ks_rope_store_args){r->rope, 2, r->store, 2};
+}
 
 static void call(const device *d, int64_t first, int64_t n, bool at_once, outputs *out) {
   const generation_case *c = d->c;
@@ -131,6 +175,8 @@ static void call(const device *d, int64_t first, int64_t n, bool at_once, output
   ks_linear_args parts[KS_LINEARS_MAX];
   *out = (outputs){.xn = ks_guard_make_act(ctx, NULL, n * c->n_in),
                    .h = ks_guard_make_act(ctx, NULL, n * c->n_out[0])};
+  for (int i = 0; i < 2; i++)
+    out->cache[i] = ks_guard_make_act(ctx, NULL, c->head_dim ? (n + 2) * c->n_out[1 + i] : 0);
   void *x = ks_guard_at(&d->x, c->skip + first * c->n_in);
   for (int p = 0; p < c->n_parts; p++) {
     out->y[p] =
@@ -157,6 +203,11 @@ static void call(const device *d, int64_t first, int64_t n, bool at_once, output
   ks_linears_args a = {.parts = parts, .n_parts = c->n_parts};
   if (c->norm) a.norm = &norm;
   if (c->swiglu) a.swiglu = &swiglu;
+  rotation r;
+  if (c->head_dim) {
+    rotate(c, parts, first, n, out, &r);
+    a.rope = &r.all;
+  }
   if (at_once) {
     cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
     return;
@@ -165,10 +216,11 @@ static void call(const device *d, int64_t first, int64_t n, bool at_once, output
   for (int p = 0; p < c->n_parts; p++)
     cr_assert(ks_linear_forward(ctx, &parts[p]) == KS_OK, "%s", ks_error_message());
   if (c->swiglu) cr_assert(ks_swiglu_forward(ctx, &swiglu) == KS_OK, "%s", ks_error_message());
+  if (c->head_dim) cr_assert(ks_rope_store(ctx, &r.all) == KS_OK, "%s", ks_error_message());
 }
 
 static void free_outputs(const generation_case *c, outputs *o) {
-  ks_guard_free(&o->xn), ks_guard_free(&o->h);
+  ks_guard_free(&o->xn), ks_guard_free(&o->h), ks_guard_free(&o->cache[0]), ks_guard_free(&o->cache[1]);
   for (int p = 0; p < c->n_parts; p++)
     ks_guard_free(&o->y[p]), ks_guard_free(&o->u[p]);
 }
@@ -177,7 +229,16 @@ static void free_outputs(const generation_case *c, outputs *o) {
 static int64_t check_same(const generation_case *c, const char *name, const outputs *all, int64_t first,
                           const outputs *part) {
   int64_t bad = 0;
-  for (int p = 0; p < (c->swiglu ? 1 : c->n_parts); p++) {
+  for (int i = 0; i < 2 && c->head_dim; i++) {
+    const int64_t n_cols = c->n_out[1 + i], n = part->cache[i].n / n_cols - 2,
+                  n_all = all->cache[i].n / n_cols - 2;
+    float *x = ks_guard_read(&all->cache[i]), *y = ks_guard_read(&part->cache[i]);
+    for (int64_t row = 0; row < n; row++)
+      bad += ks_check_same(name, y + (n - row) * n_cols, x + (n_all - first - row) * n_cols, n_cols);
+    free(x), free(y);
+    bad += ks_guard_check_walls(name, &part->cache[i]);
+  }
+  for (int p = 0; p < (c->swiglu || c->head_dim ? 1 : c->n_parts); p++) {
     const ks_guard *a = c->swiglu ? &all->h : &all->y[p], *b = c->swiglu ? &part->h : &part->y[p];
     float *x = ks_guard_read(a), *y = ks_guard_read(b);
     bad += ks_check_same(name, y, x + first * c->n_out[p], b->n);
@@ -207,7 +268,7 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
     bad += check_same(c, what, &all, first, &part);
     free_outputs(c, &part);
   }
-  for (int p = 0; p < (c->swiglu ? 1 : c->n_parts); p++)
+  for (int p = 0; p < (c->swiglu || c->head_dim ? 1 : c->n_parts); p++)
     ks_results_add_guard(out, c->swiglu ? &all.h : &all.y[p]);
   bad += ks_guard_check_input(name, &d.x) + ks_guard_check_input(name, &d.residual);
   free_outputs(c, &all);
@@ -220,4 +281,34 @@ Test(generation, at_once_or_one_after_another_in_any_company) {
   for (int64_t i = 0; i < N_CASES; i++)
     bad += ks_test_everywhere("generation", i, &cases[i], run);
   cr_assert(bad == 0);
+}
+
+Test(generation, rope_is_of_the_parts) {
+  const generation_case c = {.n_rows = 2, .n_in = 8, .n_parts = 3, .n_out = {8, 4, 4}, .head_dim = 4};
+  ks_ctx *ctx = ks_test_any_ctx();
+  device d;
+  outputs out;
+  rotation r;
+  make_device(ctx, &c, &d);
+  call(&d, 0, c.n_rows, true, &out);
+  ks_linear_args parts[3];
+  for (int p = 0; p < 3; p++)
+    parts[p] =
+        (ks_linear_args){.w = d.w[p], .x = d.x.p, .y = out.y[p].p, .generation = true, .n_rows = c.n_rows};
+  rotate(&c, parts, 0, c.n_rows, &out, &r);
+  const ks_linears_args a = {.parts = parts, .n_parts = 3, .rope = &r.all};
+  cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  r.rope[0].x = out.h.p;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  r.rope[0].x = parts[0].y;
+  r.rope[0].n_heads = 1;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  r.rope[0].n_heads = 2;
+  r.store[1].x = out.h.p;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  r.store[1].x = parts[2].y;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  free_outputs(&c, &out);
+  free_device(&d);
+  ks_ctx_destroy(ctx);
 }
