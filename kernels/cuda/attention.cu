@@ -32,15 +32,18 @@
  * A block of keys in a warp of mma, sm_90, from the disassembly (without the branches for masks and values that are not finite):
  *
  *     d    HMMA  LDSM  exp2  all  registers  shared memory, two stages  blocks an SM
- *     64    128    32    64  681        225      54 KiB                      2
- *    100    224    70    64  972        254      90 KiB (112 columns)        2
- *    128    256    80    64  941        255      96 KiB                      2
+ *     64    128    32    64  683        220      54 KiB                      2
+ *    100    224    70    64  974        254      90 KiB (112 columns)        2
+ *    128    256    80    64  950        255      96 KiB                      2
  *
  * mma.sync is expected at about 0.6 of the measured 796 TFLOP/s, 9 clocks an HMMA and quarter of an SM at
  * 1.98 GHz: 1140, 2000, 2280 clocks a block of keys and warp. Beside that 512 clocks of exponentials,
- * 680 to 970 of issue, and of shared memory (4 clocks a LDSM, four quarters share it) 510, 1120, 1280: the
- * tensor cores bound it. Two warps a quarter overlap one's softmax with the
- * other's products. Computed, not measured, at three quarters of that rate: 350 TFLOP/s of what is done (0.44 of 796); of what
+ * 680 to 980 of issue, and of shared memory (4 clocks a LDSM, four quarters share it) 510, 1120, 1280: the
+ * tensor cores bound it. Two warps a quarter overlap one's softmax with the other's products. They are the
+ * warps of one number of two blocks of threads, one of which has its rows in falling order: the last rows of a
+ * tile see most, and all of them on one quarter would leave the others idle (at 256 tokens it would have 6
+ * blocks of keys of each pair of tiles, where 5 are its share; at 512 20 of 18, at 2048 272 of 264).
+ * Computed, not measured, at three quarters of that rate: 350 TFLOP/s of what is done (0.44 of 796); of what
  * counts, 16 k tokens, 32 heads:
  *     256 tokens  280 TFLOP/s     512 tokens  310     2048 tokens  340     (d = 100: times 100 / 112)
  * but no more than bytes allow: 8 x 256 tokens, 32 heads of 64, are 34 MB, 8 us, and 2.2 GFLOP, 8 us; predicted 12 us with launch
@@ -60,9 +63,9 @@
  * Computed 0.16 us a block of keys, d = 100 (copies of 8 bytes) 0.3. Not measured yet:
  *
  *     d    registers  shared memory, stages (227 KiB)        64 keys   512   2048   4096, without launch, us
- *     64       122    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
- *     100      139    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
- *     128      148    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
+ *     64       121    200 KiB, 4; one slice 160 KiB, 2         0.5     1.9    5.7    11      few 0.4  2.8   11   22
+ *     100      138    205 KiB, 2 (two slices)                  0.7     3.0     10    20      few 0.5  3.6   14   28
+ *     128      144    180 KiB, 2 (four slices)                 0.6     2.4    7.5    15      few 0.5  3.6   14   28
  *
  * 1B (16 layers, 8 key heads of 64, 2048 keys): 85 us less of some 700 a token. 3B (32 heads of 100) reads 26
  * MB a layer: 6.2 us at least. Batch 8 of 8 heads: 64 SMs, one slice; batch 64: attention_few_kernel. Scores
@@ -87,7 +90,8 @@
  *   mma 2  as above: 32 rows a warp (half of the reads of shared memory a product), one chain, two stages, copies of one width a
  *          kernel, rows padded instead of swizzled up to 112 columns, one copy of tables. Predicted: above. Not measured
  *          yet. Since then the products' loops are unrolled whole, over addresses that are a register and a constant: of
- *          1167 instructions a block of keys at d = 128, in four turns, 941 are left.
+ *          1167 instructions a block of keys at d = 128, in four turns, 950 are left. And every other block of threads has
+ *          its rows in falling order over its warps (above).
  *
  *   decode 1  attention_decode_kernel as above. A first draft, two blocks of keys a round and every thread copying of each block,
  *             took as many instructions for two blocks as this for four. Not measured yet.
@@ -235,7 +239,7 @@ extern "C" ks_status ks_cuda_attention_forward(ks_ctx *ctx, const ks_attention_a
   if (use_mma && f.scale == 0) f.scale = FLT_MIN; /* hidden scores are -inf times it */
   f.n_heads = (int32_t)a->n_heads, f.n_kv_heads = (int32_t)a->n_kv_heads, f.group = (int32_t)plan.group;
   f.d = (int32_t)a->head_dim, f.page_rows = (int32_t)a->page_rows;
-  f.width = attention_width(&alignment);
+  f.width = attention_width(&alignment), f.n_sm = ks_cuda_device_of(ctx)->n_sm;
   KS_TRY(attention_stage(ctx, a, &plan, &tables));
   f.seqs = tables.seqs, f.items = tables.items, f.pages = tables.pages;
   KS_TRY(attention_partials(ctx, &plan, &f));

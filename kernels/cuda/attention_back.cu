@@ -30,16 +30,19 @@
  * A step of a warp, sm_90, from the disassembly (without masks):
  *
  *            d    rows x keys   HMMA  LDSM  LDS, STS  exp2   all  registers  shared memory   blocks an SM
- *     rows   64     32 x 32       96    32               32   386        222     55 KiB            2
- *           100     32 x 32      168    70               32   573        250     91 KiB            2
- *           128     32 x 32      192    80               32   574        252     97 KiB            2
+ *     rows   64     32 x 32       96    32               32   385        226     55 KiB            2
+ *           100     32 x 32      168    70               32   574        250     91 KiB            2
+ *           128     32 x 32      192    80               32   575        252     97 KiB            2
  *     keys   64     32 x 32      128    48               32   466        250     55 KiB            2
- *           100     64 x 32      224    84        16     32  1041        246    106 KiB            2
- *           128     64 x 32      256    96        16     32   894        253    113 KiB            2
+ *           100     64 x 32      224    84        16     32  1040        246    106 KiB            2
+ *           128     64 x 32      256    96        16     32   893        253    113 KiB            2
  *
  * At 9 clocks an HMMA and quarter of an SM (attention.cu) rows take 850, 1500, 1700 clocks and keys 1140,
  * 2000, 2280; shared memory, 16 clocks an LDSM, 510, 1120, 1280 and 770, 1600, 1790: the tensor cores bound
- * it, at d = 100 and 128 with little to spare. Computed, not measured, at three quarters of 480 TFLOP/s done,
+ * it, at d = 100 and 128 with little to spare. Every other block of threads has its rows, or keys, in falling
+ * order over its warps (attention.cu): at 256 tokens and d = 64 a quarter of an SM then has 9 steps of each pair
+ * of tiles, not 12 where the last rows, or first keys, are. D of 128 rows takes two rounds of loads.
+ * Computed, not measured, at three quarters of 480 TFLOP/s done,
  * so 10 / 14 of that by what counts: 16 k tokens, 32 heads:
  *     256 tokens  200 TFLOP/s     512 tokens  225     2048 tokens  250     (d = 100: times 100 / 112)
  * 8 x 256 tokens, 32 heads of 64: 9.5 GFLOP done 26 us, 100 MB 24 us (of them half from L2); predicted 32 us.
@@ -63,7 +66,8 @@
  *
  *   mma 2  as above. Predicted: above. Not measured yet. Since then a fifth fewer instructions a step, from 420, 580, 802
  *          and 600, 1367, 1300: products unrolled whole over addresses that are a register and a constant, places of
- *          rows by one multiplication of 32 bits, copies whose turns the compiler knows.
+ *          rows by one multiplication of 32 bits, copies whose turns the compiler knows. D in two rounds of loads
+ *          instead of eight, tiles in both orders over the warps.
  *
  *   Next, not built: 10 d with dq added in the order of falling keys by blocks that wait for each other;
  *   wgmma with two consumer warp groups as FlashAttention-3. */
@@ -304,7 +308,7 @@ extern "C" ks_status ks_cuda_attention_backward(ks_ctx *ctx, const ks_attention_
   p.scale2 = a->scale != 0 ? a->scale * ATTENTION_LOG2E : FLT_MIN; /* hidden scores are infinite */
   p.n_heads = (int32_t)a->n_heads, p.n_kv_heads = (int32_t)a->n_kv_heads, p.group = (int32_t)group;
   p.d = (int32_t)a->head_dim;
-  p.width = attention_back_width(ctx, a);
+  p.width = attention_back_width(ctx, a), p.n_sm = ks_cuda_device_of(ctx)->n_sm;
   if (n_items[1] && !use_mma)
     KS_TRY(KS_CUDA_BY_ACT(ctx, attention_back_launch_dot, (ctx, a, (float *)dot, p.width)));
   for (int keys = 0; keys < 2; keys++) { /* rows first: they leave D */

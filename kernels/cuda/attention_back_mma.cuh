@@ -63,31 +63,40 @@ KS_DEVICE void attention_back_finish(const attention_back_params *p, int n, ks_b
 
 /* ---------------------------------------------------------------- dq */
 
-/* lse in base 2 and D = <do, o> of the tile's rows, eight threads a row: for this block and for attention_back_keys_kernel. */
+/* lse in base 2 and D = <do, o> of the tile's rows, eight threads a row: for this block and for attention_back_keys_kernel.
+ * Beyond the last row those of the last. A thread has ROWS rows before it writes: their loads are under way together. */
+template <int DIM, bool WIDE>
 KS_DEVICE void attention_back_sums(const attention_back_params *p, const attention_back_work *w,
                                    float2 *sums) {
-  const int lane = (int)threadIdx.x % 8;
+  constexpr int ROWS = WIDE ? 4 : 1, STEP = ATTENTION_THREADS / 8;
+  const int lane = (int)threadIdx.x % 8, d = p->d - 4 * lane;
   const attention_query_rows<const ks_bf16> o = attention_back_queries(p, w, (const ks_bf16 *)p->o, w->begin),
                                             d_o = attention_back_queries(p, w, (const ks_bf16 *)p->d_o,
                                                                          w->begin);
-  const bool is_aligned = p->width >= 8;
-  const int n = (w->n + 3) / 4 * 4; /* whole warps */
-#pragma unroll 2
-  for (int r = (int)threadIdx.x / 8; r < n; r += ATTENTION_THREADS / 8) {
-    const int row = attention_min(r, w->n - 1);
-    float sum = 0;
-    for (int c = 4 * lane; c < p->d; c += 32) {
-      const float4 x = attention_load4<ks_bf16>(o.at(row), c, p->d, is_aligned),
-                   y = attention_load4<ks_bf16>(d_o.at(row), c, p->d, is_aligned);
-      sum = fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
+#pragma unroll 1
+  for (int r = (int)threadIdx.x / 8; r < attention_back_size<DIM, false>::TILE; r += ROWS * STEP) {
+    float2 x[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+      const int row = attention_min(r + i * STEP, w->n - 1);
+      x[i] = make_float2(p->lse[attention_back_place(p, w, w->begin + row)] * ATTENTION_LOG2E, 0);
+#pragma unroll(WIDE ? DIM / 16 : 1)
+      for (int c = 0; c < DIM; c += 32) {
+        const float4 a = attention_load4<ks_bf16>(o.at(row) + 4 * lane, c, d, WIDE),
+                     b = attention_load4<ks_bf16>(d_o.at(row) + 4 * lane, c, d, WIDE);
+        x[i].y = fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, x[i].y))));
+      }
     }
 #pragma unroll
-    for (int i = 1; i < 8; i *= 2)
-      sum += __shfl_xor_sync(KS_FULL_MASK, sum, i);
-    if (lane != 0 || r >= w->n) continue;
-    const int64_t at = attention_back_place(p, w, w->begin + r);
-    sums[r] = make_float2(p->lse[at] * ATTENTION_LOG2E, sum);
-    *(float2 *)(p->dot + 2 * at) = sums[r];
+    for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+      for (int j = 1; j < 8; j *= 2)
+        x[i].y += __shfl_xor_sync(KS_FULL_MASK, x[i].y, j);
+      if (lane != 0) continue;
+      sums[r + i * STEP] = x[i];
+      if (r + i * STEP < w->n)
+        *(float2 *)(p->dot + 2 * attention_back_place(p, w, w->begin + r + i * STEP)) = x[i];
+    }
   }
 }
 
@@ -126,7 +135,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
 #if KS_ATTENTION_HAS_MMA
   typedef attention_back_size<DIM, false> size;
   constexpr int N = size::STREAM, M = size::M, OUT = size::OUT, PARTS = attention_size<DIM>::PARTS;
-  const int row = (int)threadIdx.x / KS_WARP * 16 * M;
+  const int row = attention_warp(p.n_sm) * 16 * M;
   ks_smem smem;
   ks_bf16 *a1 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   ks_bf16 *a2 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
@@ -141,8 +150,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_rows_kern
       a1, attention_back_queries(&p, &w, (const ks_bf16 *)p.q, w.begin), a2,
       attention_back_queries(&p, &w, (const ks_bf16 *)p.d_o, w.begin).first, w.n, p.d);
   attention_back_bring<DIM, false, WIDE>(&ring, 0, &p, &w, w.from);
-  attention_back_sums(&p, &w, row_sums);
-  if ((int)threadIdx.x >= w.n && (int)threadIdx.x < size::TILE) row_sums[threadIdx.x] = make_float2(0, 0);
+  attention_back_sums<DIM, WIDE>(&p, &w, row_sums);
   const int first_seen = attention_back_seen(&p, &w, w.begin + attention_min(row, w.n - 1)),
             last_seen =
                 row < w.n ? attention_back_seen(&p, &w, w.begin + attention_min(row + 16 * M, w.n) - 1) : 0;
@@ -255,7 +263,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_back_keys_kern
   typedef attention_back_size<DIM, true> size;
   constexpr int N = size::STREAM, M = size::M, OUT = size::OUT,
                 PARTS = size::PAIRED ? 1 : attention_size<DIM>::PARTS, OWN = size::SHARE, K = OWN / 16;
-  const int warp = (int)threadIdx.x / KS_WARP;
+  const int warp = attention_warp(p.n_sm);
   ks_smem smem;
   ks_bf16 *a1 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);
   ks_bf16 *a2 = ks_smem_take<ks_bf16>(&smem, (size_t)size::TILE * size::STRIDE);

@@ -15,8 +15,7 @@ struct attention_back_params {
   int64_t kv_stride;
   float scale;  /* not in base 2 */
   float scale2; /* mma: times log2 e, not 0 */
-  int32_t n_heads, n_kv_heads, group, d, width;
-  int32_t zero; /* in place of padding: arguments are compared */
+  int32_t n_heads, n_kv_heads, group, d, width, n_sm;
 };
 static_assert(sizeof(attention_back_params) == 10 * 8 + 8 * 4, "no padding: arguments are compared");
 

@@ -228,7 +228,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 #if KS_ATTENTION_HAS_MMA
   typedef attention_forward_size<DIM> size;
   constexpr int OUT = size::OUT, PARTS = attention_size<DIM>::PARTS, N = ATTENTION_KEYS / 8, M = size::M;
-  const int warp = (int)threadIdx.x / KS_WARP;
   ks_smem smem;
   ks_bf16 *q = ks_smem_take<ks_bf16>(&smem, (size_t)size::ROWS * attention_tile<DIM>::STRIDE);
   attention_ring<DIM> ring;
@@ -237,7 +236,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
   ring.v = ks_smem_take<ks_bf16>(&smem, (size_t)p.n_stages * size::V_SIZE);
   attention_work w;
   if (!attention_work_at(&p, PARTS, size::ROWS, &w)) return;
-  const int part = (int)blockIdx.x % PARTS, row = warp * 16 * M, ahead = ring.last_stage;
+  const int part = (int)blockIdx.x % PARTS, row = attention_warp(p.n_sm) * 16 * M, ahead = ring.last_stage;
 
   attention_load<DIM, size::ROWS, WIDE>(q, attention_queries(&p, &w, (const ks_bf16 *)p.q), w.n_rows, p.d);
   attention_bring_keys<DIM, WIDE>(&ring, &p, &w, w.block);
@@ -285,7 +284,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     }
     if (is_here) attention_accumulate<OUT, M, N / 2, OUT / 8>(o, attention_lane(), weights, v, 0);
   }
-  attention_work_at(&p, PARTS, size::ROWS, &w); /* again: what only the end needs was not kept */
+  if (!attention_work_at(&p, PARTS, size::ROWS, &w)) return; /* again: what only the end needs was not kept */
 #pragma unroll
   for (int m = 0; m < M; m++)
     attention_finish<DIM, WIDE>(&p, &w, part, q, row + 16 * m, o[m], base[m], sum[m]);

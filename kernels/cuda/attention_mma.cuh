@@ -23,6 +23,14 @@ template <int DIM> struct attention_size {
   static constexpr int OUT = DIM > 128 ? 128 : DIM, PARTS = DIM / OUT;
 };
 
+/* The part of its tile that this warp has. Warps of one number run on the same quarter of every SM, and in a causal tile the last
+ * rows (first keys) have the most to do: the two blocks of threads of an SM, which are n_sm apart while all have one, deal theirs
+ * out in opposite order. */
+KS_DEVICE int attention_warp(int n_sm) {
+  const int warp = (int)threadIdx.x / KS_WARP;
+  return (int)blockIdx.x / n_sm % 2 ? ATTENTION_WARPS_MMA - 1 - warp : warp;
+}
+
 template <int COLS> struct attention_tile {
   static constexpr bool SWIZZLED = COLS % 128 == 0;
   static constexpr int STRIDE = SWIZZLED ? COLS : COLS + 8, CHUNKS = COLS / 8;

@@ -19,8 +19,10 @@ struct attention_forward_params {
   int32_t n_stages;                            /* mma: blocks of keys in shared memory */
   int32_t is_negative;                         /* mma: scale is that of -q */
   int32_t n_slices, slice_tiles, round_blocks; /* attention_decode.cuh */
+  int32_t n_sm;
+  int32_t zero; /* in place of padding: arguments are compared */
 };
-static_assert(sizeof(attention_forward_params) == 10 * 8 + 12 * 4, "no padding");
+static_assert(sizeof(attention_forward_params) == 10 * 8 + 14 * 4, "no padding");
 
 /* The work of a block of threads. */
 struct attention_work {
@@ -52,9 +54,9 @@ KS_DEVICE int attention_seen(const attention_forward_params *p, const attention_
 /* Keys from `key` on that the two rows of this thread see, of the 16 from `row` on. */
 KS_DEVICE void attention_seen_here(const attention_forward_params *p, const attention_work *w, int row,
                                    int key, int seen[2]) {
-  const int r = row + attention_lane() / 4;
-  seen[0] = attention_seen(p, w, r) - key;
-  seen[1] = attention_seen(p, w, r + 8) - key;
+  const int r = w->begin + row + attention_lane() / 4; /* beyond the last row: of no matter */
+  seen[0] = w->before + attention_div(r, p->magic) + 1 - key;
+  seen[1] = w->before + attention_div(r + 8, p->magic) + 1 - key;
 }
 /* Row r of the tile among all (query, head). */
 KS_DEVICE int64_t attention_row(const attention_forward_params *p, const attention_work *w, int r) {
