@@ -34,7 +34,7 @@ static ks_status bench_step(ks_bench *b, ks_model *model, const char *name, int6
                                   ks_bench_train_flops(&model->config, RANK, ALL_TARGETS, n_tokens, seq_len)};
   KS_TRY_OUT(ks_bench_ceilings(b, &load, &before));
   KS_TRY_OUT(ks_bench_sample(b, ks_bench_step_once, &s, &samples));
-  char what[32] = "all linear";
+  char what[40] = "all linear";
   if (b->recompute_layers > 0)
     snprintf(what, sizeof what, "%lld layers again", (long long)b->recompute_layers);
   snprintf(shape, sizeof shape, "%lld x %lld tokens, %lld adapter(s), rank %d, %s", (long long)n_seqs,
