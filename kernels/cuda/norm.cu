@@ -46,9 +46,8 @@
 #endif
 
 enum {
-  NORM_BLOCK = 128,         /* of rows that share warps */
-  NORM_FORWARD_BLOCK = 512, /* at most, where a row has a block; both kernels take 64 registers a thread: */
-  NORM_BACKWARD_BLOCK = 512,
+  NORM_BLOCK = 128,     /* of rows that share warps */
+  NORM_ROW_BLOCK = 512, /* at most, where a row has a block; both kernels take 64 registers a thread */
   NORM_THREADS_PER_SM = 1024,
   NORM_FORWARD_HELD = 2, /* pieces of each array in a thread's registers then */
   NORM_BACKWARD_HELD = 1,
@@ -152,7 +151,7 @@ KS_DEVICE void norm_weights(float w[HELD][N], const float *from, int first, int 
 }
 
 template <class T, int GROUP, int HELD, bool WHOLE>
-__global__ void __launch_bounds__(NORM_FORWARD_BLOCK, WHOLE ? NORM_BLOCKS : 1)
+__global__ void __launch_bounds__(NORM_ROW_BLOCK, WHOLE ? NORM_BLOCKS : 1)
     rmsnorm_forward_kernel(const T *x, const float *__restrict__ w, T *y, float *rstd_out, int64_t n_rows,
                            int64_t n_cols, float inverse, float eps) {
   enum { N = ks_piece<T>::N };
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(NORM_FORWARD_BLOCK, WHOLE ? NORM_BLOCKS : 1)
 }
 
 template <class T, int GROUP, int HELD, bool WHOLE>
-__global__ void __launch_bounds__(NORM_BACKWARD_BLOCK, WHOLE ? NORM_BLOCKS : 1)
+__global__ void __launch_bounds__(NORM_ROW_BLOCK, WHOLE ? NORM_BLOCKS : 1)
     rmsnorm_backward_kernel(const T *x, const float *__restrict__ w, const float *rstd_in, const T *dy, T *dx,
                             int64_t n_rows, int64_t n_cols, float inverse, bool accumulate) {
   enum { N = ks_piece<T>::N };
@@ -283,33 +282,35 @@ template <class T> static const norm_shape<T> *norm_shape_for(int64_t n_cols) {
   return s;
 }
 
-/* No more blocks than are on the device at once, and as many rows for each. `threads`: a row's, where a block has one. */
+/* Threads of a row, by its length alone: its group, or a block with `held` pieces a thread. */
+template <class T> static int64_t norm_threads(int64_t n_cols, int64_t held) {
+  const int group = norm_shape_for<T>(n_cols)->group;
+  const int64_t warps = (ks_pieces_of<T>(n_cols) + held * KS_WARP - 1) / (held * KS_WARP);
+  return group ? group : ks_min_i64(warps * KS_WARP, NORM_ROW_BLOCK);
+}
+
+int32_t ks_norm_threads(int64_t n_cols) {
+  return (int32_t)norm_threads<ks_bf16>(n_cols, NORM_FORWARD_HELD);
+}
+
+/* No more blocks than are on the device at once, and as many rows for each. `threads`: a row's. */
 typedef struct {
   dim3 grid, block;
   size_t smem_bytes;
 } norm_geometry;
-static norm_geometry norm_geometry_of(ks_ctx *ctx, int group, int64_t threads, int64_t most, int64_t n_rows) {
-  const int64_t whole_warps = (threads + KS_WARP - 1) / KS_WARP * KS_WARP,
-                block = group ? (int64_t)NORM_BLOCK : ks_min_i64(whole_warps, most),
-                blocks = ks_blocks_for(n_rows, group ? block / group : 1),
+static norm_geometry norm_geometry_of(ks_ctx *ctx, bool shares_warps, int64_t threads, int64_t n_rows) {
+  const int64_t block = shares_warps ? (int64_t)NORM_BLOCK : threads,
+                blocks = ks_blocks_for(n_rows, block / threads),
                 at_once = ks_cuda_device_of(ctx)->n_sm * (NORM_THREADS_PER_SM / block),
                 turns = (blocks + at_once - 1) / at_once;
   return {dim3(ks_blocks_for(blocks, turns)), dim3((unsigned)block),
-          group ? 0 : ks_smem_bytes<float>(KS_WARP)};
-}
-
-int32_t ks_norm_threads(int64_t n_cols) {
-  const int group = norm_shape_for<ks_bf16>(n_cols)->group;
-  const int64_t threads = (ks_pieces_of<ks_bf16>(n_cols) + NORM_FORWARD_HELD - 1) / NORM_FORWARD_HELD,
-                whole_warps = (threads + KS_WARP - 1) / KS_WARP * KS_WARP;
-  return group ? group : (int32_t)ks_min_i64(whole_warps, NORM_FORWARD_BLOCK);
+          shares_warps ? 0 : ks_smem_bytes<float>(KS_WARP)};
 }
 
 template <class T> static ks_status norm_forward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const norm_shape<T> *s = norm_shape_for<T>(a->n_cols);
-  const norm_geometry g = norm_geometry_of(
-      ctx, s->group, (ks_pieces_of<T>(a->n_cols) + NORM_FORWARD_HELD - 1) / NORM_FORWARD_HELD,
-      NORM_FORWARD_BLOCK, a->n_rows);
+  const norm_geometry g =
+      norm_geometry_of(ctx, s->group > 0, norm_threads<T>(a->n_cols, NORM_FORWARD_HELD), a->n_rows);
   const T *x = (const T *)a->x;
   const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->y) && ks_is_aligned_16(a->w);
   return ks_launch_early(ctx, "rmsnorm_forward", s->forward[whole], g.grid, g.block, g.smem_bytes, x, a->w,
@@ -318,9 +319,8 @@ template <class T> static ks_status norm_forward(ks_ctx *ctx, const ks_rmsnorm_a
 
 template <class T> static ks_status norm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a) {
   const norm_shape<T> *s = norm_shape_for<T>(a->n_cols);
-  const norm_geometry g = norm_geometry_of(
-      ctx, s->group, (ks_pieces_of<T>(a->n_cols) + NORM_BACKWARD_HELD - 1) / NORM_BACKWARD_HELD,
-      NORM_BACKWARD_BLOCK, a->n_rows);
+  const norm_geometry g =
+      norm_geometry_of(ctx, s->group > 0, norm_threads<T>(a->n_cols, NORM_BACKWARD_HELD), a->n_rows);
   const T *x = (const T *)a->x;
   const bool whole = ks_is_vector_aligned(x, a->n_cols) && ks_is_aligned_16(a->dy) &&
                      ks_is_aligned_16(a->dx) && ks_is_aligned_16(a->w);
