@@ -7,8 +7,8 @@
  * cache. Flops: 3 n, and for each row and j < d/2 six double operations (the product, the reduction to
  * [-pi/4, pi/4], a conversion) and 20 in float32: bound by memory. Double's rate of 1 : 64 on small cards
  * would not hide a whole sine in double behind a row of few heads; the reduction, which alone needs it, is
- * hidden from 2 heads on. Instructions of bf16 heads of 64 (sm_90): 17 an element, half of what the bytes
- * leave time for.
+ * hidden from 2 heads on (GeForce), or 7 (Orin). Instructions of bf16 heads of 64 (sm_90): 17 an element, half
+ * of what the bytes leave time for.
  *
  * Accuracy: the reduced angle carries the rounding of the product in double and, rounded to float32, 2^-25 of
  * itself; sine and cosine are then within 1.5 units in the last place of float32, for angles up to 2^40.

@@ -348,3 +348,27 @@ Test(shim, exp2_is_as_bad_as_it_may_be) {
   cr_assert(low > N / 4 && high > N / 4);
   cudaFree(dx), cudaFree(dy);
 }
+
+static __global__ void log2_kernel(const float *x, float *y) {
+  y[threadIdx.x] = ks_log2(x[threadIdx.x]);
+}
+
+Test(shim, log2_is_as_bad_as_it_may_be) {
+  enum { N = 1000 };
+  float x[N], y[N];
+  int low = 0, high = 0;
+  for (int i = 0; i < N; i++)
+    x[i] = exp2f((float)(i % 2 ? -126 + 252.0 * rand() / RAND_MAX : -2 + 4.0 * rand() / RAND_MAX));
+  x[0] = 0, x[1] = 1e-40f;
+  float *dx = device_array(N, x), *dy = device_array<float>(N, NULL);
+  cr_assert(launch(log2_kernel, dim3(1), dim3(N), 0, NULL, (const float *)dx, dy) == cudaSuccess);
+  fetch(y, dy, N);
+  cr_assert(y[0] == -INFINITY && y[1] == -INFINITY);
+  for (int i = 2; i < N; i++) {
+    const double ref = log2((double)x[i]), off = ((double)y[i] - ref) / fmax(fabs(ref), 1);
+    cr_assert(fabs(off) <= 0x1p-22 + 0x1p-23);
+    (off > 0 ? high : low)++;
+  }
+  cr_assert(low > N / 4 && high > N / 4);
+  cudaFree(dx), cudaFree(dy);
+}
