@@ -136,6 +136,16 @@ static bool env_is_set(const char *name) {
   return value && *value && strcmp(value, "0") != 0;
 }
 
+/* Graphs hold launches that begin early from CUDA 12.3 on; before, a step with one could not be captured. */
+static bool may_begin_early(const ks_cuda *cuda) {
+  enum { EDGES_WITH_DATA = 12030 };
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return env_is_set("KS_CUDA_PDL") && cuda->device.major >= 9 && driver >= EDGES_WITH_DATA &&
+         runtime >= EDGES_WITH_DATA;
+}
+
 static ks_status cuda_ctx_init(ks_ctx *ctx, const ks_ctx_params *params) {
   ks_cuda *cuda = NULL;
   KS_TRY(ks_alloc_array(&cuda, 1, sizeof *cuda, "cuda context"));
@@ -150,7 +160,7 @@ static ks_status cuda_ctx_init(ks_ctx *ctx, const ks_ctx_params *params) {
   KS_CUDA_TRY(ctx, "cuda", cudaSetDevice(0));
   KS_CUDA_TRY(ctx, "cuda", cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
   KS_TRY(describe_device(ctx));
-  cuda->early_launches = env_is_set("KS_CUDA_PDL") && cuda->device.major >= 9;
+  cuda->early_launches = may_begin_early(cuda);
   if (params->isa && strcmp(params->isa, "auto") != 0 && strcmp(params->isa, cuda->isa_name) != 0)
     return KS_FAIL(KS_EENV, "cuda: the GPU is %s, not '%s'; use \"auto\"", cuda->isa_name, params->isa);
   KS_TRY(ks_cuda_blas_init(ctx));

@@ -22,7 +22,8 @@
  *   KS_CUDA_SYNC=1       every launch is waited for; steps are not recorded
  *   KS_CUDA_NO_GRAPHS=1  steps are not recorded
  *   KS_CUDA_PDL=1        kernels of a recorded step that can (`early` below) begin while those before them end: their blocks
- *                        take up the room that is left and read weights. sm_90 and later; not measured yet, so not the default
+ *                        take up the room that is left and read weights. sm_90 and later, CUDA 12.3; not measured yet, so not
+ *                        the default
  *   KS_CUDA_NO_BLAS=1    as if cuBLASLt were not there;  KS_CUBLASLT=<file>: the library to load
  */
 #ifndef KS_CUDA_H

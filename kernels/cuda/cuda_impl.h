@@ -143,7 +143,7 @@ typedef struct {
   char isa_name[16];
   bool sync_launches;                         /* KS_CUDA_SYNC=1 */
   bool no_graphs;                             /* KS_CUDA_NO_GRAPHS=1 */
-  bool early_launches;                        /* KS_CUDA_PDL=1, on sm_90 and later */
+  bool early_launches;                        /* KS_CUDA_PDL=1, on sm_90 and later, CUDA 12.3 */
   bool capturing;                             /* the stream can then not be asked how it is */
   ks_cuda_variant chosen[KS_CUDA_N_VARIANTS]; /* at the place of an operation's first variant */
   ks_cuda_limit *limits;

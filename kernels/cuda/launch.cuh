@@ -66,7 +66,9 @@ static ks_status ks_launch_early(ks_ctx *ctx, const char *op, void (*kernel)(P..
 
 /* For kernels that may begin before those queued earlier have ended (ks_launch_early). Every thread calls ks_grid_wait once; what
  * earlier kernels write is read, and anything that they read is written, behind it: above it only addresses are made and frozen
- * weights read. ks_grid_start_next: the next such kernel may begin; its blocks come as room for them is left. */
+ * weights read. Also behind it no __ldg and no const __restrict__ pointer to such memory: those loads are for what nobody writes
+ * while the kernel is there, and it is there before the writing ends. ks_grid_start_next: the next such kernel may begin; its
+ * blocks come as room for them is left. */
 KS_DEVICE void ks_grid_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
