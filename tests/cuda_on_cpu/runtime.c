@@ -482,9 +482,15 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
   return ks_shim_result(cudaSuccess);
 }
 
+static bool has_no_room;
+void ks_shim_set_graphs(int on) {
+  has_no_room = !on;
+}
+
 cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
-  (void)stream;
-  return ks_shim_result(exec ? cudaSuccess : cudaErrorInvalidValue);
+  if (!exec) return ks_shim_result(cudaErrorInvalidValue);
+  if (!is_stream(stream_of(stream))) return ks_shim_result(cudaErrorInvalidResourceHandle);
+  return ks_shim_result(has_no_room ? cudaErrorMemoryAllocation : cudaSuccess);
 }
 
 /* Every array of a graph is still there. */
@@ -501,6 +507,7 @@ static bool is_whole(const op_list *ops) {
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   if (!exec) return ks_shim_result(cudaErrorInvalidValue);
+  if (has_no_room) return ks_shim_result(cudaErrorMemoryAllocation);
   if (!is_whole(&exec->work->ops)) return lost_memory("a graph names memory that was freed");
   return enqueue(stream, &(op){.kind = OP_GRAPH, .exec = exec});
 }

@@ -237,6 +237,25 @@ Test(cuda_steps, what_is_counted) {
   host_destroy(with.ctx);
 }
 
+Test(cuda_steps, without_memory_for_graphs_steps_go_one_by_one) {
+  static const program p = {{{AFFINE, 0, 1, 200, 1}, {UPLOAD, 3, 0, 70, 5}, {DELIVER, 3, 0, 9, 0}}, 3};
+  start(&with, "0");
+  start(&without, "1");
+  const ks_cuda_counts *c = ks_cuda_counts_of(with.ctx);
+  ks_shim_set_graphs(0);
+  for (int s = 0; s < MAX_STEPS; s++) {
+    run_step(&with, &p, s, 1);
+    run_step(&without, &p, s, 1);
+  }
+  ks_shim_set_graphs(1);
+  finish(&with);
+  finish(&without);
+  cr_expect(same(&with, &without));
+  cr_expect(c->graphs == 0 && c->graphs_failed == 1 && c->steps_replayed == MAX_STEPS - 1);
+  host_destroy(with.ctx);
+  destroy(without.ctx);
+}
+
 Test(cuda_steps, more_keys_than_are_kept) {
   static const program p = {{{AFFINE, 0, 1, 200, 1}, {DELIVER, 0, 0, 9, 0}, {TWICE, 1, 0, 100, 1}}, 3};
   start(&with, "0");

@@ -32,6 +32,8 @@ void ks_shim_set_smem(size_t bytes_per_block);
 void ks_shim_set_multiprocessors(int n);
 /* While on: capability 9.0 and 227 KiB of shared memory a block, whatever was set. */
 void ks_shim_set_hopper(int on);
+/* While off: there is no memory for a graph on the device (cudaGraphUpload, cudaGraphLaunch). */
+void ks_shim_set_graphs(int on);
 /* From now on cuBLASLt has no algorithm for matrices that are promised to be aligned to less (1: for all). */
 void ks_shim_set_blas_alignment(uint32_t bytes);
 /* Device bytes and pinned host bytes held now: 0 when everything was freed. */
