@@ -14,7 +14,8 @@
 #         reruns      the quickstart on the GPU again, and again without CUDA graphs: equal bits
 #         goals       keepsake bench goals in turn with experiments/bench_peers.py; alone where python3 has no PyTorch
 #         variants    bench goals again with kernels that no default takes: head_loss=wgmma, similarity=wgmma, linear_*=wgmma where
-#                     the device has compute capability 9.0, decoding with KS_CUDA_PDL=1 from there on; else skipped
+#                     the device has compute capability 9.0, head_loss=fused and decoding with KS_CUDA_PDL=1 from there on; else
+#                     skipped
 #         profile     ncu of the N cases that are furthest from their goals (5); skipped without it
 #         sanitizer   compute-sanitizer memcheck, racecheck, initcheck, synccheck on the operations' suites; skipped without it
 #         bench       keepsake bench, and each variant of each operation
@@ -367,6 +368,7 @@ run_goals() {
 variants() {
   cat <<'END'
 head_wgmma 9.0 head_* --variants=head_loss=wgmma
+head_fused 9.0+ head_* --variants=head_loss=fused
 similarity_wgmma 9.0 similarity* --variants=similarity=wgmma
 linear_wgmma 9.0 train_*,step_* --variants=linear_forward=wgmma,linear_backward=wgmma
 decode_pdl 9.0+ decode_3b,decode_1b - KS_CUDA_PDL=1
