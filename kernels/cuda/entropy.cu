@@ -200,7 +200,7 @@ typedef struct {
   float e, v;
 } entropy_term;
 
-/* |x| times a power of two that brings the largest to 1, which is exact. */
+/* |x| times a power of two that brings the largest to [1, 2), which is exact. */
 struct entropy_abs {
   float scale;
 
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(ENTROPY_WARPS *KS_WARP, ENTROPY_BLOCKS)
       entropy_count<PLACE>(row, counts, a.copies, bins);
       __syncthreads();
       const entropy_logs l = entropy_gather(entropy_logs_of(counts, a.n_bins, a.copies, row.n), logs);
-      result = l.all ? 0.0 : a.log2_n - l.sum / (double)a.n_cols;
+      if (threadIdx.x == 0) result = l.all ? 0.0 : a.log2_n - l.sum / (double)a.n_cols;
     }
   }
   if (threadIdx.x == 0) h[blockIdx.x] = result;
