@@ -129,7 +129,7 @@ template <int NJ> static size_t attention_forward_simt_smem() {
 template <class T>
 __global__ void __launch_bounds__(ATTENTION_THREADS)
     attention_combine_kernel(attention_forward_params p, const attention_split_row *rows, int n_rows) {
-  const int warp = ((int)blockIdx.x * ATTENTION_THREADS + (int)threadIdx.x) / KS_WARP;
+  const int warp = (int)blockIdx.x * ATTENTION_WARPS + (int)threadIdx.x / KS_WARP;
   const int lane = (int)threadIdx.x % KS_WARP, head = warp % p.n_heads, cols = attention_partial_cols(p.d);
   if (warp / p.n_heads >= n_rows) return;
   const attention_split_row row = rows[warp / p.n_heads];
