@@ -65,15 +65,15 @@
  * warp a query: up to 32 short lists are picked from as a tile's scores are, a lane having one and reading four of its
  * entries ahead; of more, first the heads say which can matter.
  *
- * Means: 64 keys by a tree in double, such stretches by 32 chains and a tree.
+ * Means: 64 keys in whole numbers (sim_sum), such stretches in double by 32 chains and a tree.
  *
  * Farthest first: a launch a pick. Each block finds the pick among the blocks' farthest of the launch
  * before, compares its keys with that row, and leaves its own farthest: no barrier over the grid, which
  * would need all blocks on the card at once and costs about as much as a launch, and no word from the host.
  *
- * Float64 is left where it is rare, as Orin and GeForce have 2 of its operations a cycle and SM: sums of 64 scores of a
- * mean (9 warp instructions of 16 cycles there: 144 cycles where the products of these scores, d = 768, take 50 to 100:
- * the mean is bound by them), norms beyond float32.
+ * Float64 is left where it is rare, norms beyond float32 and sums of stretches: Orin and GeForce have 2 of its operations
+ * a cycle and SM, 16 cycles a warp's. A tree in double over the 64 scores of a mean took 9 of them, 144 cycles, where the
+ * products of these scores (d = 768) take 50 to 100; 1 / norm took 35, twice for 16 keys of stream.
  *
  * Norms, each kept in two floats (Knuth's exact sum). bf16 and I8: squares of 16 columns by tensor cores, from zero, four
  * of these as a tree, then joined: sums in order of the columns, whatever the kernel. Relative error of |row|^2: at
@@ -101,11 +101,11 @@
  *               stage; four times as many threads, sums of one query unrolled: 0.02 expected
  *   v3          wgmma, a choice; short lists of parts merged by joins, four side by side, 16 read at once: 16 parts of a
  *               query 1.7 us rather than 5 (k = 10) to 9 (k = 32). Computed, not measured yet
- *   v4          short lists of the shapes with norms (few, mid, big) picked, not inserted: 256 x 2048, best 16, had 49
- *               insertions a query and part, 4 queries a warp: 33 us, which v3 left out of its 16; now 14. The shortcut
- *               for tiles where nothing passes never held for tiles of fewer queries than the shape's. Lists of all
- *               lengths are entries; merging picks: 2.6 us for 7. Factors without float64: Orin, 1 x n x 768, 44 % of
- *               the stream's time. The pass for norms loads ahead. Computed, not measured yet
+ *   v4          short lists of few, mid and big picked, not inserted: 256 x 2048, best 16, had 49 insertions a query
+ *               and part, 4 queries a warp: 33 us, which v3 left out of its 16; now 14. The shortcut for tiles where
+ *               nothing passes never held where queries were fewer than a tile's. Lists of all lengths are entries;
+ *               merging picks: 2.6 us for 7. Factors and means without float64: on Orin they took 44 % of the time of
+ *               1 x n x 768, and twice that of the products. The pass for norms loads ahead. Not measured yet
  *   considered  norms inside tile: 4 of 36 mma more for each block, 12 % of 330 us, where the pass is 36 us; see also
  *               similarity_wgmma.cu
  *   next, not built: clusters with multicast for one buffer's size; the merge of a tile of queries by several blocks; int8

@@ -34,9 +34,10 @@ KS_HOST_DEVICE constexpr bool sim_may_finish(int shape) {
  */
 typedef enum { SIM_PICK_NONE, SIM_PICK_FIRST, SIM_PICK_FARTHEST } sim_pick;
 
+/* Of a stretch: sum 2^(e - 183), e the largest exponent field of a score. 255: the bits of a float32 that is no number. */
 struct sim_partial {
-  double sum;
-  int64_t count;
+  int64_t sum;
+  int32_t e, count;
 };
 /* A key and its largest similarity to the chosen; index -1: no key. */
 struct sim_far {
@@ -417,20 +418,63 @@ KS_DEVICE void sim_merge(const sim_job &j, int64_t q, sim_entry *list, int lane)
   __syncwarp();
 }
 
+/* ---------------------------------------------------------------- means */
+
+/* Sum of `count` scores, the others 0: N of a lane, and those of the lanes whose numbers differ in LOW, 2 LOW .. HIGH / 2. In
+ * whole numbers, so of the same bits in any order; only what lies 2^33 below the largest loses bits, less than 2^-50 of it
+ * in all. For all lanes of a warp. */
+template <int N, int LOW, int HIGH> KS_DEVICE sim_partial sim_sum(const float v[N], int count) {
+  sim_partial p = {0, 1, count};
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    p.e = max(p.e, (int)(ks_float_to_bits(v[i]) >> 23 & 255u));
+#pragma unroll
+  for (int d = LOW; d < HIGH; d *= 2)
+    p.e = max(p.e, __shfl_xor_sync(KS_FULL_MASK, p.e, d));
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const uint32_t bits = ks_float_to_bits(v[i]), field = bits >> 23 & 255u;
+    const uint64_t m = (bits & 0x7fffffu) | (field ? 0x800000u : 0u);
+    const int64_t x = (int64_t)(m << 33 >> min(p.e - (field ? (int)field : 1), 63));
+    p.sum += bits >> 31 ? -x : x;
+  }
+#pragma unroll
+  for (int d = LOW; d < HIGH; d *= 2)
+    p.sum += __shfl_xor_sync(KS_FULL_MASK, p.sum, d);
+  if (__any_sync(KS_FULL_MASK, p.e == 255)) {
+    float far = 0.0f; /* of infinities and NaN alone, so of any order */
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      far += fabsf(v[i]) < INFINITY ? 0.0f : v[i];
+#pragma unroll
+    for (int d = LOW; d < HIGH; d *= 2)
+      far += __shfl_xor_sync(KS_FULL_MASK, far, d);
+    if (p.e == 255) p.sum = ks_float_to_bits(far);
+  }
+  return p;
+}
+
 /* The stretches of query q: 32 chains in rising order, then a tree. */
 KS_DEVICE void sim_mean(const sim_job &j, int64_t q, int lane) {
   const int64_t n = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
-  double sum = 0.0, count = 0.0; /* counts are exact */
+  double sum = 0.0;
+  int64_t count = 0;
 #pragma unroll 4
   for (int64_t i = lane; i < n; i += KS_WARP) {
-    sum += __ldcg(&j.partial[q * n + i].sum);
-    count += (double)__ldcg((const long long *)&j.partial[q * n + i].count);
+    const sim_partial *p = j.partial + q * n + i;
+    const int64_t part = __ldcg((const long long *)&p->sum);
+    const uint32_t e = (uint32_t)__ldcg(&p->e);
+    sum += e == 255u ? (double)ks_bits_to_float((uint32_t)part)
+                     : (double)part * ((double)ks_bits_to_float(e << 23) * 0x1p-56);
+    count += __ldcg(&p->count);
   }
   sum = ks_warp_sum(sum);
-  count = ks_warp_sum(count);
+#pragma unroll
+  for (int d = KS_WARP / 2; d > 0; d /= 2)
+    count += __shfl_xor_sync(KS_FULL_MASK, count, d);
   if (lane != 0) return;
-  j.mean[q] = count > 0.0 ? sum / count : (double)NAN;
-  j.count[q] = (int64_t)count;
+  j.mean[q] = count > 0 ? sum / (double)count : (double)NAN;
+  j.count[q] = count;
 }
 
 /* ---------------------------------------------------------------- farthest first */

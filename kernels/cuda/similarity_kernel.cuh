@@ -175,16 +175,16 @@ SIM_APART sim_take_mean(const sim_job &j, int64_t q0, int64_t k0, int n_queries)
   for (int n = sim_warp(); n < n_queries; n += sim_shared<P>::WARPS) {
     const int32_t group = j.groups ? j.query_groups[q0 + n] : 0;
     for (int at = 0; at < P::BM && k0 + at < j.k.n_rows; at += SIM_STRETCH) {
-      double sum = 0.0;
+      float v[SIM_STRETCH / KS_WARP];
       int count = 0;
 #pragma unroll
-      for (int m = at; m < at + SIM_STRETCH; m += KS_WARP) {
-        const bool counts = k0 + m + lane < j.k.n_rows && sh.groups[m + lane] == group;
-        sum += counts ? (double)*sh.score(n, m + lane) : 0.0;
+      for (int i = 0; i < SIM_STRETCH / KS_WARP; i++) {
+        const int m = at + i * KS_WARP + lane;
+        const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
+        v[i] = counts ? *sh.score(n, m) : 0.0f;
         count += __popc(__ballot_sync(KS_FULL_MASK, counts));
       }
-      sum = ks_warp_sum(sum);
-      const sim_partial p = {sum, count};
+      const sim_partial p = sim_sum<SIM_STRETCH / KS_WARP, 1, KS_WARP>(v, count);
       if (lane == 0) j.partial[(q0 + n) * n_stretches + (k0 + at) / SIM_STRETCH] = p;
     }
   }

@@ -185,7 +185,7 @@ KS_DEVICE void sim_tile_take_matrix(const sim_job &j, sim_tile *c, int64_t q0, i
   });
 }
 
-/* The tree of sim_take_mean: keys 32 apart, then 16, 8, 4, 2, 1. One query after another, from local memory. */
+/* One query after another, from local memory. */
 KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, sim_tile *c, int64_t q0,
                                   int64_t k0) {
   const int64_t n_stretches = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
@@ -195,26 +195,20 @@ KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, s
   for (int column = 0; column < 2 * sim_tile::N_TILES; column++) {
     const int first = column / 2 * 4 + column % 2, n = sim_tile_sums::query(first);
     const int32_t group = sh.query_groups[n];
-    double part[2][2];
+    float v[2 * sim_tile::M_TILES];
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < sim_tile::M_TILES; i++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int m = c->first_m() + 16 * i + 8 * h;
-        const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
-        const double v = counts ? (double)x[first + 4 * sim_tile::N_TILES * i + 2 * h] : 0.0;
-        part[i % 2][h] = (i < 2 ? 0.0 : part[i % 2][h]) + v;
-        count += counts;
-      }
-    double sum = (part[0][0] + part[1][0]) + (part[0][1] + part[1][1]);
-#pragma unroll
-    for (int d = 16; d >= 4; d /= 2) {
-      sum += __shfl_xor_sync(KS_FULL_MASK, sum, d);
-      count += __shfl_xor_sync(KS_FULL_MASK, count, d);
+    for (int i = 0; i < 2 * sim_tile::M_TILES; i++) {
+      const int m = c->first_m() + 8 * i;
+      const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
+      v[i] = counts ? x[first + 4 * sim_tile::N_TILES * (i / 2) + 2 * (i % 2)] : 0.0f;
+      count += counts;
     }
+#pragma unroll
+    for (int d = 16; d >= 4; d /= 2)
+      count += __shfl_xor_sync(KS_FULL_MASK, count, d);
+    const sim_partial p = sim_sum<2 * sim_tile::M_TILES, 4, KS_WARP>(v, count);
     const int64_t stretch = k0 / SIM_STRETCH + c->warp() / sim_tile::WARPS_N;
-    const sim_partial p = {sum, count};
     if (c->lane() < 4 && q0 + n < j.q.n_rows && stretch < n_stretches)
       j.partial[(q0 + n) * n_stretches + stretch] = p;
   }

@@ -9,7 +9,7 @@
  *   warps 1 - 3  factors and groups of the tile's 256 keys, one tile ahead, in two sets with barriers of their own
  *   warps 4 - 11 64 queries x 256 keys a warpgroup; scores; then, as in similarity_tile.cu:
  *     matrix     two keys of a query an instruction (8 bytes; a sector a quad)
- *     mean       four stretches of 64 keys of each query, the tree of sim_take_mean
+ *     mean       four stretches of 64 keys of each query
  *     best       floor of the first tile: of eight groups of 32 scores, the least of their fourth best; about 50 of 256 pass. A
  *                buffer of 16 or more is sorted and joined with its list by the warp
  *
@@ -254,7 +254,7 @@ template <int MODE> struct sim_wide_work {
     }
   }
 
-  /* Stretches of 64 keys: keys 32 apart, 16, 8, then over lanes 4, 2, then 1. One after another, from local memory. */
+  /* Stretches of 64 keys, one after another, from local memory. */
   KS_DEVICE void take_mean(const wg_tile &t, float (&acc)[SIM_WIDE_KEYS / 2]) const {
     const int64_t n_stretches = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
     const int32_t *groups = sh.groups + t.tag % SIM_WIDE_SETS * SIM_WIDE_KEYS;
@@ -265,27 +265,19 @@ template <int MODE> struct sim_wide_work {
       const int h = i % 2, stretch = i / 2;
       const int64_t q = q0 + wg_row(h), at = t.col / SIM_STRETCH + stretch;
       const int32_t group = j.groups && q < j.q.n_rows ? j.query_groups[q] : 0;
-      double sum[2];
+      float v[16];
       int count = 0;
 #pragma unroll
-      for (int c = 0; c < 2; c++) {
-        double v[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-          const int m = wg_col(8 * stretch + e, c);
-          const bool counts = t.col + m < j.k.n_rows && groups[m] == group;
-          v[e] = counts ? (double)x[4 * (8 * stretch + e) + 2 * h + c] : 0.0;
-          count += counts;
-        }
-        sum[c] = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#pragma unroll
-        for (int d = 2; d > 0; d /= 2)
-          sum[c] += __shfl_xor_sync(KS_FULL_MASK, sum[c], d);
+      for (int e = 0; e < 16; e++) {
+        const int m = wg_col(8 * stretch + e / 2, e % 2);
+        const bool counts = t.col + m < j.k.n_rows && groups[m] == group;
+        v[e] = counts ? x[4 * (8 * stretch + e / 2) + 2 * h + e % 2] : 0.0f;
+        count += counts;
       }
 #pragma unroll
       for (int d = 2; d > 0; d /= 2)
         count += __shfl_xor_sync(KS_FULL_MASK, count, d);
-      const sim_partial p = {sum[0] + sum[1], count};
+      const sim_partial p = sim_sum<16, 1, 4>(v, count);
       if (lane() % 4 == 0 && q < j.q.n_rows && at < n_stretches) j.partial[q * n_stretches + at] = p;
     }
   }

@@ -507,6 +507,14 @@ static int64_t run_not_finite(ks_ctx *ctx, const void *test_case, const char *na
   const int64_t by_dot[] = {3, 5, 8, 1, 4, 2, 7, 0, 6, -1, -1};
   bad += memcmp(index, by_dot, sizeof by_dot) != 0;
   bad += !(isnan(scores[7]) && isnan(scores[8]) && scores[9] == -INFINITY && scores[6] == -INFINITY);
+  const int32_t groups[K] = {0, 1, 2, 1, 3, 3, 4, 2, 4};
+  const double means[] = {NAN, INFINITY, -INFINITY, 1.5, NAN};
+  for (int32_t g = 0; g < 5; g++) {
+    double mean;
+    int64_t count;
+    bad += ks_similarity_mean(ctx, &a, groups, &g, &mean, &count) != KS_OK;
+    bad += count != (g ? 2 : 1) || !(mean == means[g] || (isnan(mean) && isnan(means[g])));
+  }
   a.metric = COSINE;
   bad += ks_similarity_top(ctx, &a, 5, scores, index) != KS_OK;
   const int64_t by_cosine[] = {1, 5, 8, 4, 2};
@@ -554,6 +562,36 @@ static int64_t run_range(ks_ctx *ctx, const void *test_case, const char *name, k
 
 Test(similarity, norms_beyond_float32) {
   cr_assert(ks_test_everywhere("similarity", 202, NULL, run_range) == 0);
+}
+
+/* Means of scores below float32's normal range, of both signs, and of sizes far apart. */
+static int64_t run_mean_range(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { K = 9, D = 4, GROUPS = 4 };
+  (void)test_case;
+  const float q[D] = {1}, of_key[K] = {1e-40f, 3e-40f, -1e-38f, -3e38f, -2e38f, 1, 0x1p-25f, -1, 0x1p-30f};
+  const int32_t groups[K] = {0, 0, 1, 2, 2, 3, 3, 3, 3};
+  const double means[GROUPS] = {((double)of_key[0] + (double)of_key[1]) / 2, (double)of_key[2],
+                                ((double)of_key[3] + (double)of_key[4]) / 2, (0x1p-25 + 0x1p-30) / 4};
+  float k[K * D] = {0};
+  int64_t bad = 0;
+  for (int j = 0; j < K; j++)
+    k[j * D] = of_key[j];
+  ks_guard gq = ks_guard_make(ctx, q, D), gk = ks_guard_make(ctx, k, K * D);
+  const ks_similarity_args a = {.q = gq.p, .k = gk.p, .n_q = 1, .n_k = K, .n_cols = D, .metric = DOT};
+  for (int32_t g = 0; g < GROUPS; g++) {
+    double mean;
+    int64_t count;
+    bad += ks_similarity_mean(ctx, &a, groups, &g, &mean, &count) != KS_OK;
+    if (mean != means[g]) fprintf(stderr, "%s: mean %g, wants %g\n", name, mean, means[g]);
+    bad += mean != means[g];
+  }
+  ks_results_add(out, k, K * D);
+  ks_guard_free(&gq), ks_guard_free(&gk);
+  return bad;
+}
+
+Test(similarity, means_of_any_size) {
+  cr_assert(ks_test_everywhere("similarity", 205, NULL, run_mean_range) == 0);
 }
 
 /* Points on a circle: the traversal can be followed by hand. */
