@@ -87,20 +87,25 @@ template <class S> KS_DEVICE mma_place mma_place_of(const linear_product &p) {
 
 template <class S>
 KS_DEVICE void load_x(ks_bf16 *stage, const linear_product &p, const mma_place &at, int k0) {
-  const int piece = (int)threadIdx.x % 4;
-  tile_load_rows<4, MMA_THREADS / 4, S::BM * 4 / MMA_THREADS>(
-      stage, (int)threadIdx.x / 4, piece, (const ks_bf16 *)p.x + (int64_t)at.m0 * S::n_k(p), k0 + 8 * piece,
-      S::n_k(p), at.n_rows - at.m0, at.x_aligned);
+#pragma unroll(S::BLOCKS ? 1 : 2) /* codes need the registers */
+  for (int i = 0; i < S::BM * 4 / MMA_THREADS; i++) {
+    const int index = i * MMA_THREADS + (int)threadIdx.x, row = index / 4, piece = index % 4;
+    tile_load_8(tile_at<4>(stage, row, piece), (const ks_bf16 *)p.x + (int64_t)(at.m0 + row) * S::n_k(p),
+                k0 + 8 * piece, S::n_k(p), at.m0 + row < at.n_rows, at.x_aligned);
+  }
 }
 
 template <class S>
 KS_DEVICE void load_w(ks_bf16 *stage, const linear_product &p, const mma_place &at, int k0) {
-  const int row = S::BACKWARD ? k0 : at.n0, col = S::BACKWARD ? at.n0 : k0,
-            piece = (int)threadIdx.x % S::W_PIECES;
-  tile_load_rows<S::W_PIECES, MMA_THREADS / S::W_PIECES, MMA_W / 8 / MMA_THREADS>(
-      stage, (int)threadIdx.x / S::W_PIECES, piece,
-      (const ks_bf16 *)(const void *)p.w.values + row * p.w.n_in, col + 8 * piece, p.w.n_in,
-      (int)p.w.n_out - row, at.w_aligned);
+  const ks_bf16 *w = (const ks_bf16 *)(const void *)p.w.values;
+#pragma unroll
+  for (int i = 0; i < MMA_W / 8 / MMA_THREADS; i++) {
+    const int index = i * MMA_THREADS + (int)threadIdx.x, line = index / S::W_PIECES,
+              piece = index % S::W_PIECES;
+    const int row = (S::BACKWARD ? k0 : at.n0) + line, col = (S::BACKWARD ? at.n0 : k0) + 8 * piece;
+    tile_load_8(tile_at<S::W_PIECES>(stage, line, piece), w + (int64_t)row * p.w.n_in, col, p.w.n_in,
+                row < p.w.n_out, at.w_aligned);
+  }
 }
 
 /* Sixteen codes of a step, on their way to shared memory. */

@@ -20,7 +20,7 @@
  * Determinism: slices depend on n_cols alone; which block is last does not matter; a row's u does not depend on its tile.
  * Alignment: rows of x that are no multiples of 16 bytes are read element by element, and so is R.
  *
- * H200, sm_90, from the compiler: 96 and 128 registers (8 and 24 ranks, 128 rows), no spills; 75 and 70 KB shared memory, three
+ * H200, sm_90, from the compiler: 114 and 159 registers (8 and 24 ranks, 128 rows), no spills; 75 and 70 KB shared memory, three
  * blocks an SM. Hot loop: 8 mma a step of 64 columns and 32 rows of a warp for 8 ranks, 24 for 24; 200 and 290 instructions on
  * the path without odd sizes, 350 and 650 with masks, against 950 clocks in which the step's bytes come.
  * Computed (OpenLLaMA-3B, 3200 columns, rank 8; not measured yet), predicted at 80 % of a read at 4.5 TB/s, 2 to 3 us a launch:
@@ -148,10 +148,13 @@ KS_DEVICE void shrink_multiply(float (&acc)[MT][NT][4], const shrink_room<MT, NT
   ks_bf16 *x = room.x + stage * S::X;
   const float *r = room.r + stage * S::R + g * SHRINK_R_STRIDE + 2 * t;
   uint32_t mask[MT][NT][2];
+  auto read_mask = [&](int m, int j) {
+    shrink_read_mask(mask[m][j], room.mask + stage * S::MASK + at.mask_map[j] * S::ROWS * 16,
+                     (warp * MT + m) * 16 + g, t);
+  };
 #pragma unroll
-  for (int i = 0; MASKED && i < MT * NT; i++)
-    shrink_read_mask(mask[i / NT][i % NT], room.mask + stage * S::MASK + at.mask_map[i % NT] * S::ROWS * 16,
-                     (warp * MT + i / NT) * 16 + g, t);
+  for (int i = 0; MASKED && NT < 8 && i < MT * NT; i++)
+    read_mask(i / NT, i % NT);
 #pragma unroll
   for (int k = 0; k < SHRINK_K / 16; k++) {
     uint32_t a[MT][4];
@@ -167,6 +170,7 @@ KS_DEVICE void shrink_multiply(float (&acc)[MT][NT][4], const shrink_room<MT, NT
 #pragma unroll
       for (int m = 0; m < MT; m++) {
         uint32_t kept[4];
+        if (MASKED && NT == 8) read_mask(m, j); /* for each product: registers */
         if (MASKED) lora_mask(kept, a[m], mask[m][j], step % 2 * 4 + k);
         ks_mma_bf16(acc[m][j], MASKED ? kept : a[m], b);
       }
@@ -261,7 +265,7 @@ KS_DEVICE void shrink_combine(const lora_work &p, const lora_job &job, const shr
 
 /* split: a block does one slice of a row's columns, and the last of a tile's blocks adds them up. */
 template <int MT, int NT>
-__global__ void __launch_bounds__(LORA_THREADS)
+__global__ void __launch_bounds__(LORA_THREADS, 3)
     lora_shrink_kernel(const __grid_constant__ lora_work p, int64_t split) {
   typedef shrink_room<MT, NT> S;
   constexpr int PIECES = LORA_TILE_ROWS / S::ROWS;
