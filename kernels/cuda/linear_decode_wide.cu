@@ -13,12 +13,13 @@
  * split, so nothing is summed across warps. Stages of 64 k of x and W come by cp.async through one ring, 48 to 96 KB of it,
  * two blocks an SM: 128 to 192 KB under way, where 4.5 TB/s and 800 ns want 27 KB of W and as much of x. One barrier a
  * stage. Codes come through registers, four stages ahead, and are unpacked into two stages of W in turn. While the ring
- * fills, a warp makes its rows' adapters' terms: of sixteen rows at a time, the operands of three or four segments on their
+ * fills, a warp makes its rows' adapters' terms: of sixteen rows at a time, the operands of two or four segments on their
  * way at once.
  *
  * A stage in the disassembly (sm_90), 64 rows by 64 outputs: 32 mma, 16 ldmatrix, 8 copies of 512 bytes and 210 others a
  * warp, 267 clocks for four warps; products 213 clocks at 60 % of wgmma's rate; shared memory 48 KB, 375 clocks; its bytes
- * at 17 + 17 bytes a clock and SM, 480. Resources: 190 to 245 registers (codes 149 to 244), 128 threads, no spills.
+ * at 17 + 17 bytes a clock and SM, 480. Resources: 148 to 255 registers (codes 139 to 254), 128 threads
+ * (16 rows by 32 outputs 64), no spills.
  *
  * Order of sums: linear_decode.cuh. A row has the same bits as in linear_decode_few.cu and linear_mma.cu, whatever the
  * tile. Serial chain L = n_in / 128 mma + 8. Rows are the mma's own rows: none sees another. Alignment: rows of x and bf16
@@ -80,8 +81,9 @@ template <int MT, int NT, bool BLOCKS_> struct wide_shape {
   static constexpr int LINES = THREADS / WIDE_PIECES, X_TURNS = ROWS / LINES,
                        W_TURNS = N / LINES;                                   /* of copies */
   static constexpr int CODE_LINES = THREADS / 4, CODE_TURNS = N / CODE_LINES; /* sixteen codes a thread */
-  static constexpr int BLOCKS_SM = BLOCKS && MT < 4 ? 3 : 2;
-  static constexpr int SEGMENTS = BLOCKS ? 1 : MT == 4 ? 3 : 4; /* whose adapters are on their way at once */
+  static constexpr int BLOCKS_SM = BLOCKS && MT == 1 ? 3 : 2;
+  /* segments whose adapters are on their way at once */
+  static constexpr int TERMS = BLOCKS ? 1 : MT * NT == 16 ? 2 : 4;
   static size_t bytes() {
     return ks_smem_bytes<ks_bf16>(STAGES * X) + ks_smem_bytes<ks_bf16>(W_STAGES * W) +
            ks_smem_bytes<float>(16);
@@ -93,6 +95,7 @@ struct wide_place {
   decode_halves of;
   int row0, line0, g, t; /* first row and line of W in the tile */
   bool swiglu;
+  int out0, n_out; /* output of the first line; outputs of the parts */
 };
 
 /* Lines of a tile are outputs; with SwiGLU the first half of each warp's is gate's, the second the same of up. */
@@ -105,6 +108,12 @@ template <class S> KS_DEVICE wide_line wide_line_of(const wide_place &at, int li
   if (!at.swiglu) return {at.of.part[0], at.of.n0[0] + line};
   const bool up = line % OF_WARP >= HALF;
   return {up ? at.of.part[1] : at.of.part[0], at.of.n0[0] + line / OF_WARP * HALF + line % HALF};
+}
+
+/* Part and first output of the n-th eight of a warp's lines. */
+template <class S> KS_DEVICE wide_line wide_eight_of(const wide_place &at, int n) {
+  const bool up = at.swiglu && n >= S::NI / 2;
+  return {up ? at.of.part[1] : at.of.part[0], at.out0 + (at.swiglu ? 8 * n % (4 * S::NI) : 8 * n)};
 }
 
 /* ---------------------------------------------------------------- x and W on their way */
@@ -313,12 +322,12 @@ KS_DEVICE void wide_load_ranks(wide_ranks<S> *r, const decode_args &p, const wid
   }
 #pragma unroll
   for (int n = 0; n < S::NI; n++) {
-    const int64_t out = wide_line_of<S>(at, at.line0 + 8 * n + at.g).out;
-    const bool there = wide_is_of<S>(at, n, half) && out < part.w.n_out;
+    const int out = (int)wide_eight_of<S>(at, n).out + at.g;
+    const bool there = wide_is_of<S>(at, n, half) && out < at.n_out;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int rank = k + 2 * at.t + i / 2 * 8 + i % 2;
-      r->b[n][i] = there && rank < seg.rank ? seg.b_t[rank * part.w.n_out + out] * seg.scale : 0.0f;
+      r->b[n][i] = there && rank < seg.rank ? seg.b_t[(int64_t)rank * at.n_out + out] * seg.scale : 0.0f;
     }
   }
 }
@@ -349,7 +358,7 @@ KS_DEVICE void wide_add_segment(wide_sums<S> &term, const decode_args &p, const 
 
 /* The terms of the m-th sixteen of the warp's rows. Lanes look for its segments, 32 at a time; the operands of several are on their
  * way at once. */
-template <class S>
+template <class S, int SEGMENTS>
 KS_DEVICE void wide_terms(wide_sums<S> &term, const decode_args &p, const wide_place &at, int m, int half,
                           int r0) {
   const int lane = (int)threadIdx.x % KS_WARP, row0 = at.row0 + 16 * m;
@@ -362,11 +371,11 @@ KS_DEVICE void wide_terms(wide_sums<S> &term, const decode_args &p, const wide_p
     uint32_t which = __ballot_sync(KS_FULL_MASK, base + lane < n_segs && rows.n_rows > 0 && one.rank > r0 &&
                                                      begin < 16 && end > 0);
     while (which) {
-      wide_segment seg[S::SEGMENTS];
-      wide_ranks<S> ranks[S::SEGMENTS];
-      const int n = min(__popc(which), (int)S::SEGMENTS);
+      wide_segment seg[SEGMENTS];
+      wide_ranks<S> ranks[SEGMENTS];
+      const int n = min(__popc(which), (int)SEGMENTS);
 #pragma unroll
-      for (int i = 0; i < S::SEGMENTS; i++) {
+      for (int i = 0; i < SEGMENTS; i++) {
         const int from = max(__ffs((int)which) - 1, 0);
         const uint64_t b_t = __shfl_sync(KS_FULL_MASK, (uint64_t)(uintptr_t)one.b_t, from);
         seg[i] = {__shfl_sync(KS_FULL_MASK, begin, from), __shfl_sync(KS_FULL_MASK, end, from),
@@ -376,25 +385,65 @@ KS_DEVICE void wide_terms(wide_sums<S> &term, const decode_args &p, const wide_p
         which &= which - 1;
       }
 #pragma unroll
-      for (int i = 0; i < S::SEGMENTS; i++)
+      for (int i = 0; i < SEGMENTS; i++)
         if (i < n) wide_add_segment<S>(term, p, at, seg[i], m, half, r0, ranks[i]);
     }
   }
 }
-template <class S>
+template <class S, int SEGMENTS>
 KS_DEVICE void wide_all_terms(wide_sums<S> &term, const decode_args &p, const wide_place &at, int r0) {
 #pragma unroll 1 /* short code, as above */
   for (int i = 0; i < S::MI * (1 + at.swiglu); i++)
-    wide_terms<S>(term, p, at, i % S::MI, i / S::MI, r0);
+    wide_terms<S, SEGMENTS>(term, p, at, i % S::MI, i / S::MI, r0);
 }
 
 /* ---------------------------------------------------------------- results */
 
-/* The last additions of one output; from: an array of the type of y. */
-template <class Y> KS_DEVICE float wide_last(const decode_part &part, int64_t row, int64_t out, float total) {
-  if (part.bias) total += part.bias[out];
-  if (part.residual) total += ks_to_float(((const Y *)part.residual)[row * part.w.n_out + out]);
-  return total;
+/* A lane's i-th two sums: outputs 2 t and 2 t + 1 of the n-th eight of its warp's, of row g + 8 h of the m-th sixteen. */
+struct wide_two {
+  int m, n, h, part;
+  int out;            /* in a row of y */
+  int64_t at;         /* in y */
+  bool first, second; /* are there */
+};
+template <class S> KS_DEVICE wide_two wide_two_of(const decode_args &p, const wide_place &at, int i) {
+  const int m = i / 2 / S::NI, n = i / 2 % S::NI, h = i % 2, row = at.row0 + 16 * m + at.g + 8 * h;
+  const wide_line line = wide_eight_of<S>(at, n);
+  const int out = (int)line.out + 2 * at.t;
+  const bool is_there = row < (int)p.n_rows && out < at.n_out;
+  return {m, n, h, line.part, out, (int64_t)row * at.n_out + out, is_there, is_there && out + 1 < at.n_out};
+}
+/* Whether two outputs may be one access. */
+template <class Y> KS_DEVICE bool wide_pairs(const wide_place &at, const Y *y) {
+  return at.n_out % 2 == 0 && ((uintptr_t)y & (2 * sizeof(Y) - 1)) == 0;
+}
+
+/* Adds bias and residual (float32 results have none), all of them asked for before the first is used. */
+template <class S>
+KS_DEVICE void wide_add_last(wide_sums<S> &total, const decode_args &p, const wide_place &at) {
+  uint32_t residual[2 * S::MI * S::NI];
+#pragma unroll
+  for (int i = 0; i < 2 * S::MI * S::NI; i++) {
+    const wide_two of = wide_two_of<S>(p, at, i);
+    const ks_bf16 *all = (const ks_bf16 *)p.parts[of.part].residual, *from = all + of.at;
+    residual[i] = 0;
+    if (!all || !of.first) continue;
+    if (wide_pairs(at, all))
+      residual[i] = *(const uint32_t *)(const void *)from;
+    else
+      residual[i] = from[0].bits | (of.second ? (uint32_t)from[1].bits << 16 : 0u);
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * S::MI * S::NI; i++) {
+    const wide_two of = wide_two_of<S>(p, at, i);
+    const decode_part &part = p.parts[of.part];
+    float *sum = total.of[of.m][of.n] + 2 * of.h;
+    if (part.bias) {
+      sum[0] += of.first ? part.bias[of.out] : 0.0f;
+      sum[1] += of.second ? part.bias[of.out + 1] : 0.0f;
+    }
+    if (part.residual) sum[0] += ks_bf16_lo(residual[i]), sum[1] += ks_bf16_hi(residual[i]);
+  }
 }
 
 KS_DEVICE void wide_store_two(float *y, float lo, float hi) {
@@ -403,50 +452,40 @@ KS_DEVICE void wide_store_two(float *y, float lo, float hi) {
 KS_DEVICE void wide_store_two(ks_bf16 *y, float lo, float hi) {
   *(uint32_t *)(void *)y = ks_pack_bf16(lo, hi);
 }
-/* Neighbouring outputs, of which the second may be beyond the last. */
-template <class Y> KS_DEVICE void wide_store(Y *y, float lo, float hi, bool both) {
-  if (both && ((uintptr_t)y & (2 * sizeof(Y) - 1)) == 0) {
-    wide_store_two(y, lo, hi);
+template <class Y> KS_DEVICE void wide_store(Y *y, float lo, float hi, const wide_two &of, bool pairs) {
+  if (pairs) {
+    if (of.first) wide_store_two(y + of.at, lo, hi);
     return;
   }
-  y[0] = ks_from_float<Y>(lo);
-  if (both) y[1] = ks_from_float<Y>(hi);
+  if (of.first) y[of.at] = ks_from_float<Y>(lo);
+  if (of.second) y[of.at + 1] = ks_from_float<Y>(hi);
 }
 
 template <class S, class Y>
 KS_DEVICE void wide_finish(const wide_sums<S> &total, const decode_args &p, const wide_place &at) {
+  Y *y = (Y *)p.parts[at.of.part[0]].y;
+  const bool pairs = wide_pairs(at, y);
 #pragma unroll
-  for (int i = 0; i < S::MI * S::NI * 2; i++) {
-    const int m = i / 2 / S::NI, n = i / 2 % S::NI, row = at.row0 + 16 * m + at.g + i % 2 * 8;
-    const wide_line of = wide_line_of<S>(at, at.line0 + 8 * n + 2 * at.t);
-    const decode_part &part = p.parts[of.part];
-    const float *sum = total.of[m][n] + i % 2 * 2;
-    if (row >= (int)p.n_rows || of.out >= part.w.n_out) continue;
-    const bool both = of.out + 1 < part.w.n_out;
-    const float lo = wide_last<Y>(part, row, of.out, sum[0]),
-                hi = both ? wide_last<Y>(part, row, of.out + 1, sum[1]) : 0;
-    wide_store((Y *)part.y + row * part.w.n_out + of.out, lo, hi, both);
+  for (int i = 0; i < 2 * S::MI * S::NI; i++) {
+    const wide_two of = wide_two_of<S>(p, at, i);
+    wide_store(y, total.of[of.m][of.n][2 * of.h], total.of[of.m][of.n][2 * of.h + 1], of, pairs);
   }
 }
 
 /* silu(gate) up, both rounded as they would be in memory. */
-KS_DEVICE float wide_swiglu_of(const decode_args &p, int row, int64_t out, float gate, float up) {
-  const float z = ks_to_float(ks_from_float<ks_bf16>(wide_last<ks_bf16>(p.parts[0], row, out, gate)));
-  return z * swiglu_sigmoid_of<ks_bf16>(z).s *
-         ks_to_float(ks_from_float<ks_bf16>(wide_last<ks_bf16>(p.parts[1], row, out, up)));
+KS_DEVICE float wide_swiglu_of(float gate, float up) {
+  const float z = ks_to_float(ks_from_float<ks_bf16>(gate));
+  return z * swiglu_sigmoid_of<ks_bf16>(z).s * ks_to_float(ks_from_float<ks_bf16>(up));
 }
 template <class S>
 KS_DEVICE void wide_finish_swiglu(const wide_sums<S> &total, const decode_args &p, const wide_place &at) {
+  const bool pairs = wide_pairs(at, p.h);
 #pragma unroll
-  for (int i = 0; i < S::MI * S::NI; i++) {
-    const int m = i / S::NI, n = i % S::NI / 2, row = at.row0 + 16 * m + at.g + i % 2 * 8;
-    const int64_t out = wide_line_of<S>(at, at.line0 + 8 * n + 2 * at.t).out, n_out = p.parts[0].w.n_out;
-    const float *gate = total.of[m][n] + i % 2 * 2, *up = total.of[m][n + S::NI / 2] + i % 2 * 2;
-    if (row >= (int)p.n_rows || out >= n_out) continue;
-    const bool both = out + 1 < n_out;
-    const float lo = wide_swiglu_of(p, row, out, gate[0], up[0]),
-                hi = both ? wide_swiglu_of(p, row, out + 1, gate[1], up[1]) : 0;
-    wide_store(p.h + row * n_out + out, lo, hi, both);
+  for (int i = 0; i < 2 * S::MI * S::NI; i++) {
+    const wide_two of = wide_two_of<S>(p, at, i);
+    if (of.n >= S::NI / 2) continue; /* up's */
+    const float *gate = total.of[of.m][of.n] + 2 * of.h, *up = total.of[of.m][of.n + S::NI / 2] + 2 * of.h;
+    wide_store(p.h, wide_swiglu_of(gate[0], up[0]), wide_swiglu_of(gate[1], up[1]), of, pairs);
   }
 }
 
@@ -461,6 +500,8 @@ template <class S> KS_DEVICE wide_place wide_place_of(const decode_args &p) {
   at.line0 = warp % S::WARPS_N * 8 * S::NI;
   at.g = lane / 4;
   at.t = lane % 4;
+  at.out0 = (int)at.of.n0[0] + (at.swiglu ? at.line0 / 2 : at.line0);
+  at.n_out = (int)p.parts[at.of.part[0]].w.n_out;
   return at;
 }
 
@@ -530,17 +571,18 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS_SM)
   for (int s = 0; s < S::STAGES - 1; s++)
     wide_issue<S>(next, xs + s * S::X, ws + (S::BLOCKS ? 0 : s * S::W), p, at);
   wide_sums<S> term = {}, total = {};
+  if (p.adapters.max_rank > 0) wide_all_terms<S, S::TERMS>(term, p, at, 0);
+  if constexpr (S::BLOCKS)
+    wide_run_codes<S>(total, next, codes, xs, ws, lut, p, at);
+  else
+    wide_run<S>(total, next, xs, ws, p, at);
+  wide_add<S>(total, term);
 #pragma unroll 1
-  for (int r0 = 0; r0 == 0 || r0 < p.adapters.max_rank; r0 += LORA_GROUP) {
-    if (p.adapters.max_rank > 0) wide_all_terms<S>(term, p, at, r0);
-    if (r0 == 0) {
-      if constexpr (S::BLOCKS)
-        wide_run_codes<S>(total, next, codes, xs, ws, lut, p, at);
-      else
-        wide_run<S>(total, next, xs, ws, p, at);
-    }
+  for (int r0 = LORA_GROUP; r0 < p.adapters.max_rank; r0 += LORA_GROUP) {
+    wide_all_terms<S, 1>(term, p, at, r0);
     wide_add<S>(total, term);
   }
+  wide_add_last<S>(total, p, at);
   if (at.swiglu)
     wide_finish_swiglu<S>(total, p, at);
   else if (p.y_is_f32)
