@@ -18,7 +18,7 @@
  *
  * A stage in the disassembly (sm_90), 64 rows by 64 outputs: 32 mma, 16 ldmatrix, 8 copies of 512 bytes and 210 others a
  * warp, 267 clocks for four warps; products 213 clocks at 60 % of wgmma's rate; shared memory 48 KB, 375 clocks; its bytes
- * at 17 + 17 bytes a clock and SM, 480. Resources: 148 to 255 registers (codes 139 to 254), 128 threads
+ * at 17 + 17 bytes a clock and SM, 480. Resources: 168 to 255 registers (codes 139 to 254), 128 threads
  * (16 rows by 32 outputs 64), no spills.
  *
  * Order of sums: linear_decode.cuh. A row has the same bits as in linear_decode_few.cu and linear_mma.cu, whatever the
