@@ -126,7 +126,8 @@ ks_status ks_bench_make_similarity_mean(ks_bench_op *o) {
 }
 
 ks_status ks_bench_run_similarity_mean(ks_bench_op *o) {
-  return ks_similarity_mean(o->ctx, &o->a.similarity, o->groups[0], o->groups[1], o->out[0], o->out[1]);
+  const ks_similarity_groups groups = {.keys = o->groups[0], .queries = o->groups[1]};
+  return ks_similarity_mean(o->ctx, &o->a.similarity, &groups, o->out[0], o->out[1]);
 }
 
 /* Small whole numbers: products are exact everywhere, and so is the choice. best_k: how many are picked. */

@@ -24,8 +24,8 @@ BF16, F32 = 2, 4
 
 
 def of_this_project(a, again):
-    """Bytes: weights, adapters with gradient and moments, and a pass of all rows of which `again` layers are computed again;
-    workspaces (below 2 %) left out."""
+    """Bytes on an H200: weights, adapters with gradient and moments, and a pass of all rows of which `again` layers are computed
+    again; workspaces of products and adapters (below 2 %) left out."""
     hidden, layers, heads, kv_heads, inter, vocab, _, tied, _ = SHAPES[a.shape]
     query, key = hidden, hidden // heads * kv_heads
     ends = {"q": (hidden, query), "k": (hidden, key), "v": (hidden, key), "o": (query, hidden), "gate": (hidden, inter), "up": (hidden, inter), "down": (inter, hidden)}
@@ -33,9 +33,10 @@ def of_this_project(a, again):
     adapters = layers * sum(sum(ends[t]) for t in a.targets.split(",")) * a.rank
     kept = (hidden + 7 * a.rank) * BF16 + 2 * F32
     rest = (hidden + 2 * query + 2 * key + 2 * inter) * BF16 + heads * F32
-    scratch = (6 * hidden + max(2 * inter, 2 * query + 2 * key) + 4 * a.rank) * BF16 + F32
-    row = layers * kept + (layers - min(again, layers) + (again > 0)) * rest + scratch
-    return weights * BF16 + adapters * 4 * F32 + a.n_seqs * a.seq_len * row
+    rows = a.n_seqs * a.seq_len
+    phases = max(rows * max(2 * inter, 2 * query + 2 * key) * BF16, min(rows, 2048) * vocab * (F32 + BF16))  # never at one time: the head's logits, gradients
+    row = layers * kept + (layers - min(again, layers) + (again > 0)) * rest + (6 * hidden + 4 * a.rank) * BF16 + F32
+    return weights * BF16 + adapters * 4 * F32 + phases + rows * row
 
 
 def peer_model(a, torch, transformers, peft, layers=None, vocab=None):

@@ -83,8 +83,8 @@ struct ks_backend {
   ks_status (*entropy)(ks_ctx *, const ks_entropy_args *);
   ks_status (*similarity)(ks_ctx *, const ks_similarity_args *, float *s);
   ks_status (*similarity_top)(ks_ctx *, const ks_similarity_args *, int64_t best_k, float *scores, int64_t *index);
-  ks_status (*similarity_mean)(ks_ctx *, const ks_similarity_args *, const int32_t *groups,
-                               const int32_t *query_groups, double *mean, int64_t *count);
+  ks_status (*similarity_mean)(ks_ctx *, const ks_similarity_args *, const ks_similarity_groups *, double *mean,
+                               int64_t *count);
   ks_status (*similarity_farthest_first)(ks_ctx *, const ks_similarity_args *, int64_t n_pick, int64_t first,
                                          int64_t *picked);
 };

@@ -441,12 +441,16 @@ typedef struct {
 /* s: [n_q, n_k], backend memory. */
 ks_status ks_similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s);
 /* The best_k largest of each query, falling, ties to the lower index; host out [n_q, best_k]; rows with fewer keys are
- * filled with index -1 and score -inf. best_k 1..1024. NaN scores sort last. */
+ * filled with index -1 and score -inf. best_k 1..1024. NaN scores sort last. CUDA: KS_EUNSUPPORTED from 2^32 - 1 keys on. */
 ks_status ks_similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_t best_k, float *scores, int64_t *index);
-/* Mean over the keys j with groups[j] == query_groups[i]: host out mean [n_q] (double) and count [n_q]; count 0: mean NaN.
- * groups host [n_k], query_groups host [n_q]; both NULL: all keys. */
-ks_status ks_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
-                             const int32_t *query_groups, double *mean, int64_t *count);
+/* Which keys a query's mean is taken over. All arrays host. */
+typedef struct {
+  const int32_t *keys, *queries; /* [n_k], [n_q]: keys of the query's group; both NULL: all */
+  const int64_t *except;         /* [n_q]: but for this key (none: no key's index, as -1); NULL: none */
+} ks_similarity_groups;
+/* Mean over such keys: host out mean [n_q] (double) and count [n_q]; count 0: mean NaN. groups NULL: over all keys. */
+ks_status ks_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const ks_similarity_groups *groups, double *mean,
+                             int64_t *count);
 /* Farthest-first traversal (Gonzalez 1985; greedy core-set of Sener & Savarese, arXiv 1708.00489) over the rows of k
  * under the distance 1 - s: starting from the centres q (n_q may be 0: then from row `first`), n_pick times take the row
  * whose largest similarity to the chosen is smallest, ties to the lower index; a row with a NaN similarity comes last.

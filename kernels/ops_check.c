@@ -754,16 +754,18 @@ ks_status ks_similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_t be
   return a->n_q ? ctx->backend->similarity_top(ctx, a, best_k, scores, index) : KS_OK;
 }
 
-ks_status ks_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
-                             const int32_t *query_groups, double *mean, int64_t *count) {
+ks_status ks_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const ks_similarity_groups *groups,
+                             double *mean, int64_t *count) {
+  const ks_similarity_groups g = groups ? *groups : (ks_similarity_groups){0};
   KS_TRY(CHECK_CTX(similarity_mean));
   const span outs[] = {ARRAY("mean", mean, a->n_q, OUT), ARRAY("count", count, a->n_q, OUT),
-                       ARRAY("groups", groups, a->n_k, IN | MAY_BE_NULL),
-                       ARRAY("query_groups", query_groups, a->n_q, IN | MAY_BE_NULL)};
+                       ARRAY("groups.keys", g.keys, a->n_k, IN | MAY_BE_NULL),
+                       ARRAY("groups.queries", g.queries, a->n_q, IN | MAY_BE_NULL),
+                       ARRAY("groups.except", g.except, a->n_q, IN | MAY_BE_NULL)};
   KS_TRY(check_similarity("similarity_mean", a, outs, N_SPANS(outs)));
-  if (a->n_q && a->n_k && !groups != !query_groups)
-    return KS_FAIL(KS_EINVAL, "similarity_mean: give both groups and query_groups, or neither");
-  return a->n_q ? ctx->backend->similarity_mean(ctx, a, groups, query_groups, mean, count) : KS_OK;
+  if (a->n_q && a->n_k && !g.keys != !g.queries)
+    return KS_FAIL(KS_EINVAL, "similarity_mean: give groups of both keys and queries, or of neither");
+  return a->n_q ? ctx->backend->similarity_mean(ctx, a, &g, mean, count) : KS_OK;
 }
 
 ks_status ks_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a, int64_t n_pick,

@@ -3,18 +3,63 @@
 
 #define SNAPSHOT_MAGIC 0x314c45534b53ull /* "SKSEL1" */
 #define SNAPSHOT_WHAT  "selector snapshot"
-#define GROUP_FREE     INT32_MIN /* no domain: free bins, and the one that is left out */
+#define GROUP_FREE     INT32_MIN /* no domain: free bins */
 #define MAX_ARRIVAL    ((int64_t)1 << 56)
 
 struct ks_selector {
   ks_ctx *ctx;
   ks_selector_params params;
   ks_buffer *buffer;
-  void *state;     /* the policy's */
-  int32_t *groups; /* [cap_groups >= buffer->n_bins], scratch */
-  int64_t cap_groups;
+  void *state; /* the policy's */
+  /* scratch for as many bins as there are (cap) */
+  int32_t *groups, *domains;  /* of the bins, of what is asked about */
+  int64_t *except, *n_others; /* by what is asked about */
+  double *means;
+  int64_t cap;
+  float *asked; /* backend memory [cap_asked, n_dim], for refreshing alone */
+  int64_t cap_asked;
   ks_selector_counts counts;
 };
+
+static void free_scratch(ks_selector *s) {
+  void *arrays[] = {s->groups, s->domains, s->except, s->n_others, s->means};
+  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+    free(arrays[i]);
+  s->groups = s->domains = NULL;
+  s->except = s->n_others = NULL;
+  s->means = NULL;
+  s->cap = 0;
+}
+
+static ks_status reserve_scratch(ks_selector *s) {
+  const size_t n = (size_t)s->buffer->n_bins;
+  if (s->cap >= s->buffer->n_bins) return KS_OK;
+  free_scratch(s);
+  KS_TRY(ks_alloc_array(&s->groups, n, sizeof *s->groups, "selector: domains"));
+  KS_TRY(ks_alloc_array(&s->domains, n, sizeof *s->domains, "selector: domains"));
+  KS_TRY(ks_alloc_array(&s->except, n, sizeof *s->except, "selector: bins"));
+  KS_TRY(ks_alloc_array(&s->n_others, n, sizeof *s->n_others, "selector: bins"));
+  KS_TRY(ks_alloc_array(&s->means, n, sizeof *s->means, "selector: distances"));
+  s->cap = s->buffer->n_bins;
+  return KS_OK;
+}
+
+static ks_status reserve_asked(ks_selector *s) {
+  const ks_buffer *b = s->buffer;
+  void *asked;
+  size_t bytes;
+  if (s->cap_asked >= b->n_bins) return KS_OK;
+  ks_mem_free(s->ctx, s->asked);
+  s->asked = NULL;
+  s->cap_asked = 0;
+  if (!ks_mul_size((size_t)b->n_bins, (size_t)b->n_dim * sizeof *s->asked, &bytes))
+    return KS_FAIL(KS_EOVERFLOW, "selector: %lld bins of %lld numbers", (long long)b->n_bins,
+                   (long long)b->n_dim);
+  KS_TRY(ks_mem_alloc(s->ctx, bytes, &asked));
+  s->asked = asked;
+  s->cap_asked = b->n_bins;
+  return KS_OK;
+}
 
 static ks_status create_state(const ks_selector *s, void **state) {
   *state = NULL;
@@ -59,7 +104,8 @@ void ks_selector_destroy(ks_selector *s) {
   if (!s) return;
   destroy_state(s, s->state);
   ks_buffer_destroy(s->buffer);
-  free(s->groups);
+  free_scratch(s);
+  ks_mem_free(s->ctx, s->asked);
   free(s);
 }
 
@@ -75,49 +121,56 @@ void ks_selector_clear(ks_selector *s) {
   if (s->params.policy->cleared) s->params.policy->cleared(s->state);
 }
 
-/* Mean of 1 - cosine between an embedding and the kept sets of a domain, bin `except` (-1: none) left out. */
-static ks_status mean_distance(ks_selector *s, const float *embedding, int32_t domain, int64_t except,
-                               double *out) {
+/* Mean of 1 - cosine between each of n embeddings and the kept sets of its domain, bin except[i] (-1: none) left out: means[i]. */
+static ks_status mean_distances(ks_selector *s, const float *embeddings, int64_t n) {
   static const double of_empty[] = {
       [KS_IDD_EMPTY_ONE] = 1.0, [KS_IDD_EMPTY_ZERO] = 0.0, [KS_IDD_EMPTY_INF] = INFINITY};
   const ks_buffer *b = s->buffer;
-  if (s->cap_groups < b->n_bins) {
-    int32_t *groups = NULL;
-    KS_TRY(ks_alloc_array(&groups, (size_t)b->n_bins, sizeof *groups, "selector: domains"));
-    free(s->groups);
-    s->groups = groups;
-    s->cap_groups = b->n_bins;
-  }
-  int64_t n_same = 0, n_rows = 0;
+  int64_t n_rows = 0;
   for (int64_t i = 0; i < b->n_bins; i++) {
-    bool counts = b->bins[i].used && i != except;
-    s->groups[i] = counts ? b->bins[i].domain : GROUP_FREE;
-    n_same += counts && b->bins[i].domain == domain;
+    s->groups[i] = b->bins[i].used ? b->bins[i].domain : GROUP_FREE;
     if (b->bins[i].used) n_rows = i + 1;
   }
-  *out = of_empty[s->params.idd_empty];
-  if (n_same == 0) return KS_OK;
-  const ks_similarity_args args = {.q = embedding,
+  const ks_similarity_args args = {.q = embeddings,
                                    .k = b->embeddings,
-                                   .n_q = 1,
+                                   .n_q = n,
                                    .n_k = n_rows,
                                    .n_cols = b->n_dim,
                                    .metric = KS_METRIC_COSINE};
-  double mean;
-  int64_t count;
-  KS_TRY(ks_similarity_mean(s->ctx, &args, s->groups, &domain, &mean, &count));
-  KS_ASSERT_EQ(count, n_same);
-  *out = 1.0 - mean;
+  const ks_similarity_groups groups = {.keys = s->groups, .queries = s->domains, .except = s->except};
+  KS_TRY(ks_similarity_mean(s->ctx, &args, &groups, s->means, s->n_others));
+  for (int64_t i = 0; i < n; i++)
+    s->means[i] = s->n_others[i] > 0 ? 1.0 - s->means[i] : of_empty[s->params.idd_empty];
   return KS_OK;
 }
 
+/* Of an arrival, to all kept sets of its domain. */
+static ks_status mean_distance(ks_selector *s, const float *embedding, int32_t domain, double *out) {
+  KS_TRY(reserve_scratch(s));
+  s->domains[0] = domain;
+  s->except[0] = -1;
+  KS_TRY(mean_distances(s, embedding, 1));
+  *out = s->means[0];
+  return KS_OK;
+}
+
+/* Of the kept sets of two domains, each to the others of its own: all in one call. */
 static ks_status refresh(ks_selector *s, int32_t domain, int32_t other_domain) {
   ks_buffer *b = s->buffer;
+  int64_t n = 0;
+  KS_TRY(reserve_scratch(s));
+  KS_TRY(reserve_asked(s));
   for (int64_t i = 0; i < b->n_bins; i++) {
-    ks_kept *k = &b->bins[i];
+    const ks_kept *k = &b->bins[i];
     if (!k->used || (k->domain != domain && k->domain != other_domain)) continue;
-    KS_TRY(mean_distance(s, b->embeddings + i * b->n_dim, k->domain, i, &k->scores.idd));
+    KS_TRY(ks_mem_copy(s->ctx, s->asked + n * b->n_dim, b->embeddings + i * b->n_dim,
+                       (size_t)b->n_dim * sizeof(float)));
+    s->domains[n] = k->domain;
+    s->except[n++] = i;
   }
+  KS_TRY(mean_distances(s, s->asked, n));
+  for (int64_t i = 0; i < n; i++)
+    b->bins[s->except[i]].scores.idd = s->means[i];
   return KS_OK;
 }
 
@@ -161,7 +214,7 @@ static ks_status offer(ks_selector *s, const ks_arrival *given, ks_offer_result 
   KS_TRY(check_arrival(&a));
   a.scores.idd = NAN;
   if (policy->uses_idd || !s->params.idd_only_if_used)
-    KS_TRY(mean_distance(s, a.embedding, a.domain, -1, &a.scores.idd));
+    KS_TRY(mean_distance(s, a.embedding, a.domain, &a.scores.idd));
   *out = (ks_offer_result){.outcome = KS_DROPPED, .slot = -1, .victim_set_id = -1, .idd = a.scores.idd};
   if (!b->unlimited && ks_buffer_set_bytes(b->n_dim, a.question, a.response) > b->bin_bytes) {
     out->outcome = KS_OVERSIZE;

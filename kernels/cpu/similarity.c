@@ -362,27 +362,28 @@ out:
 
 /* ---------------------------------------------------------------- mean */
 
-/* Adds the scores of keys of the query's group (groups NULL: of all) and their number. */
-static void sim_mean_block(const sim_work *w, int64_t n_k, const int32_t *groups, const int32_t *query_groups,
-                           double *sum, int64_t *count) {
+/* Adds the scores of the keys k0 + j that belong to a query, and their number. */
+static void sim_mean_block(const sim_work *w, int64_t k0, int64_t n_k, int64_t q0,
+                           const ks_similarity_groups *g, double *sum, int64_t *count) {
   for (int64_t j = 0; j < n_k; j++) {
     const float *s = w->s + j * w->row;
-    if (!groups)
+    if (!g->keys && !g->except)
       for (int64_t i = 0; i < w->n_q; i++) {
         sum[i] += (double)s[i];
         count[i]++;
       }
     else
       for (int64_t i = 0; i < w->n_q; i++) {
-        const bool counts = query_groups[i] == groups[j];
+        const bool counts = (!g->keys || g->queries[q0 + i] == g->keys[k0 + j]) &&
+                            (!g->except || g->except[q0 + i] != k0 + j);
         sum[i] = counts ? sum[i] + (double)s[i] : sum[i];
         count[i] += counts;
       }
   }
 }
 
-static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
-                                 const int32_t *query_groups, double *mean, int64_t *count) {
+static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const ks_similarity_groups *g,
+                                 double *mean, int64_t *count) {
   const int64_t n_stretches = ks_max_i64((a->n_k + SIM_STRETCH - 1) / SIM_STRETCH, 1);
   double *part_sum = NULL;
   int64_t *part_count = NULL;
@@ -406,7 +407,7 @@ static ks_status similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const
       for (int64_t k0 = p * SIM_STRETCH; k0 < end; k0 += SIM_KEYS) {
         const int64_t n_k = ks_min_i64(end - k0, SIM_KEYS);
         sim_block(&w, k0, n_k, NULL);
-        sim_mean_block(&w, n_k, groups ? groups + k0 : NULL, groups ? query_groups + q0 : NULL, sum, n);
+        sim_mean_block(&w, k0, n_k, q0, g, sum, n);
       }
     }
   for (int64_t i = 0; i < a->n_q; i++) {

@@ -184,8 +184,8 @@ void ks_cuda_weight_destroy(ks_ctx *ctx, ks_weight *w);
 size_t ks_cuda_head_loss_workspace(const ks_ctx *ctx, const ks_weight *w, int64_t n_rows);
 ks_status ks_cuda_similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s);
 ks_status ks_cuda_similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_t best_k, float *scores, int64_t *index);
-ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
-                                  const int32_t *query_groups, double *mean, int64_t *count);
+ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const ks_similarity_groups *groups, double *mean,
+                                  int64_t *count);
 ks_status ks_cuda_similarity_farthest_first(ks_ctx *ctx, const ks_similarity_args *a, int64_t n_pick, int64_t first,
                                             int64_t *picked);
 

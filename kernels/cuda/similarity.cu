@@ -238,6 +238,7 @@ struct sim_run {
   size_t bytes, q_copy, k_copy, q_factors, k_factors, entries, floors, scores, index, partial, mean, count,
       nearest, far[2], picked;
   const int32_t *groups, *query_groups;
+  const int64_t *except;
 };
 
 static int64_t sim_ceil(int64_t n, int64_t d) {
@@ -503,6 +504,7 @@ static ks_status sim_run_slab(const sim_run *r, int64_t q0, int64_t n, float *s)
   j.count = (int64_t *)(r->room + r->count);
   j.groups = r->groups;
   j.query_groups = r->query_groups ? r->query_groups + q0 : NULL;
+  j.except = r->except ? r->except + q0 : NULL;
   if (r->mode != SIM_MATRIX) {
     j.is_finished_here = sim_finishes(r, j.n_parts);
     KS_TRY(ks_cuda_counters(r->ctx, &j.arrivals));
@@ -543,9 +545,9 @@ extern "C" ks_status ks_cuda_similarity_top(ks_ctx *ctx, const ks_similarity_arg
   return ks_cuda_finish(ctx);
 }
 
-extern "C" ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a, const int32_t *groups,
-                                             const int32_t *query_groups, double *mean, int64_t *count) {
-  const void *staged = NULL, *staged_queries = NULL;
+extern "C" ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_args *a,
+                                             const ks_similarity_groups *g, double *mean, int64_t *count) {
+  const void *staged = NULL, *staged_queries = NULL, *staged_except = NULL;
   if (a->n_k == 0) {
     for (int64_t i = 0; i < a->n_q; i++)
       mean[i] = (double)NAN, count[i] = 0;
@@ -553,12 +555,14 @@ extern "C" ks_status ks_cuda_similarity_mean(ks_ctx *ctx, const ks_similarity_ar
   }
   sim_run r = sim_run_of(ctx, "similarity_mean", a, SIM_MEAN, 0);
   KS_TRY(sim_reserve(&r));
-  if (groups) {
-    KS_TRY(ks_cuda_stage(ctx, groups, (size_t)a->n_k * sizeof *groups, &staged));
-    KS_TRY(ks_cuda_stage(ctx, query_groups, (size_t)a->n_q * sizeof *query_groups, &staged_queries));
+  if (g->keys) {
+    KS_TRY(ks_cuda_stage(ctx, g->keys, (size_t)a->n_k * sizeof *g->keys, &staged));
+    KS_TRY(ks_cuda_stage(ctx, g->queries, (size_t)a->n_q * sizeof *g->queries, &staged_queries));
   }
+  if (g->except) KS_TRY(ks_cuda_stage(ctx, g->except, (size_t)a->n_q * sizeof *g->except, &staged_except));
   r.groups = (const int32_t *)staged;
   r.query_groups = (const int32_t *)staged_queries;
+  r.except = (const int64_t *)staged_except;
   for (int64_t q0 = 0; q0 < a->n_q; q0 += r.n_slab) {
     const int64_t n = a->n_q - q0 < r.n_slab ? a->n_q - q0 : r.n_slab;
     KS_TRY(sim_run_slab(&r, q0, n, NULL));

@@ -55,6 +55,7 @@ struct sim_job {
   float *scores;      /* TOP: [n_q, best_k] */
   int64_t *index;
   const int32_t *groups, *query_groups; /* MEAN: or both NULL */
+  const int64_t *except;                /* MEAN: or NULL */
   sim_partial *partial;                 /* [n_q, n_stretches] */
   double *mean;
   int64_t *count;
@@ -70,6 +71,21 @@ struct sim_job {
   int32_t mode, pick, is_cosine, is_fresh; /* fresh: nearest holds nothing yet */
   int32_t best_k, lists_in_smem;
   int32_t is_finished_here, none; /* by the last block of a tile of queries; else by a kernel of its own */
+};
+
+/* MEAN: the group of a query, and the key that it leaves out; of rows that are no queries too. */
+struct sim_own {
+  int64_t except;
+  int32_t group;
+
+  KS_DEVICE sim_own(const sim_job &j, int64_t q) {
+    const bool is_query = q < j.q.n_rows;
+    group = j.groups && is_query ? j.query_groups[q] : 0;
+    except = j.except && is_query ? j.except[q] : -1;
+  }
+  KS_DEVICE bool takes(const sim_job &j, int64_t k, int32_t group_of_key) const {
+    return k < j.k.n_rows && group_of_key == group && k != except;
+  }
 };
 
 /* The argument of a kernel as it lies, without a copy in local memory when a function that is not inlined looks at it. */
@@ -531,7 +547,7 @@ static inline size_t sim_best_bytes(size_t n_queries) {
 static inline size_t sim_tile_smem_bytes(bool is_top) {
   const size_t bm = SIM_TILE_KEYS, bn = SIM_TILE_QUERIES;
   return ks_smem_bytes<uint4>((size_t)SIM_TILE_STAGES * (bm + bn) * PRODUCT_UNITS) +
-         2 * ks_smem_bytes<float>(bm) + 2 * ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(2) +
+         2 * ks_smem_bytes<float>(bm) + ks_smem_bytes<float>(bn) + ks_smem_bytes<int32_t>(2) +
          (is_top ? sim_best_bytes(bn) : 0);
 }
 

@@ -173,14 +173,14 @@ SIM_APART sim_take_mean(const sim_job &j, int64_t q0, int64_t k0, int n_queries)
   const int lane = sim_lane();
   const int64_t n_stretches = (j.k.n_rows + SIM_STRETCH - 1) / SIM_STRETCH;
   for (int n = sim_warp(); n < n_queries; n += sim_shared<P>::WARPS) {
-    const int32_t group = j.groups ? j.query_groups[q0 + n] : 0;
+    const sim_own own(j, q0 + n);
     for (int at = 0; at < P::BM && k0 + at < j.k.n_rows; at += SIM_STRETCH) {
       float v[SIM_STRETCH / KS_WARP];
       int count = 0;
 #pragma unroll
       for (int i = 0; i < SIM_STRETCH / KS_WARP; i++) {
         const int m = at + i * KS_WARP + lane;
-        const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
+        const bool counts = own.takes(j, k0 + m, sh.groups[m]);
         v[i] = counts ? *sh.score(n, m) : 0.0f;
         count += __popc(__ballot_sync(KS_FULL_MASK, counts));
       }

@@ -61,9 +61,8 @@ static_assert(SIM_STRETCH == 64, "a warp's keys are one stretch");
 struct sim_tile_shared {
   uint4 *stages;
   float *gk, *gq;
-  int32_t *groups, *query_groups,
-      *rare;     /* rare[0]: some query's factor is no float; [1]: a key's, in tile - 1 */
-  sim_best best; /* of SIM_TOP */
+  int32_t *groups, *rare; /* rare[0]: some query's factor is no float; [1]: a key's, in tile - 1 */
+  sim_best best;          /* of SIM_TOP */
 
   KS_DEVICE explicit sim_tile_shared(int mode) {
     ks_smem smem;
@@ -71,7 +70,6 @@ struct sim_tile_shared {
     gk = ks_smem_take<float>(&smem, sim_tile::BM);
     gq = ks_smem_take<float>(&smem, sim_tile::BN);
     groups = ks_smem_take<int32_t>(&smem, sim_tile::BM);
-    query_groups = ks_smem_take<int32_t>(&smem, sim_tile::BN);
     rare = ks_smem_take<int32_t>(&smem, 2);
     if (mode == SIM_TOP) best.take(&smem, sim_tile::BN);
   }
@@ -194,13 +192,13 @@ KS_DEVICE void sim_tile_take_mean(const sim_job &j, const sim_tile_shared &sh, s
 #pragma unroll 1
   for (int column = 0; column < 2 * sim_tile::N_TILES; column++) {
     const int first = column / 2 * 4 + column % 2, n = sim_tile_sums::query(first);
-    const int32_t group = sh.query_groups[n];
+    const sim_own own(j, q0 + n);
     float v[2 * sim_tile::M_TILES];
     int count = 0;
 #pragma unroll
     for (int i = 0; i < 2 * sim_tile::M_TILES; i++) {
       const int m = c->first_m() + 8 * i;
-      const bool counts = k0 + m < j.k.n_rows && sh.groups[m] == group;
+      const bool counts = own.takes(j, k0 + m, sh.groups[m]);
       v[i] = counts ? x[first + 4 * sim_tile::N_TILES * (i / 2) + 2 * (i % 2)] : 0.0f;
       count += counts;
     }
@@ -276,7 +274,6 @@ template <int MODE> KS_DEVICE void sim_tile_begin(const sim_job &j, const sim_ti
     const float g = sim_plain_factor(j.q_factors, j.q_scales, q0 + n, j.q.n_rows);
     sh.gq[n] = g;
     if (g == INFINITY) sh.rare[0] = 1;
-    sh.query_groups[n] = j.groups && q0 + n < j.q.n_rows ? j.query_groups[q0 + n] : 0;
     if (MODE == SIM_TOP) sh.best.clear(n, q0 + n < j.q.n_rows);
   }
   if (MODE == SIM_TOP)

@@ -264,13 +264,13 @@ template <int MODE> struct sim_wide_work {
     for (int i = 0; i < 2 * SIM_WIDE_KEYS / SIM_STRETCH; i++) {
       const int h = i % 2, stretch = i / 2;
       const int64_t q = q0 + wg_row(h), at = t.col / SIM_STRETCH + stretch;
-      const int32_t group = j.groups && q < j.q.n_rows ? j.query_groups[q] : 0;
+      const sim_own own(j, q);
       float v[16];
       int count = 0;
 #pragma unroll
       for (int e = 0; e < 16; e++) {
         const int m = wg_col(8 * stretch + e / 2, e % 2);
-        const bool counts = t.col + m < j.k.n_rows && groups[m] == group;
+        const bool counts = own.takes(j, t.col + m, groups[m]);
         v[e] = counts ? x[4 * (8 * stretch + e / 2) + 2 * h + e % 2] : 0.0f;
         count += counts;
       }

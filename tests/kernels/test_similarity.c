@@ -178,24 +178,29 @@ static int64_t check_top(ks_ctx *ctx, const ks_similarity_args *a, const float *
   return bad;
 }
 
-static int64_t check_mean(ks_ctx *ctx, const ks_similarity_args *a, const float *s, bool grouped,
+/* what: 1: by groups, 2: but for a key, 3: both. */
+static int64_t check_mean(ks_ctx *ctx, const ks_similarity_args *a, const float *s, int what,
                           const char *name, ks_results *out) {
+  const bool grouped = what & 1;
   int32_t *groups = calloc((size_t)a->n_k + 1, sizeof *groups),
           *own = calloc((size_t)a->n_q + 1, sizeof *own);
   double *mean = ks_doubles(NULL, a->n_q);
-  int64_t *count = calloc((size_t)a->n_q + 1, sizeof *count), bad = 0;
-  cr_assert(groups && own && count);
+  int64_t *count = calloc((size_t)a->n_q + 1, sizeof *count), bad = 0,
+          *except = calloc((size_t)a->n_q + 1, sizeof *except);
+  const ks_similarity_groups chosen = {
+      .keys = grouped ? groups : NULL, .queries = grouped ? own : NULL, .except = what & 2 ? except : NULL};
+  cr_assert(groups && own && count && except);
   for (int64_t j = 0; j < a->n_k; j++)
     groups[j] = (int32_t)(j * j % 5);
   for (int64_t i = 0; i < a->n_q; i++)
-    own[i] = (int32_t)(i % 7);
+    own[i] = (int32_t)(i % 7), except[i] = i * 11 % (a->n_k + 2) - 1; /* before, among, and behind the keys */
   mean[a->n_q] = 4711;
-  bad += ks_similarity_mean(ctx, a, grouped ? groups : NULL, grouped ? own : NULL, mean, count) != KS_OK;
+  bad += ks_similarity_mean(ctx, a, what ? &chosen : NULL, mean, count) != KS_OK;
   for (int64_t i = 0; i < a->n_q; i++) {
     long double sum = 0, size = 0;
     int64_t n = 0;
     for (int64_t j = 0; j < a->n_k; j++) {
-      if (grouped && groups[j] != own[i]) continue;
+      if ((grouped && groups[j] != own[i]) || (what & 2 && except[i] == j)) continue;
       sum += s[i * a->n_k + j], size += fabsf(s[i * a->n_k + j]);
       n++;
     }
@@ -209,7 +214,7 @@ static int64_t check_mean(ks_ctx *ctx, const ks_similarity_args *a, const float 
   }
   bad += mean[a->n_q] != 4711 || count[a->n_q] != 0;
   ks_results_add_bytes(out, mean, a->n_q * (int64_t)sizeof *mean);
-  free(groups), free(own), free(mean), free(count);
+  free(groups), free(own), free(mean), free(count), free(except);
   return bad;
 }
 
@@ -278,7 +283,8 @@ static int64_t run(ks_ctx *ctx, const void *test_case, const char *name, ks_resu
   static const int64_t best[] = {3, 64, 1, 100};
   for (int i = 0; i < (c->n_k > 1000 || ks_test_is_shim() ? 2 : 4); i++)
     bad += check_top(ctx, &a, s, best[i], name);
-  bad += check_mean(ctx, &a, s, false, name, out) + check_mean(ctx, &a, s, true, name, out);
+  for (int what = 0; what < 4; what++)
+    bad += check_mean(ctx, &a, s, what, name, out);
   if (c->n_k > 0 && c->n_k < (ks_test_is_shim() ? 70 : 1000)) {
     ks_similarity_args none = a;
     none.n_q = 0;
@@ -317,7 +323,7 @@ static int64_t run_shape(ks_ctx *ctx, const sim_case *c, const char *name, ks_re
   double *mean = ks_doubles(NULL, c->n_q);
   int64_t bad = ks_similarity(ctx, &a, gs.p) != KS_OK, picked[4];
   bad += ks_similarity_top(ctx, &a, BEST, scores, index) != KS_OK;
-  bad += ks_similarity_mean(ctx, &a, NULL, NULL, mean, count) != KS_OK;
+  bad += ks_similarity_mean(ctx, &a, NULL, mean, count) != KS_OK;
   bad += ks_similarity_farthest_first(ctx, &a, 4, 0, picked) != KS_OK;
   if (bad) fprintf(stderr, "%s: %s\n", name, ks_error_message());
   ks_results_add_guard(out, &gs);
@@ -418,7 +424,7 @@ static int64_t run_alone(ks_ctx *ctx, const void *test_case, const char *name, k
   const ks_similarity_args a = args_of(c, &q, &k);
   double mean[256], one_mean;
   int64_t count[256], one_count, bad = ks_similarity(ctx, &a, gs.p) != KS_OK;
-  bad += ks_similarity_mean(ctx, &a, NULL, NULL, mean, count) != KS_OK;
+  bad += ks_similarity_mean(ctx, &a, NULL, mean, count) != KS_OK;
   float *s = ks_guard_read(&gs);
   for (int64_t i = 0; i < c->n_q; i += ks_test_is_shim() ? 31 : 1) {
     ks_similarity_args one = a;
@@ -427,7 +433,7 @@ static int64_t run_alone(ks_ctx *ctx, const void *test_case, const char *name, k
     bad += ks_similarity(ctx, &one, alone.p) != KS_OK;
     float *row = ks_guard_read(&alone);
     bad += ks_check_same("query alone", row, s + i * c->n_k, c->n_k);
-    bad += ks_similarity_mean(ctx, &one, NULL, NULL, &one_mean, &one_count) != KS_OK;
+    bad += ks_similarity_mean(ctx, &one, NULL, &one_mean, &one_count) != KS_OK;
     bad += one_mean != mean[i] || one_count != c->n_k || count[i] != c->n_k;
     free(row);
   }
@@ -512,7 +518,8 @@ static int64_t run_not_finite(ks_ctx *ctx, const void *test_case, const char *na
   for (int32_t g = 0; g < 5; g++) {
     double mean;
     int64_t count;
-    bad += ks_similarity_mean(ctx, &a, groups, &g, &mean, &count) != KS_OK;
+    bad += ks_similarity_mean(ctx, &a, &(ks_similarity_groups){.keys = groups, .queries = &g}, &mean,
+                              &count) != KS_OK;
     bad += count != (g ? 2 : 1) || !(mean == means[g] || (isnan(mean) && isnan(means[g])));
   }
   a.metric = COSINE;
@@ -581,7 +588,8 @@ static int64_t run_mean_range(ks_ctx *ctx, const void *test_case, const char *na
   for (int32_t g = 0; g < GROUPS; g++) {
     double mean;
     int64_t count;
-    bad += ks_similarity_mean(ctx, &a, groups, &g, &mean, &count) != KS_OK;
+    bad += ks_similarity_mean(ctx, &a, &(ks_similarity_groups){.keys = groups, .queries = &g}, &mean,
+                              &count) != KS_OK;
     if (mean != means[g]) fprintf(stderr, "%s: mean %g, wants %g\n", name, mean, means[g]);
     bad += mean != means[g];
   }
@@ -642,8 +650,9 @@ Test(similarity, illegal_arguments) {
   cr_assert(ks_similarity_top(ctx, &good, 2, NULL, index) == KS_EINVAL);
   a = good, a.n_k = UINT32_MAX, a.n_cols = 0; /* more than an entry of a list can name */
   cr_assert(!ks_test_is_cuda() || ks_similarity_top(ctx, &a, 2, scores, index) == KS_EUNSUPPORTED);
-  cr_assert(ks_similarity_mean(ctx, &good, groups, NULL, mean, count) == KS_EINVAL);
-  cr_assert(ks_similarity_mean(ctx, &good, NULL, NULL, mean, NULL) == KS_EINVAL);
+  cr_assert(ks_similarity_mean(ctx, &good, &(ks_similarity_groups){.keys = groups}, mean, count) ==
+            KS_EINVAL);
+  cr_assert(ks_similarity_mean(ctx, &good, NULL, mean, NULL) == KS_EINVAL);
   cr_assert(ks_similarity_farthest_first(ctx, &good, 4, 0, index) == KS_EINVAL);
   cr_assert(ks_similarity_farthest_first(ctx, &good, -1, 0, index) == KS_EINVAL);
   a = good, a.n_q = 0;
