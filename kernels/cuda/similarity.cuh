@@ -120,7 +120,7 @@ KS_DEVICE sim_factor sim_known_factor(const sim_factor *prepared, const float *s
 [[maybe_unused]] static __device__ __noinline__ float sim_far_score(float dot, float mq, float mk, int e) {
   return (float)ldexp((double)dot * ((double)mq * (double)mk), e) + 0.0f;
 }
-/* Never -0, so that equal scores have equal bits. */
+/* A zero is never -0, so that equal scores have equal bits. */
 KS_DEVICE float sim_score(float dot, sim_factor q, sim_factor k) {
   return (q.e | k.e) == 0 ? fmaf(dot, q.m * k.m, 0.0f) : sim_far_score(dot, q.m, k.m, q.e + k.e);
 }

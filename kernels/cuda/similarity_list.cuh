@@ -21,8 +21,9 @@
 
 typedef unsigned long long sim_entry;
 
+/* A negative score below float32's range is -0: no worse than 0. */
 KS_DEVICE sim_entry sim_entry_of(float score, uint32_t index) {
-  const uint32_t bits = ks_float_to_bits(score);
+  const uint32_t bits = ks_float_to_bits(score + 0.0f);
   const uint32_t order = score != score ? 1u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return (sim_entry)order << 32 | (uint32_t)~index;
 }

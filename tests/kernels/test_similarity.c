@@ -602,6 +602,33 @@ Test(similarity, means_of_any_size) {
   cr_assert(ks_test_everywhere("similarity", 205, NULL, run_mean_range) == 0);
 }
 
+/* Scores below float32's range, of both signs, are as good as zeros: the lower index goes first. */
+static int64_t run_vanishing(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { Q = 9, K = 40, D = 8 };
+  const ks_dtype dtype = *(const ks_dtype *)test_case;
+  const float big = 0x1p59f, small = 0x1p-20f; /* 1 / norm is a float, and the dot product, too */
+  float q[Q * D] = {0}, k[K * D] = {0}, s[Q * K] = {0};
+  for (int i = 0; i < Q; i++)
+    q[i * D] = big, q[i * D + 7] = small;
+  for (int j = 0; j < K; j++)
+    k[j * D + 1] = big, k[j * D + 7] = j % 3 == 1 ? small : j % 3 == 2 ? 0 : -small;
+  ks_guard gq = ks_guard_make_as(ctx, dtype, q, Q * D), gk = ks_guard_make_as(ctx, dtype, k, K * D);
+  ks_similarity_args a = {
+      .q = gq.p, .k = gk.p, .n_k = K, .n_cols = D, .metric = COSINE, .q_dtype = dtype, .k_dtype = dtype};
+  int64_t bad = 0;
+  for (a.n_q = 1; a.n_q <= Q; a.n_q += Q - 1)
+    bad += check_top(ctx, &a, s, 3, name) + check_top(ctx, &a, s, 33, name);
+  ks_results_add(out, s, 1);
+  ks_guard_free(&gq), ks_guard_free(&gk);
+  return bad;
+}
+
+Test(similarity, scores_that_vanish) {
+  static const ks_dtype dtypes[] = {F32, BF16};
+  for (int64_t i = 0; i < 2; i++)
+    cr_assert(ks_test_everywhere("similarity", 206 + i, &dtypes[i], run_vanishing) == 0);
+}
+
 /* Points on a circle: the traversal can be followed by hand. */
 Test(similarity, farthest_first_by_hand) {
   const float k[][2] = {{1, 0}, {0.8f, 0.6f}, {0, 1}, {-1, 0}, {0, -1}, {1, 0}};
