@@ -15,7 +15,8 @@
  * - `void *` is an array of activations: elements of the type ks_ctx_act_dtype(ctx), which is float32 on the CPU and
  *   float32 or bf16 on a GPU (ks_act_at steps through one). Everything else is float32 unless said otherwise: sums,
  *   statistics, adapters and their gradients always are.
- * - Sizes of zero are legal and do nothing. Illegal arguments: KS_EINVAL.
+ * - Sizes of zero are legal and do nothing. Illegal arguments: KS_EINVAL. What is legal, but more than a backend takes:
+ *   KS_EUNSUPPORTED. "CUDA:" names such limits; a launch has its own (blocks, memory).
  * - Operations are queued: their results are there for the operations after them. "host out" arrays are filled when
  *   the call returns, but those marked "late" only after the next ks_sync, and must live until then.
  * - No operation allocates or waits inside a training or decoding step except where "workspace" says so.
@@ -177,7 +178,7 @@ typedef struct {
  * Backward: v = scale_l * dy B_l;  grad_b_t += scale_l * u^T dy;  grad_a += v^T drop(x);
  *           dx = dy W (+ dx when accumulate_dx) + drop'(v A_l).   The frozen weight and bias get no gradient.
  * u: [n_rows, u_stride] is written by forward (columns 0..rank-1) and read by backward; v likewise is scratch.
- * dx may be NULL (first layer). */
+ * dx may be NULL (first layer). CUDA: n_rows up to 2^31 - 129. */
 typedef struct {
   const ks_weight *w;
   const void *x;        /* [n_rows, n_in] */
@@ -207,7 +208,8 @@ ks_status ks_linear_backward(ks_ctx *ctx, const ks_linear_args *a);
 /* ---------------------------------------------------------------- norm, rotary, SwiGLU, residual */
 
 /* y = x * rstd * w,  rstd = 1 / sqrt(mean(x^2) + eps)   (Zhang & Sennrich 2019). Aliasing: y = x allowed.
- * Backward: dx = (dx if accumulate_dx) + rstd * (dy*w - x * rstd^2 * mean(dy*w*x)); w is frozen. */
+ * Backward: dx = (dx if accumulate_dx) + rstd * (dy*w - x * rstd^2 * mean(dy*w*x)); w is frozen.
+ * CUDA: n_cols up to 2^30. */
 typedef struct {
   const void *x;  /* [n_rows, n_cols] */
   const float *w; /* [n_cols] */
@@ -225,7 +227,7 @@ ks_status ks_rmsnorm_backward(ks_ctx *ctx, const ks_rmsnorm_args *a);
 /* Rotary embedding, half-split form (Su et al. 2021 as in GPT-NeoX and Hugging Face Llama), in place:
  *   (x1, x2) = (x[h, j], x[h, j + d/2]);  x1' = x1 cos - x2 sin;  x2' = x2 cos + x1 sin,  angle = position * inv_freq[j].
  * The angle is a product in double, reduced in double; cos and sin are right to two units in the last place of float32.
- * inverse: rotates back, which is the backward pass. */
+ * inverse: rotates back, which is the backward pass. CUDA: n_heads head_dim below 2^32. */
 typedef struct {
   void *x; /* [n_rows, n_heads * head_dim], in place */
   const int32_t *positions; /* host [n_rows], each >= 0 */
@@ -309,7 +311,9 @@ typedef struct {
 /* o = softmax(q k^T * scale, causal) v per head; query head h reads key head h / (n_heads / n_kv_heads).
  * lse[i, h] = log sum exp of the scaled scores. One pass of online softmax over blocks of keys in rising order
  * (Milakov & Gimelshein 2018; Dao 2023, arXiv 2307.08691), blocks counted from key 0: prefill and decode give the same bits.
- * Backward: D = rowsum(do * o); p = exp(s - lse); dv = p^T do; ds = p * (do v^T - D); dq = scale ds k; dk = scale ds^T q. */
+ * Backward: D = rowsum(do * o); p = exp(s - lse); dv = p^T do; ds = p * (do v^T - D); dq = scale ds k; dk = scale ds^T q.
+ * CUDA: head_dim up to 256; of a sequence n_k, n_q n_heads and n_q (n_heads / n_kv_heads)^2 up to 2^30; pages of up to 2^30
+ * rows. */
 typedef struct {
   const void *q;  /* [n_rows, n_heads * head_dim] */
   void *o;        /* [n_rows, n_heads * head_dim] */
@@ -412,7 +416,7 @@ ks_status ks_pool(ks_ctx *ctx, const ks_pool_args *a);
  *   SOFTMAX    p = softmax(row)
  *   ABS        p = |row| / sum |row|; an all-zero row: H = 0
  * Computed in double; on a GPU the masses of SOFTMAX and ABS in float32: H is then within 2^-18 (1 + H) bits of
- * that, whatever n_cols. A row that holds a NaN or infinity gives NaN. */
+ * that. A row that holds a NaN or infinity gives NaN. CUDA: n_cols up to 2^20. */
 typedef enum { KS_ENTROPY_HISTOGRAM = 0, KS_ENTROPY_CLIPPED, KS_ENTROPY_SOFTMAX, KS_ENTROPY_ABS } ks_entropy_kind;
 typedef struct {
   const float *x; /* [n_rows, n_cols] */
@@ -441,7 +445,7 @@ typedef struct {
 /* s: [n_q, n_k], backend memory. */
 ks_status ks_similarity(ks_ctx *ctx, const ks_similarity_args *a, float *s);
 /* The best_k largest of each query, falling, ties to the lower index; host out [n_q, best_k]; rows with fewer keys are
- * filled with index -1 and score -inf. best_k 1..1024. NaN scores sort last. CUDA: KS_EUNSUPPORTED from 2^32 - 1 keys on. */
+ * filled with index -1 and score -inf. best_k 1..1024. NaN scores sort last. CUDA: n_k below 2^32 - 1. */
 ks_status ks_similarity_top(ks_ctx *ctx, const ks_similarity_args *a, int64_t best_k, float *scores, int64_t *index);
 /* Which keys a query's mean is taken over. All arrays host. */
 typedef struct {

@@ -139,6 +139,37 @@ Test(entropy, rows_of_any_size) {
   cr_assert(bad == 0);
 }
 
+/* Long rows whose largest value lies far from the others, so that their spread is small beside it. */
+static int64_t run_outlier(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
+  enum { ROWS = 4 };
+  const int64_t n_cols = *(const int64_t *)test_case;
+  float *x = ks_floats(ROWS * n_cols, KS_FILL_SIGNED, 11);
+  double h[ROWS];
+  int64_t bad = 0;
+  for (int64_t i = 0; i < ROWS * n_cols; i++)
+    x[i] = i % n_cols ? 1 + 0x1p-9f * x[i] : 2.5f;
+  ks_guard g = ks_guard_make(ctx, x, ROWS * n_cols);
+  bad += ks_entropy(ctx, &(ks_entropy_args){g.p, h, ROWS, n_cols, KS_ENTROPY_CLIPPED, 1000, 3}) != KS_OK;
+  for (int r = 0; r < ROWS; r++) {
+    const double ref = oracle_entropy(x + r * n_cols, n_cols, KS_ENTROPY_CLIPPED, 1000, 3);
+    if (near(h[r], ref, KS_ENTROPY_CLIPPED, n_cols)) continue;
+    fprintf(stderr, "%s: row %d of %lld is %.17g, wants %.17g\n", name, r, (long long)n_cols, h[r], ref);
+    bad++;
+  }
+  ks_results_add_bytes(out, h, sizeof h);
+  ks_guard_free(&g);
+  free(x);
+  return bad;
+}
+
+Test(entropy, one_value_far_from_a_long_row) {
+  static const int64_t n_cols[] = {9000, 60001};
+  int64_t bad = 0;
+  for (int64_t i = 0; i < 2; i++)
+    bad += ks_test_everywhere("entropy outlier", i, &n_cols[i], run_outlier);
+  cr_assert(bad == 0);
+}
+
 /* Values at the edges of bins and beside them, where a division alone would choose the wrong one. */
 static int64_t run_edges(ks_ctx *ctx, const void *test_case, const char *name, ks_results *out) {
   enum { BINS = 100, COLS = 3 * (BINS + 1), ROWS = 8 };
@@ -255,6 +286,8 @@ Test(entropy, illegal_arguments) {
       {x, NULL, 1, 4, KS_ENTROPY_ABS, 10, 1},    {x, &h, -1, 4, KS_ENTROPY_ABS, 10, 1}};
   for (int i = 0; i < 8; i++)
     cr_assert(ks_entropy(ctx, &wrong[i]) == KS_EINVAL, "%d", i);
+  const ks_entropy_args too_long = {x, &h, 1, (1 << 20) + 1, KS_ENTROPY_ABS, 10, 1};
+  cr_assert(!ks_test_is_cuda() || ks_entropy(ctx, &too_long) == KS_EUNSUPPORTED);
   ks_guard_free(&g);
   ks_ctx_destroy(ctx);
 }
