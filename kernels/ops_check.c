@@ -351,12 +351,12 @@ static bool same_input(const ks_linear_args *a, const ks_linear_args *b) {
   return true;
 }
 
-/* Parts beside each other; *empty: one of them has nothing to do. */
 static bool same_angles(const ks_rope_args *a, const ks_rope_args *b) {
   return a->n_rows == b->n_rows && a->head_dim == b->head_dim && a->inverse == b->inverse &&
          a->positions == b->positions && a->inv_freq == b->inv_freq;
 }
 
+/* *empty: one of the arrays has nothing to do. */
 static ks_status check_rope_store(const char *op, ks_ctx *ctx, const ks_rope_store_args *a, bool *empty) {
   *empty = false;
   if (a->n_rope < 0 || a->n_rope > 2 || a->n_store < 0 || a->n_store > 2 || (a->n_rope && !a->rope) ||
@@ -392,6 +392,7 @@ ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
   return KS_OK;
 }
 
+/* Parts beside each other; *empty: one of them has nothing to do. */
 static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool backward,
                              bool *empty) {
   span spans[2 * KS_LINEARS_MAX + 1];
