@@ -159,17 +159,18 @@ static ks_status attention_launch_few(ks_ctx *ctx, attention_forward_params f, i
   if constexpr (DIM <= ATTENTION_DECODE_MAX_DIM)
     if (is_decode && attention_plan_decode<DIM>(ctx, n_blocks, &f))
       return ks_launch_early(ctx, "attention_forward", attention_decode_kernel<DIM, WIDE>,
-                             attention_grid(n_blocks * f.n_slices), dim3(ATTENTION_DECODE_THREADS),
+                             dim3(ks_blocks_for(n_blocks * f.n_slices, 1)), dim3(ATTENTION_DECODE_THREADS),
                              attention_decode_smem<DIM>(f.round_blocks, f.slice_tiles, f.n_stages), f);
   f.n_stages = attention_stages_of(ctx, attention_few_smem<DIM>, 2, ATTENTION_FEW_STAGES);
-  return ks_launch_early(ctx, "attention_forward", attention_few_kernel<DIM, WIDE>, attention_grid(n_blocks),
-                         dim3(ATTENTION_THREADS), attention_few_smem<DIM>(f.n_stages), f);
+  return ks_launch_early(ctx, "attention_forward", attention_few_kernel<DIM, WIDE>,
+                         dim3(ks_blocks_for(n_blocks, 1)), dim3(ATTENTION_THREADS),
+                         attention_few_smem<DIM>(f.n_stages), f);
 }
 template <int DIM, bool WIDE>
 static ks_status attention_launch_tiles(ks_ctx *ctx, attention_forward_params f, int64_t n_items) {
   f.n_stages = attention_stages_of(ctx, attention_forward_smem<DIM>, 1, 2);
   return ks_launch(ctx, "attention_forward", attention_forward_mma_kernel<DIM, WIDE>,
-                   attention_grid(n_items * f.n_kv_heads * attention_size<DIM>::PARTS),
+                   dim3(ks_blocks_for(n_items * f.n_kv_heads * attention_size<DIM>::PARTS, 1)),
                    dim3(ATTENTION_THREADS), attention_forward_smem<DIM>(f.n_stages), f);
 }
 /* few_queries: most of a sequence with few rows; 0: tiles of many. */
@@ -195,7 +196,7 @@ static int attention_tile_rows(int64_t d) {
 template <class T, int NJ, bool SPLIT>
 static ks_status attention_launch_simt(ks_ctx *ctx, const attention_forward_params *f, int64_t n_items) {
   return ks_launch(ctx, "attention_forward", attention_forward_simt_kernel<T, NJ, SPLIT>,
-                   attention_grid(n_items * f->n_kv_heads), dim3(ATTENTION_THREADS),
+                   dim3(ks_blocks_for(n_items * f->n_kv_heads, 1)), dim3(ATTENTION_THREADS),
                    attention_forward_simt_smem<NJ>(), *f);
 }
 template <class T>

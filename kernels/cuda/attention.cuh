@@ -119,11 +119,6 @@ KS_DEVICE float attention_lse(float max, float sum) {
 
 /* ---------------------------------------------------------------- host */
 
-/* Too many blocks of threads are refused by the launch, whatever their number. */
-static inline dim3 attention_grid(int64_t n_blocks) {
-  return dim3((unsigned)(n_blocks < UINT32_MAX ? n_blocks : UINT32_MAX));
-}
-
 /* Lengths of tables in coarse steps, by at most a quarter too long. */
 static inline int64_t attention_coarse(int64_t n) {
   int64_t step = 8;

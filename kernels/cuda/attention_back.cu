@@ -224,7 +224,7 @@ static ks_status attention_back_stage_tables(ks_ctx *ctx, const ks_attention_arg
 template <int DIM, bool WIDE>
 static ks_status attention_back_launch_dim(ks_ctx *ctx, const attention_back_params *p, int64_t n_items,
                                            bool keys) {
-  const dim3 grid = attention_grid(n_items * p->n_kv_heads * attention_size<DIM>::PARTS),
+  const dim3 grid(ks_blocks_for(n_items * p->n_kv_heads * attention_size<DIM>::PARTS, 1)),
              block(ATTENTION_THREADS);
   const size_t two = attention_back_keys_smem<DIM>(2), one = attention_back_keys_smem<DIM>(1);
   if (!keys)
@@ -260,7 +260,7 @@ static void attention_back_tiles(int64_t d, bool use_mma, int tile[2]) {
 template <class T, int NJ, bool KEYS>
 static ks_status attention_back_launch_simt(ks_ctx *ctx, const attention_back_params *p, int64_t n_items) {
   return ks_launch(ctx, "attention_backward", attention_back_simt_kernel<T, NJ, KEYS>,
-                   attention_grid(n_items * p->n_kv_heads), dim3(ATTENTION_THREADS),
+                   dim3(ks_blocks_for(n_items * p->n_kv_heads, 1)), dim3(ATTENTION_THREADS),
                    attention_back_simt_smem<NJ>(), *p);
 }
 template <class T>

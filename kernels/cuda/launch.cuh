@@ -82,10 +82,10 @@ KS_DEVICE void ks_grid_start_next() {
 #endif
 }
 
-/* Blocks of `per_block` for n things; at most the largest first dimension of a grid. */
+/* Blocks of `per_block` for n things. Too many for a grid are refused by the launch, whatever their number. */
 static inline unsigned ks_blocks_for(int64_t n, int64_t per_block) {
   int64_t blocks = (n + per_block - 1) / per_block;
-  return (unsigned)(blocks < 0x7fffffff ? blocks : 0x7fffffff);
+  return (unsigned)(blocks < UINT32_MAX ? blocks : UINT32_MAX);
 }
 
 /* f<float> or f<ks_bf16> by the context's activations: return KS_CUDA_BY_ACT(ctx, launch_norm, (ctx, a)); */

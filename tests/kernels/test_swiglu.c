@@ -164,6 +164,8 @@ Test(swiglu, illegal_arguments) {
   cr_assert(ks_swiglu_backward(ctx, &a) == KS_EINVAL);
   a = good, a.up = NULL;
   cr_assert(ks_swiglu_forward(ctx, &a) == KS_EINVAL);
+  a = good, a.up = a.h = at[0], a.n = (int64_t)1 << 45; /* more blocks than a grid has; nothing runs */
+  cr_assert(!ks_test_is_cuda() || ks_swiglu_forward(ctx, &a) == KS_EUNSUPPORTED);
   ks_guard_free(&x);
   ks_ctx_destroy(ctx);
 }
