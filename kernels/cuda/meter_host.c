@@ -19,7 +19,7 @@ static const int64_t matrix_sizes[] = {2048, 4096, 8192};
 
 typedef struct {
   cudaEvent_t from, to;
-  int64_t n_spans; /* of the context when the region began */
+  int64_t n_spans; /* of the context that ended before the region began */
   bool was_waited; /* the region's work was: it ended with that */
   void *junk;      /* twice the L2 */
   size_t junk_bytes;
@@ -73,10 +73,11 @@ static ks_status outside_steps(const ks_ctx *ctx) {
 }
 
 static ks_status meter_begin(ks_ctx *ctx, void *state) {
+  const ks_cuda *cuda = ks_cuda_of(ctx);
   meter *m = state;
   KS_TRY(outside_steps(ctx));
-  m->n_spans = ks_cuda_of(ctx)->n_spans;
-  KS_CUDA_TRY(ctx, "meter", cudaEventRecord(m->from, ks_cuda_of(ctx)->stream));
+  m->n_spans = cuda->n_spans + (cuda->span == KS_CUDA_SPAN_ENDED);
+  KS_CUDA_TRY(ctx, "meter", cudaEventRecord(m->from, cuda->stream));
   return KS_OK;
 }
 

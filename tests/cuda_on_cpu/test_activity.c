@@ -91,6 +91,14 @@ Test(activity, regions_end_with_the_work) {
   MUST(ks_meter_end(m.meter));
   MUST(ks_meter_read(m.meter, &ms));
   cr_expect(isfinite(ms) && ms >= 0, "%g ms", ms);
+  float late;
+  MUST(host_affine(m.ctx, m.y, m.x, (float[]){2, 3}, N));
+  MUST(ks_cuda_deliver(m.ctx, &late, m.y, sizeof late));
+  MUST(ks_meter_begin(m.meter)); /* one that waits for older work alone */
+  MUST(ks_sync(m.ctx));
+  MUST(ks_meter_end(m.meter));
+  MUST(ks_meter_read(m.meter, &ms));
+  cr_expect(isfinite(ms) && ms >= 0, "%g ms", ms);
   MUST(ks_meter_begin(m.meter)); /* one without work */
   MUST(ks_meter_end(m.meter));
   MUST(ks_meter_read(m.meter, &ms));
