@@ -279,7 +279,9 @@ ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a);
  * norm: NULL, or what makes x: norm->y is x.   swiglu: NULL, or of two parts: gate and up are their y.
  * rope: NULL, or without swiglu: every x that it rotates or stores is the y of a part.
  * In generation, norm->y, with swiglu the parts' y, and what rope stores are left undefined where they were: scratch.
- * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm, swiglu and rope NULL. */
+ * Residuals are no other part's y; h and what is stored overlap neither x nor the norm's.
+ * Backward: ks_linear_backward of each part; parts may share dx, all but the first with accumulate_dx; norm, swiglu and rope
+ * NULL. */
 enum { KS_LINEARS_MAX = 4 };
 typedef struct {
   const ks_linear_args *parts;

@@ -395,7 +395,8 @@ ks_status ks_rope_store(ks_ctx *ctx, const ks_rope_store_args *a) {
 /* Parts beside each other; *empty: one of them has nothing to do. */
 static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args *a, bool backward,
                              bool *empty) {
-  span spans[2 * KS_LINEARS_MAX + 1];
+  span spans[3 * KS_LINEARS_MAX + 1];
+  int n = 0;
   const ks_linear_args *with_segments = a->parts;
   *empty = false;
   if (a->n_parts < 1 || a->n_parts > KS_LINEARS_MAX || !a->parts)
@@ -411,17 +412,18 @@ static ks_status check_parts(const char *op, ks_ctx *ctx, const ks_linears_args 
     if (backward && i > 0 && p->dx && p->dx == a->parts[0].dx && !p->accumulate_dx)
       return KS_FAIL(KS_EINVAL, "%s: part %lld would overwrite the dx of part 0; set accumulate_dx", op,
                      (long long)i);
-    spans[2 * i] = (span){"y (or v) of a part",
-                          backward ? p->v : p->y,
-                          p->n_rows,
-                          backward ? (p->v ? p->u_stride : 0) : p->w->n_out,
-                          p->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx),
-                          OUT};
-    spans[2 * i + 1] = (span)ACT("u of a part", p->n_segments ? p->u : NULL, p->n_rows,
-                                 p->n_segments && p->u ? p->u_stride : 0, backward ? IN : OUT);
+    spans[n++] = (span){"y (or v) of a part",
+                        backward ? p->v : p->y,
+                        p->n_rows,
+                        backward ? (p->v ? p->u_stride : 0) : p->w->n_out,
+                        p->y_is_f32 ? sizeof(float) : ks_ctx_act_size(ctx),
+                        OUT};
+    spans[n++] = (span)ACT("u of a part", p->n_segments ? p->u : NULL, p->n_rows,
+                           p->n_segments && p->u ? p->u_stride : 0, backward ? IN : OUT);
+    if (!backward && p->residual != p->y)
+      spans[n++] = (span)ACT("residual of a part", p->residual, p->n_rows, p->w->n_out, IN | MAY_BE_NULL);
     *empty |= p->n_rows == 0 || p->w->n_in == 0 || p->w->n_out == 0;
   }
-  int n = 2 * (int)a->n_parts;
   if (a->norm) spans[n++] = (span)ACT("x of the norm", a->norm->x, a->norm->n_rows, a->norm->n_cols, IN);
   return check_spans(op, spans, n);
 }
@@ -450,6 +452,20 @@ static ks_status check_rope_of_parts(const char *op, ks_ctx *ctx, const ks_linea
   return ok ? KS_OK : KS_FAIL(KS_EINVAL, "%s: rope needs the y of parts, whole, and no SwiGLU", op);
 }
 
+/* That what SwiGLU and rope make leaves alone what the parts read: all of it may be one launch. */
+static ks_status check_results(const char *op, ks_ctx *ctx, const ks_linears_args *a) {
+  const ks_linear_args *first = &a->parts[0];
+  span spans[5] = {ACT("x", first->x, first->n_rows, first->w->n_in, IN)};
+  int n = 1;
+  if (a->norm) spans[n++] = (span)ACT("x of the norm", a->norm->x, first->n_rows, first->w->n_in, IN);
+  if (a->swiglu) spans[n++] = (span)ACT("h", a->swiglu->h, a->swiglu->n, 1, OUT);
+  for (int64_t i = 0; a->rope && i < a->rope->n_store; i++) {
+    const ks_rows_args *store = &a->rope->store[i];
+    spans[n++] = (span)ACT("y of a stored array", store->y, store->n_x_rows, store->n_cols, OUT);
+  }
+  return check_spans(op, spans, n);
+}
+
 ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
   const char *op = "linears_forward";
   bool empty, no_rope = false;
@@ -469,6 +485,7 @@ ks_status ks_linears_forward(ks_ctx *ctx, const ks_linears_args *a) {
       return KS_FAIL(KS_EINVAL, "%s: SwiGLU needs two parts, whose y are its gate and up", op);
   }
   if (a->rope) KS_TRY(check_rope_of_parts(op, ctx, a, &no_rope));
+  KS_TRY(check_results(op, ctx, a));
   if (ctx->backend->linears_forward && !empty && !no_rope) return ctx->backend->linears_forward(ctx, a);
   if (a->norm) KS_TRY(ks_rmsnorm_forward(ctx, a->norm));
   for (int64_t i = 0; i < a->n_parts; i++)

@@ -308,6 +308,40 @@ Test(generation, rope_is_of_the_parts) {
   cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
   r.store[1].x = parts[2].y;
   cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  r.store[1].y = d.x.p; /* too small for it, but refused for what it overlaps */
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  cr_assert(strstr(ks_error_message(), "overlaps x"), "%s", ks_error_message());
+  free_outputs(&c, &out);
+  free_device(&d);
+  ks_ctx_destroy(ctx);
+}
+
+/* What one launch may write while it is read. */
+Test(generation, results_leave_alone_what_is_read) {
+  const generation_case c = {.n_rows = 2, .n_in = 8, .n_parts = 2, .n_out = {8, 8}};
+  ks_ctx *ctx = ks_test_any_ctx();
+  device d;
+  outputs out;
+  make_device(ctx, &c, &d);
+  call(&d, 0, c.n_rows, true, &out);
+  ks_linear_args parts[2];
+  for (int p = 0; p < 2; p++)
+    parts[p] =
+        (ks_linear_args){.w = d.w[p], .x = out.xn.p, .y = out.y[p].p, .generation = true, .n_rows = c.n_rows};
+  const ks_rmsnorm_args norm = {
+      .x = d.x.p, .w = d.norm_w.p, .y = out.xn.p, .n_rows = c.n_rows, .n_cols = c.n_in, .eps = 1e-5f};
+  ks_swiglu_args swiglu = {.gate = out.y[0].p, .up = out.y[1].p, .h = out.y[0].p, .n = c.n_rows * c.n_out[0]};
+  const ks_linears_args a = {.parts = parts, .n_parts = 2, .norm = &norm, .swiglu = &swiglu};
+  cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
+  swiglu.h = out.xn.p;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  swiglu.h = d.x.p;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  swiglu.h = out.h.p;
+  parts[1].residual = parts[0].y;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_EINVAL);
+  parts[1].residual = parts[1].y;
+  cr_assert(ks_linears_forward(ctx, &a) == KS_OK, "%s", ks_error_message());
   free_outputs(&c, &out);
   free_device(&d);
   ks_ctx_destroy(ctx);
