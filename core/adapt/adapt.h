@@ -78,12 +78,12 @@ typedef struct {
   int64_t recompute_layers; /* as in ks_run_params */
 } ks_train_limits;
 
-/* The loss of a step is the mean over its target tokens (Hugging Face's default). Jobs may differ in everything. limits: NULL for zeros.
- * Batches larger than max_rows come in several passes, with the same bits; only an example of more rows gets a pass of its own (with
- * dropout, pieces of a batch are cut at 1024 rows whatever max_rows is, so that masks do not depend on it). A step
- * without any target token changes nothing and reports loss 0. A loss or gradient that is not finite: KS_ENUMERIC naming job and step.
- * A job without examples does nothing. Two jobs may not share an adapter. On failure (KS_EINTERRUPTED too) results are freed, adapters are
- * left as they are after the last whole step of each, gradients undefined; the next ks_train clears them. */
+/* The loss of a step is the mean over its target tokens (Hugging Face's default). Jobs may differ in everything. limits: NULL for
+ * zeros. Batches larger than max_rows come in several passes; only an example of more rows gets a pass of its own (with dropout,
+ * pieces of a batch are cut at 1024 rows whatever max_rows is, so that masks do not depend on it). A step without any target token
+ * changes nothing and reports loss 0. A loss or gradient that is not finite: KS_ENUMERIC naming job and step. A job without
+ * examples does nothing. Two jobs may not share an adapter. On failure (KS_EINTERRUPTED too) results are freed, adapters are left
+ * as they are after the last whole step of each, gradients undefined; the next ks_train clears them. */
 ks_status ks_train(ks_model *model, ks_train_job *jobs, int64_t n_jobs, const ks_train_limits *limits, const ks_progress *progress);
 /* Optimizer steps that a job will take. */
 int64_t ks_train_n_steps(const ks_train_params *p, int64_t n_examples);

@@ -32,9 +32,10 @@ typedef struct {
  *
  * With `backward` each layer keeps, per row, 2 hidden (residual stream before attention and MLP) + 2 query + 2 key width (q, k, v,
  * attention output; key width for each of k and v) + 2 intermediate (gate, up) + 2 (norms' factors) + heads (log-sum-exp)
- * + 7 max_rank (LoRA's x A^T) numbers: activations, but for the norms' factors and the log-sum-exp, which are float32. Recomputed in the backward pass because they are cheap: the outputs of the norms and of
- * SwiGLU, attention's probabilities, and with q/k norm also q and k after rotary. Gradients of gate and up take the place of gate
- * and up. Without `backward` one layer's memory serves all. */
+ * + 7 max_rank (LoRA's x A^T) numbers: activations, but for the norms' factors and the log-sum-exp, which are float32.
+ * Recomputed in the backward pass because they are cheap: the outputs of the norms and of SwiGLU, attention's probabilities, and
+ * with q/k norm also q and k after rotary. Gradients of gate and up take the place of gate and up. Without `backward` one layer's
+ * memory serves all. */
 typedef struct ks_run ks_run;
 
 typedef struct {
@@ -61,12 +62,12 @@ void ks_run_destroy(ks_run *run); /* NULL-safe */
  * the next call. */
 ks_status ks_forward(ks_run *run, const ks_batch *batch, const void **hidden);
 
-/* Forward, then cross-entropy at rows[i] (strictly rising) against targets[i] (predicting the token after rows[i]); loss host [n_targets],
- * late (ks_sync). */
+/* Forward, then cross-entropy at rows[i] (strictly rising) against targets[i] (predicting the token after rows[i]); loss host
+ * [n_targets], late (ks_sync). */
 ks_status ks_forward_loss(ks_run *run, const ks_batch *batch, const int64_t *rows, const int32_t *targets, int64_t n_targets,
                           float *loss);
-/* The same, then the backward pass of sum_i scale[i] * loss[i] into the adapters' grad_a and grad_b_t (added). Nothing that only a frozen
- * weight's gradient or the embedding's would need is computed; the pass stops at the lowest layer with an adapter. */
+/* The same, then the backward pass of sum_i scale[i] * loss[i] into the adapters' grad_a and grad_b_t (added). Nothing that only a
+ * frozen weight's gradient or the embedding's would need is computed; the pass stops at the lowest layer with an adapter. */
 ks_status ks_forward_backward(ks_run *run, const ks_batch *batch, const int64_t *rows, const int32_t *targets, const float *scale,
                               int64_t n_targets, float *loss);
 /* Logits of all rows: host [n_rows, vocab]. For tests and small models. */

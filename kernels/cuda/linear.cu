@@ -44,7 +44,8 @@
  *         frozen layer         12,800                             1,800 (products at 88 and 80 % of 796 TFLOP/s, and the rest)
  *         adapters add         4.9 %                              4.9 %
  *       Dropout comes on top: masks of 3200 columns are 20 us a map and pass at 16384 rows (lora.cu) and 3 at 2048, and three
- *       masked maps 20 and 3 us more in term, some in shrink: 1.5 % for all. Sixteen adapters read and write the same bytes as one: 1.02 x at most.
+ *       masked maps 20 and 3 us more in term, some in shrink: 1.5 % for all. Sixteen adapters read and write the same bytes as
+ *       one: 1.02 x at most.
  *   Next, not built: K-augmentation, [x | s u] [W | B]^T through cuBLASLt, needs x and u in one array.
  *   Next, not built: products of maps of one input side by side. 2048 rows x 3200 outputs are 200 tiles of
  *       128 x 256, 1.5 waves of 132 SMs at the time of 2; three of them side by side 4.6 waves at the time of

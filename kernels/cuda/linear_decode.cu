@@ -1,8 +1,9 @@
 /* Generation passes: which kernels a call of linear layers is made of, and their adapters (see linear_decode.cuh).
  *
- *   up to 8 rows, bf16 weights, rows of 16 bytes   [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU or rope
- *   up to 64 rows                                  [norm] -> [u of all parts] -> products, adapters, bias, residual, SwiGLU -> [rope]
- *   else                                           [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU or rope]
+ *   up to 8 rows, bf16 weights,  [u of all parts] -> norm, products, adapters, bias, residual, SwiGLU or rope
+ *   rows of 16 bytes
+ *   up to 64 rows                 [norm] -> [u of all parts] -> products, adapters, bias, residual, SwiGLU -> [rope]
+ *   else                          [norm] -> [u of all parts] -> each part's product and adapters -> [SwiGLU or rope]
  *
  * Each arrow is a launch; brackets: where there is one. Adapters are staged once a call; for more than 64 rows a
  * second time, as linear_mma.cu sees them. No kernel is here: bytes, FLOPs, predicted times and ladders are those

@@ -55,8 +55,7 @@ struct decode_part {
   ks_bf16 *u;
   void *to; /* NULL, or in place of y: row i goes to row index[i] here */
   int64_t u_stride, first_tile;
-  int64_t
-      turns; /* 1: heads are rotated; a tile is then 8 columns of a head and those half a head behind them */
+  int64_t turns; /* 1: heads are rotated; a tile is 8 columns of a head, and those half a head behind */
 };
 
 /* What the kernels are told. */

@@ -2,19 +2,21 @@
  * residual, and behind them SwiGLU, or queries and keys rotated, keys and values stored in a cache.
  *
  *   y[i, o] = sum_j x[i, j] W[o, j] + scale sum_r u[i, r] B[o, r] + bias[o] + residual[i, o]
- *   with a norm x is norm(x'), x' in memory;   with SwiGLU h[i, o] = silu(y_gate[i, o]) y_up[i, o] is stored instead;   rotated: the formulas of rope.cu
+ *   with a norm x is norm(x'), x' in memory;   with SwiGLU h[i, o] = silu(y_gate[i, o]) y_up[i, o] is stored instead;
+ *   rotated: the formulas of rope.cu
  *
  * Bytes: W once (2 an element). x, u and B come from the L2. FLOPs: 2 rows a weight, on tensor cores: 8 columns of an mma whether
  * there are 8 rows or one. Bound by memory as long as it is busy from the first instruction to the last: 4.5
  * TB/s (read, measured) times some 800 ns of latency are 3.6 MB under way, 27 KB an SM of an H200.
  *
  * Geometry: a tile is 16 outputs (SwiGLU: 8 of gate and the same 8 of up; rotated: 8 columns of a head and those half a head
- * behind them, 7 tiles for a head of 100; so that a lane pair holds both), its 8 warps one run of k each. A warp streams its 16 rows of W, 64 k (2 KB) a stage, through a ring of its own in shared memory by cp.async: no
- * barrier but its own, STAGES * 16 KB a block under way without a register. Blocks stay (two an SM where shared memory
- * allows, as many as have equally many tiles), and the ring runs on into the next tile, so memory sees no end of a tile. x, with
- * its norm applied, lies in shared memory, made once a block while the first stages are under way. Sums of the runs meet in
- * shared memory, two tiles in turn: one barrier a tile. Bias, residual, a rotation's angle and the first 16 ranks of B are made before a tile's
- * products and used behind them. A warp makes the adapters' terms of one segment (there are at most 8).
+ * behind them, 7 tiles for a head of 100; so that a lane pair holds both), its 8 warps one run of k each. A warp streams its 16
+ * rows of W, 64 k (2 KB) a stage, through a ring of its own in shared memory by cp.async: no barrier but its own, STAGES * 16 KB
+ * a block under way without a register. Blocks stay (two an SM where shared memory allows, as many as have equally many tiles),
+ * and the ring runs on into the next tile, so memory sees no end of a tile. x, with its norm applied, lies in shared memory,
+ * made once a block while the first stages are under way. Sums of the runs meet in shared memory, two tiles in turn: one barrier
+ * a tile. Bias, residual, a rotation's angle and the first 16 ranks of B are made before a tile's products and used behind them.
+ * A warp makes the adapters' terms of one segment (there are at most 8).
  *   H200, one row of 2048 or 3200: 6 stages, 108 to 113 KB, two blocks an SM: 192 KB under way an SM. One row
  *   of 8192 or 8640, or 8 rows of 2048: two blocks of 4 stages (down of 1B, 128 tiles, one of 6). 8 rows of
  *   8640: one block of 4 stages, 212 KB.
@@ -246,14 +248,13 @@ KS_DEVICE few_element few_element_of(const decode_args &p, const decode_halves &
   e.rank = ranks[e.part * DECODE_FEW_ROWS + row];
   e.at = e.to = place * part.w.n_out + out;
   if (part.bias) e.bias = part.bias[out];
-  if (part.residual)
-    e.residual = p.y_is_f32 ? ((const float *)part.residual)[e.at]
-                            : ks_to_float(((const ks_bf16 *)part.residual)[e.at]);
+  if (part.residual) e.residual = ks_to_float(((const ks_bf16 *)part.residual)[e.at]);
   if constexpr (TAIL == FEW_ROPE) {
     if (part.to) e.to = p.index[place] * part.w.n_out + out;
     if (part.turns)
-      rope_cos_sin((double)p.positions[place] * p.inv_freq[(int)out % (int)p.head_dim % (int)(p.head_dim / 2)], &e.cos_of,
-                   &e.sin_of);
+      rope_cos_sin((double)p.positions[place] *
+                       p.inv_freq[(int)out % (int)p.head_dim % (int)(p.head_dim / 2)],
+                   &e.cos_of, &e.sin_of);
   }
   return e;
 }

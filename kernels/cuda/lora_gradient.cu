@@ -31,8 +31,7 @@ enum {
   GRAD_ROWS = 32, /* of a step */
   GRAD_STAGES = 4,
   GRAD_Z = GRAD_ROWS * LORA_SLICE,
-  GRAD_TOGETHER =
-      8 /* eights of ranks of A: beyond, one launch a job, whose partial sums take the same place */
+  GRAD_TOGETHER = 8 /* eights of ranks of A: beyond, a launch a job, their partial sums in one place */
 };
 
 /* NT: eights of ranks. w: u or v, [NT][rows][8]; mask: [maps][rows][16 bytes]. */
