@@ -234,6 +234,11 @@ Test(entropy, known_values) {
   cr_assert(near(entropy_of(ctx, flat, 64, KS_ENTROPY_SOFTMAX, 1, 1), 6, KS_ENTROPY_SOFTMAX, 64));
   cr_assert(near(entropy_of(ctx, flat, 64, KS_ENTROPY_ABS, 1, 1), 6, KS_ENTROPY_ABS, 64));
   cr_assert(near(entropy_of(ctx, one, 5, KS_ENTROPY_ABS, 1, 1), 0, KS_ENTROPY_ABS, 5));
+  const float far[] = {3e38f, -3e38f, 3e38f}; /* no float32 holds their distance */
+  cr_assert(near(entropy_of(ctx, far, 3, KS_ENTROPY_SOFTMAX, 1, 1), 1, KS_ENTROPY_SOFTMAX, 3));
+  cr_assert(near(entropy_of(ctx, far, 3, KS_ENTROPY_ABS, 1, 1), log2(3), KS_ENTROPY_ABS, 3));
+  cr_assert(
+      near(entropy_of(ctx, far, 3, KS_ENTROPY_HISTOGRAM, 2, 1), log2(3) - 2.0 / 3, KS_ENTROPY_HISTOGRAM, 3));
   one[2] = 0;
   cr_assert(entropy_of(ctx, one, 5, KS_ENTROPY_ABS, 1, 1) == 0 &&
             entropy_of(ctx, one, 0, KS_ENTROPY_ABS, 1, 1) == 0);

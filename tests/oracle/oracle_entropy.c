@@ -3,8 +3,10 @@
 
 static double of_masses(const long double *mass, int64_t n, long double total) {
   long double h = 0;
-  for (int64_t i = 0; i < n; i++)
-    if (mass[i] > 0) h -= mass[i] / total * log2l(mass[i] / total);
+  for (int64_t i = 0; i < n; i++) {
+    const long double p = mass[i] / total;
+    if (p > 0) h -= p * log2l(p);
+  }
   return (double)h;
 }
 
