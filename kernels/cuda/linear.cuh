@@ -84,9 +84,8 @@ KS_DEVICE bool lora_keeps(const uint8_t *row, int64_t col) {
   return row[col / 128 * 16 + col % 16] >> (col / 16 % 8) & 1;
 }
 
-/* Stages the description of the adapters of n maps of one input (masks stay NULL); of one map. */
+/* Stages the description of the adapters of n maps of one input (masks stay NULL). */
 ks_status ks_lora_describe_group(ks_ctx *ctx, const ks_linear_args *parts, int64_t n, lora_group *out);
-ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out);
 /* Bytes of workspace for the masks of all maps, and for partial gradients of one. */
 size_t ks_lora_mask_bytes(const lora_group *g);
 size_t ks_lora_partial_bytes(const lora_batch *b, int64_t n_cols);

@@ -1,8 +1,8 @@
 /* What the files of generation passes share (bf16 activations): linear layers side by side on one x.
  *
  *   linear_decode.cu         ks_decode_linears: which kernels a call is made of; adapters as its kernels see them
- *   linear_decode_few.cu     up to 8 rows: norm, products of all parts, adapters, bias, residual, SwiGLU in one launch
- *   linear_decode_wide.cu    up to 64 rows, and block weights: the same but the norm
+ *   linear_decode_few.cu     up to 8 rows: norm, products of all parts, adapters, bias, residual, SwiGLU or rope in one launch
+ *   linear_decode_wide.cu    up to 64 rows, and block weights: the same but norm and rope
  *   linear_decode_shrink.cu  u = x A^T of all parts in one launch
  *   linear_mma.cu            more rows
  *

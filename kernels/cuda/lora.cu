@@ -186,13 +186,6 @@ ks_status ks_lora_describe_group(ks_ctx *ctx, const ks_linear_args *parts, int64
   return KS_OK;
 }
 
-ks_status ks_lora_describe(ks_ctx *ctx, const ks_linear_args *a, lora_batch *out) {
-  lora_group g;
-  KS_TRY(ks_lora_describe_group(ctx, a, 1, &g));
-  *out = g.of[0];
-  return KS_OK;
-}
-
 /* ---------------------------------------------------------------- masks */
 
 /* Bit q: whether half q % 2 of word q / 2 reaches the threshold. */
