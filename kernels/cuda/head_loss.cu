@@ -53,7 +53,7 @@
  *
  * Ladder (H200, bf16, commit f74fb33)
  *   v1  chunked: the simplest, and the check of the other. Not measured yet.
- *   v2  fused; expected: the rate of mma.sync, so about 60 % of 801 TFLOP/s for the loss alone on
+ *   v2  fused; expected: the rate of mma.sync, so about 60 % of 796 TFLOP/s for the loss alone on
  *       Hopper. Measured with gradient: 2048 x 128256 x 2048 8.19 ms, 263 TFLOP/s or 31 ps a pair, twice the
  *       15.6 ps that this makes with dx = g W. Blocks had 512 rows then (128 MB of g): 32 tiles of 128 x 256 for 132
  *       multiprocessors, so dx alone at a quarter of its rate, 5.6 ms; with 2.25 ms for the logits and 0.4 for the passes over
