@@ -225,7 +225,7 @@ template <int DIM, bool WIDE>
 static ks_status attention_back_launch_dim(ks_ctx *ctx, const attention_back_params *p, int64_t n_items,
                                            bool keys) {
   const dim3 grid(ks_blocks_for(n_items * p->n_kv_heads * attention_size<DIM>::PARTS, 1)),
-             block(ATTENTION_THREADS);
+      block(ATTENTION_THREADS);
   const size_t two = attention_back_keys_smem<DIM>(2), one = attention_back_keys_smem<DIM>(1);
   if (!keys)
     return ks_launch(ctx, "attention_backward", attention_back_rows_kernel<DIM, WIDE>, grid, block,

@@ -100,8 +100,9 @@ Test(train, twenty_steps_equal_pytorch) {
       error = hypot(error, (double)s.weights[i] - reference->values[i]);
       scale = hypot(scale, reference->values[i]);
     }
-    cr_expect(error <= 2 * torch + ks_fixture_ulp(dtype) * scale, "%s in %s: weights are off by %g; PyTorch by %g",
-              ks_llama_cases[c / 2], ks_dtype_name(dtype), error, torch);
+    cr_expect(error <= 2 * torch + ks_fixture_ulp(dtype) * scale,
+              "%s in %s: weights are off by %g; PyTorch by %g", ks_llama_cases[c / 2], ks_dtype_name(dtype),
+              error, torch);
     cr_expect_eq(a->step, 20);
     free_state(&s);
     free(zeros);
@@ -197,9 +198,8 @@ Test(train, a_cohort_of_eight_equals_each_alone_on_one_thread_or_two) {
     ks_train_job reference[N_JOBS];
     state states[N_JOBS];
     for (int threads = 1; threads <= (ks_test_is_shim() ? 1 : 2); threads++) {
-      const ks_train_limits limits[] = {
-          {0}, {60, 1}, {1, 2}}; /* 1: every job in a pass of its own */
-      for (int k = 0; k < 4; k++) {                              /* the last: each by itself */
+      const ks_train_limits limits[] = {{0}, {60, 1}, {1, 2}}; /* 1: every job in a pass of its own */
+      for (int k = 0; k < 4; k++) {                            /* the last: each by itself */
         if (ks_test_is_cuda() && (k == 1 || k == 2)) continue;
         world w;
         ks_train_job jobs[N_JOBS];
