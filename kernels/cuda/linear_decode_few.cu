@@ -45,7 +45,7 @@
  * cannot go without blocks that wait for each other: each reads all of what the one before wrote.
  * A token of 1B: 16 (27.1 + 10 + 4.5 for attention) + 119 + 10 = 795 us, 1258 tokens/s, 69 % of the read rate;
  * with PDL (1 us a product, 3 for attention) 16 * 34.1 + 127 = 673 us, 1487 tokens/s, 82 %. 3B: 26 (55.2 + 10 +
- * 4.5) + 58 = 1870 us, 535 tokens/s, 82 %; with PDL 26 * 62.2 + 55 = 1672 us, 598 tokens/s. With rotation and
+ * 4.5) + 58 = 1870 us, 535 tokens/s, 79 %; with PDL 26 * 62.2 + 55 = 1672 us, 598 tokens/s, 89 %. With rotation and
  * cache in a launch of their own (2.5 us, with PDL 1.5, a layer) 1200, 1435, 517 and 584.
  *
  * Ladder (H200, bf16; f74fb33)

@@ -15,6 +15,9 @@
  * next step's elements on their way in registers while this one's are multiplied: one barrier a step. Loads run along the
  * direction in which the matrix is contiguous. Every size works: what lies outside is zero.
  *
+ * Resources (sm_90): products 80 to 127 registers, two or three blocks an SM (float32 backward, 128 rows: 129, one);
+ * gradient 80, expand 64, shrink 32; no spills.
+ *
  * Serial chain L = K, one fma a k in rising order from 0; then bias, then the old value. An element's result therefore depends
  * on neither the tile nor the rows around it. No atomics.
  *

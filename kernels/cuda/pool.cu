@@ -12,7 +12,7 @@
  * Geometry: a block of 256 threads takes one sequence and 8 pieces of 16 bytes of its columns: 128 bytes of a
  * row, a whole line. Its threads are 32 groups of 8; group g adds rows g, g + 32, ... of the sequence, 2
  * loads under way a thread, 32 KiB a multiprocessor. Then the pairs of the 4 groups of a warp are added by
- * shuffles, those of the 8 warps in their order.
+ * shuffles, those of the 8 warps in their order. 63 registers (float32 54, sm_90): 4 blocks a multiprocessor.
  *
  * Determinism: the order of a sum depends on the sequence's own number of rows only.
  *

@@ -24,11 +24,15 @@
  *   big     128 x 128   when its tiles fill the card, where tile does not fit; norms by a pass before
  *   tile    256 x 128   when its tiles fill the card and 217 KB of shared memory are there (best k; else 152): sm_90,
  *                       sm_100; norms by a pass before, which reads k once more. I8 is copied as bf16 by that
- *                       pass. 239 to 251 registers, 1 block of 8 warps an SM
+ *                       pass. 238 to 251 registers, 1 block of 8 warps an SM
  *   wgmma 256 x 128     a choice, not the default: wherever tile is possible, however few the queries, on sm_90 only; 8 warps
  *                       multiply, 4 load, 1 block an SM. Else by shape. The same bits as the others if wgmma
  *                       adds as mma.sync does on that hardware, which the test shapes_agree tells; not run
  *                       yet
+ *
+ * Resources of few, mid and big (sm_90): 118, 128 and 128 registers (big spills 14 words outside its loop), 128, 256 and
+ * 256 threads; with I8 or rows off their 16 bytes 148, 164 and 206; float32 86, 96 and 128, 256 threads. tile and wgmma
+ * keep scores that pass in 512 bytes of local memory.
  *
  * Launches: stream, few and mid 1 (sim_finishes says when another); big and tile 4: factors of keys, of
  * queries, the kernel, the lists; wgmma the same and, of the best, a fill. No other fills: ks_cuda_counters.
