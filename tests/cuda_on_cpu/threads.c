@@ -21,7 +21,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK = 128 << 10, REPORT = 8192, MAX_ARRAYS = 64, SMEM_FIRST = 1024 };
+enum { WARP = 32, MAX_THREADS = 1024, STACK = 128 << 10, REPORT = 8192 };
 
 typedef enum { READY, AT_WARP, AT_BLOCK, AT_BARRIER, DONE } fiber_state;
 typedef struct warp warp;
@@ -77,10 +77,6 @@ static struct {
   int n_grid_waits;  /* threads of an early kernel that came to ks_grid_wait */
   bool mixed, hides; /* hides: memory that the graph of an early kernel changes */
   ks_shim_at at;
-  void *array[MAX_ARRAYS];  /* shared memory */
-  void *fenced[MAX_ARRAYS]; /* as ks_shim_smem_async sees it; NULL: nothing yet */
-  size_t array_bytes[MAX_ARRAYS], array_at[MAX_ARRAYS], smem_used;
-  int n_arrays;
   bool failed;
 } block;
 
@@ -585,76 +581,7 @@ static void complete(warp *w) {
     w->lane[l]->state = READY;
 }
 
-/* ---------------------------------------------------------------- shared memory, asynchronous copies */
-
-void *ks_shim_smem(int k, size_t bytes) {
-  if (k < block.n_arrays) {
-    if (block.array_bytes[k] != bytes)
-      ks_shim_fail("array %d of shared memory has %zu bytes for this thread and %zu for another", k, bytes,
-                   block.array_bytes[k]);
-    return block.array[k];
-  }
-  const size_t limit = block.kernel->smem_bytes, at = block.smem_used;
-  block.smem_used += (bytes + 15) & ~(size_t)15;
-  if (block.smem_used > limit || k >= MAX_ARRAYS)
-    ks_shim_fail("the first %d arrays of shared memory take %zu bytes, the launch gives %zu", k + 1,
-                 block.smem_used, limit);
-  void *p = malloc(bytes);
-  if (!p) ks_shim_fail("no memory for %zu bytes of shared memory", bytes);
-  memset(p, 0xff, bytes);
-  block.array[k] = p;
-  block.fenced[k] = NULL;
-  block.array_at[k] = at;
-  block.array_bytes[k] = bytes;
-  block.n_arrays = k + 1;
-  return p;
-}
-
-uint32_t ks_shim_smem_address(const void *p) {
-  for (int k = 0; k < block.n_arrays; k++) {
-    const size_t at = (size_t)((const char *)p - (const char *)block.array[k]);
-    if ((const char *)p >= (const char *)block.array[k] && at < block.array_bytes[k])
-      return (uint32_t)(SMEM_FIRST + block.array_at[k] + at);
-  }
-  ks_shim_fail("%p lies in no array of shared memory", p);
-}
-
-/* The array that holds these bytes, and where in it. */
-static int find_array(uint32_t address, size_t bytes, size_t *at) {
-  for (int k = 0; k < block.n_arrays; k++) {
-    *at = (size_t)address - SMEM_FIRST - block.array_at[k];
-    if (address >= SMEM_FIRST + block.array_at[k] && *at < block.array_bytes[k] &&
-        bytes <= block.array_bytes[k] - *at)
-      return k;
-  }
-  ks_shim_fail("%zu bytes at address %u of shared memory lie in no array", bytes, address);
-}
-
-static char *fenced_of(int k) {
-  if (!block.fenced[k]) {
-    block.fenced[k] = malloc(block.array_bytes[k]);
-    if (!block.fenced[k]) ks_shim_fail("no memory for %zu bytes of shared memory", block.array_bytes[k]);
-    memset(block.fenced[k], 0xff, block.array_bytes[k]);
-  }
-  return block.fenced[k];
-}
-
-void *ks_shim_smem_pointer(uint32_t address, size_t bytes) {
-  size_t at;
-  const int k = find_array(address, bytes, &at);
-  return (char *)block.array[k] + at;
-}
-
-void *ks_shim_smem_async(uint32_t address, size_t bytes) {
-  size_t at;
-  const int k = find_array(address, bytes, &at);
-  return fenced_of(k) + at;
-}
-
-void ks_shim_async_fence(void) {
-  for (int k = 0; k < block.n_arrays; k++)
-    memcpy(fenced_of(k), block.array[k], block.array_bytes[k]);
-}
+/* ---------------------------------------------------------------- asynchronous copies */
 
 int ks_shim_thread(void) {
   return now->number;
@@ -771,10 +698,10 @@ static void run_block(uint64_t number) {
   blockIdx.x = (unsigned)(number % gridDim.x);
   blockIdx.y = (unsigned)(number / gridDim.x % gridDim.y);
   blockIdx.z = (unsigned)(number / gridDim.x / gridDim.y);
-  block.turn = block.arrived = block.sum = block.n_arrays = block.n_at_barrier = block.n_grid_waits = 0;
+  block.turn = block.arrived = block.sum = block.n_at_barrier = block.n_grid_waits = 0;
   hide_changing(block.kernel->early);
   ks_shim_hopper_begin(block.n_threads);
-  block.smem_used = 0;
+  ks_shim_smem_begin(block.kernel->smem_bytes);
   const uint64_t key = mix((uint64_t)order) ^ number;
   permutation(block.warp_order, block.n_warps, key);
   for (int i = 0; i < block.n_warps; i++) {
@@ -799,8 +726,7 @@ static void run_block(uint64_t number) {
     fprintf(stderr, "CUDA on CPU: %s\n", report);
     block.failed = true;
   }
-  for (int i = 0; i < block.n_arrays; i++)
-    free(block.array[i]), free(block.fenced[i]);
+  ks_shim_smem_end();
 }
 
 bool ks_shim_run(const ks_shim_kernel *kernel) {

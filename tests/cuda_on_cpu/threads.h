@@ -1,4 +1,4 @@
-/* Runs the threads of a block as fibers of the calling thread (threads.c); used by runtime.c. */
+/* Runs the threads of a block as fibers of the calling thread (threads.c, shared.c); used by runtime.c. */
 #ifndef KS_SHIM_THREADS_IMPL_H
 #define KS_SHIM_THREADS_IMPL_H
 
@@ -27,6 +27,10 @@ bool ks_shim_hopper_advance(void);
 void ks_shim_hopper_begin(int n_threads);
 /* What is wrong with how a block ends, or NULL. */
 const char *ks_shim_hopper_end(void);
+
+/* shared.c: the shared memory of a block, of at most `limit` bytes. */
+void ks_shim_smem_begin(size_t limit);
+void ks_shim_smem_end(void);
 
 /* device.c: poisons what the graph of an early kernel changes, or gives it back. */
 void ks_shim_hide_changing(bool on);
